@@ -1,0 +1,177 @@
+"""The model's configuration: one typed dataclass from which YAML files and fairseq's arguments follow."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from echostream.errors import ConfigError
+
+
+def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EchoStreamConfig:
+    """Hyper-parameters of an EchoStream model.
+
+    Lengths called ``*_length`` and ``*_context`` count encoder frames of 40 ms. Vocabulary sizes are those of the
+    dictionaries, special symbols included; 6000 is CVSS's default. ``num_units`` counts the k-means clusters; the unit
+    decoder's output is four special symbols wider.
+
+    Raises:
+        ConfigError: a value is out of range, or two contradict each other.
+    """
+
+    # Encoder: convolutional subsampler and Emformer (Shi et al., 2021)
+    input_feat_per_channel: int = _option(80, "mel bins per feature frame")
+    input_channels: int = _option(1, "channels of the input features")
+    conv_channels: int = _option(256, "channels of the two subsampling convolutions")
+    encoder_embed_dim: int = _option(256, "width of the encoder")
+    encoder_layers: int = _option(16, "Emformer layers")
+    encoder_attention_heads: int = _option(4, "attention heads of an Emformer layer")
+    encoder_ffn_embed_dim: int = _option(1024, "inner width of an Emformer layer's feed-forward network")
+    segment_length: int = _option(4, "encoder frames (40 ms) in a segment")
+    left_context_length: int = _option(30, "encoder frames of cached left context")
+    right_context_length: int = _option(0, "encoder frames of look-ahead behind a segment")
+    memory_size: int = _option(8, "segment summaries in the memory bank; 0 leaves the bank and its weights out")
+    encoder_normalize_before: bool = _option(False, "LayerNorm before attention and FFN (torchaudio's form)")
+    # Source-text CTC head
+    asr_vocab_size: int = _option(6000, "source dictionary size")
+    # Target-text CTC head
+    st_decoder_layers: int = _option(2, "causal transformer layers of the ST CTC head")
+    st_decoder_heads: int = _option(4, "attention heads of the ST CTC head")
+    st_vocab_size: int = _option(6000, "target dictionary size")
+    st_left_context: int = _option(128, "encoder frames an ST CTC layer sees, the current one included")
+    # Autoregressive text decoder
+    mt_decoder_layers: int = _option(4, "layers of the MT decoder")
+    mt_decoder_heads: int = _option(4, "attention heads of the MT decoder")
+    mt_decoder_embed_dim: int = _option(256, "width of the MT decoder")
+    mt_decoder_ffn_dim: int = _option(1024, "inner width of the MT decoder's feed-forward networks")
+    mt_vocab_size: int = _option(6000, "target dictionary size (the same dictionary as the ST head's)")
+    # Unit decoder
+    unit_decoder_input: str = _option(
+        "encoder", "what the unit decoder upsamples: encoder frames, or MT decoder states", ("encoder", "mt")
+    )
+    ctc_upsample_ratio: int = _option(5, "unit positions per input state (5 per encoder frame, 25 per MT subword)")
+    unit_decoder_layers: int = _option(6, "layers of the unit decoder")
+    unit_decoder_heads: int = _option(4, "attention heads of the unit decoder")
+    unit_decoder_embed_dim: int = _option(256, "width of the unit decoder")
+    unit_decoder_ffn_dim: int = _option(1024, "inner width of the unit decoder's feed-forward networks")
+    num_units: int = _option(1000, "discrete units (k-means clusters)")
+    # Sizes of the streaming buffers
+    max_sentence_frames: int = _option(1024, "encoder frames a sentence may span in streaming (1024 are 41 s)")
+    max_target_tokens: int = _option(256, "target tokens a sentence may hold")
+    # Regularisation
+    dropout: float = _option(0.1, "dropout probability")
+    attention_dropout: float = _option(0.1, "dropout probability of attention weights")
+    activation_dropout: float = _option(0.1, "dropout probability inside feed-forward networks")
+    label_smoothing: float = _option(0.1, "label smoothing of the MT cross-entropy")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            choices = f.metadata.get("choices")
+            if choices and value not in choices:
+                raise ConfigError(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}")
+            if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(f"{f.name} is {value!r}; it must be a whole number")
+            zero_allowed = f.name in ("right_context_length", "left_context_length", "memory_size", "st_decoder_layers")
+            if f.type == "int" and value < (0 if zero_allowed else 1):
+                raise ConfigError(f"{f.name} is {value}; it must be at least {0 if zero_allowed else 1}")
+            if f.type == "float" and not 0 <= value < 1:
+                raise ConfigError(f"{f.name} is {value}; it must lie in [0, 1)")
+        for width, heads in (
+            ("encoder_embed_dim", "encoder_attention_heads"),
+            ("encoder_embed_dim", "st_decoder_heads"),
+            ("mt_decoder_embed_dim", "mt_decoder_heads"),
+            ("unit_decoder_embed_dim", "unit_decoder_heads"),
+        ):
+            if getattr(self, width) % getattr(self, heads):
+                raise ConfigError(
+                    f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}"
+                )
+
+    @classmethod
+    def small(cls, **changes: Any) -> "EchoStreamConfig":
+        """About a quarter of the default's compute: what a CPU can train (arch ``echostream_small``)."""
+        return dataclasses.replace(cls(**SMALL), **changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "EchoStreamConfig":
+        """Build a configuration from plain values, refusing keys that do not exist."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown configuration key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "EchoStreamConfig":
+        """Read a YAML file of ``key: value`` lines; keys left out keep their defaults."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"configuration file {path} does not exist") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration file {path} is not YAML: {str(error).splitlines()[0]}") from None
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration file {path} holds {type(values).__name__}, not key: value lines")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self, path: str | Path) -> None:
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def add_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Add one option per field, named as fairseq names them (``--encoder-layers``).
+
+        Defaults are left out on purpose: fairseq's architectures fill what the user did not say.
+        """
+        for f in fields(cls):
+            name = "--" + f.name.replace("_", "-")
+            text = f"{f.metadata['help']} (default: {f.default})"
+            if f.type == "bool":
+                parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            else:
+                kind = {"int": int, "float": float, "str": str}[f.type]
+                parser.add_argument(
+                    name, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text
+                )
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "EchoStreamConfig":
+        """Collect the fields that ``args`` holds; the rest keep their defaults."""
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if getattr(args, f.name, None) is not None})
+
+
+SMALL: dict[str, Any] = dict(
+    conv_channels=96,
+    encoder_embed_dim=192,
+    encoder_layers=10,
+    encoder_attention_heads=3,
+    encoder_ffn_embed_dim=768,
+    st_decoder_layers=2,
+    st_decoder_heads=3,
+    mt_decoder_layers=3,
+    mt_decoder_heads=3,
+    mt_decoder_embed_dim=192,
+    mt_decoder_ffn_dim=768,
+    unit_decoder_input="mt",
+    ctc_upsample_ratio=16,
+    unit_decoder_layers=4,
+    unit_decoder_heads=3,
+    unit_decoder_embed_dim=192,
+    unit_decoder_ffn_dim=768,
+)

@@ -1,0 +1,46 @@
+"""Errors meant for the person reading them: one line that names the bad value and what to do about it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class EchoStreamError(ValueError):
+    """Base of every error EchoStream raises on purpose. ``str()`` is one line, fit to be shown as it is."""
+
+
+class ConfigError(EchoStreamError):
+    """A configuration value is missing, unknown or contradicts another."""
+
+
+class AudioError(EchoStreamError):
+    """A recording cannot be read, or its samples cannot be used (empty, NaN, wrong rate)."""
+
+
+class ManifestError(EchoStreamError):
+    """A manifest or dictionary is missing, incomplete, or does not fit the model."""
+
+
+class CheckpointError(EchoStreamError):
+    """A checkpoint, vocoder or k-means file is truncated, of another format, or would run code when loaded."""
+
+
+class MissingExtraError(EchoStreamError, ImportError):
+    """A package of an optional extra is not installed."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import ``module``, or say which extra of EchoStream brings it.
+
+    Raises:
+        MissingExtraError: the module is not installed; the message holds the pip command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"{module} is not installed; it comes with: pip install 'echostream[{extra}]'"
+        ) from None
