@@ -1,0 +1,81 @@
+"""The work-arounds do what they say, and never by switching a safety off."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from echostream import compat
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _in_fresh_interpreter(code: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_torchaudio_imports_beside_this_torch() -> None:
+    pytest.importorskip("soundfile")
+    code = (
+        "from echostream.compat import import_torchaudio as load\n"
+        "first = load(); import torchaudio, torchaudio.compliance.kaldi as kaldi, torch\n"
+        "assert first is torchaudio is load()\n"
+        "print(tuple(kaldi.fbank(torch.zeros(1, 1600), num_mel_bins=80).shape))"
+    )
+    assert _in_fresh_interpreter(code) == "(8, 80)"
+
+
+def test_fairseq_style_checkpoint_loads_weights_only() -> None:
+    compat.apply()
+    compat.apply()  # a second call changes nothing
+    buffer = io.BytesIO()
+    torch.save({"args": argparse.Namespace(arch="echostream"), "best": numpy.float64(1.5)}, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert loaded["args"].arch == "echostream" and loaded["best"] == 1.5
+
+
+class _Malicious:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def test_malicious_checkpoint_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compat.apply()
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": _Malicious()}, "checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load("checkpoint.pt", weights_only=True)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_plugin_registers_although_already_imported() -> None:
+    pytest.importorskip("fairseq")
+    code = (
+        "import echostream\n"
+        "from echostream.compat import register_with_fairseq as register\n"
+        "register(); register()\n"
+        "from fairseq.models import ARCH_MODEL_REGISTRY; from fairseq.tasks import TASK_REGISTRY\n"
+        "print('echostream' in ARCH_MODEL_REGISTRY, 'echostream_s2st' in TASK_REGISTRY)"
+    )
+    assert _in_fresh_interpreter(code).splitlines()[-1] == "True True"
+
+
+def test_package_import_is_light() -> None:
+    code = (
+        "import sys, echostream, echostream.compat\n"
+        "print([m for m in ('torch', 'fairseq', 'torchaudio', 'numpy', 'simuleval') if m in sys.modules])"
+    )
+    assert _in_fresh_interpreter(code) == "[]"
