@@ -1,0 +1,40 @@
+# `make demo` and `make test` need Python 3.11 and nothing else: both build .venv on first use (about 3 minutes).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# Two threads fight over two cores; idle workers that spin make it worse.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo   translate a dozen spoken Spanish sentences while they are spoken; results in demo-output/"
+	@echo "make test   run the tests"
+	@echo "make lint   check the style"
+	@echo "make clean  remove .venv and demo-output"
+
+$(VENV)/.installed: setup.py
+	$(PYTHON) -c 'import sys; sys.exit("EchoStream needs Python 3.11 or later; this is " + sys.version.split()[0] + \
+	    " (name another: make PYTHON=...)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+# torch first and alone: an unpinned torch, asked for by another package, may bring gigabytes of another build.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,demo,test]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) demo-output

