@@ -1,0 +1,240 @@
+"""One Emformer layer (Shi et al., 2021, arXiv 2010.10759): attention over memory bank, left context and own segment.
+
+Segments are computed in blocks of G neighbours. The queries of a block attend the keys
+
+    [ M summaries before the block | G-1 summaries in it | L frames before the block | the block's own G x W frames ]
+
+under a mask that leaves each segment its own memory, left context, frames and right context. Every key is so copied
+(G S + L) / (G S) times instead of once per segment, the cost is linear in time, and a streaming step is a single block
+whose first and third part come from the state. With G = 1 and the default sizes these are 8 + 30 + 4 = 42 keys.
+
+Shape legend: B streams, n segments, S frames in a segment, R frames of right context, W = S + R, D width, H heads,
+L frames of left context, M summaries in the memory bank, G segments in a block, N blocks. One frame is 40 ms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from echostream.models.state import State
+from echostream.models.subsampler import take_rows
+
+
+@dataclass(frozen=True)
+class EmformerLayerState(State):
+    """Projected keys and values that a layer keeps of each stream, the newest last."""
+
+    left: Tensor  # [B, L, 2 D] keys and values of the last L frames
+    memory: Tensor  # [B, M, 2 D] keys and values of the last M segment summaries
+
+
+class EmformerLayer(nn.Module):
+    """Multi-head attention and a feed-forward network, each with a residual connection and LayerNorm.
+
+    The summary of a segment is the mean of the layer's (un-normalised) input over the segment through a D x D projection;
+    it enters keys and values through the layer's own key and value projections.
+
+    Args:
+        embed_dim, num_heads, ffn_dim: D, H and the inner width of the feed-forward network.
+        segment_length, left_context_length, right_context_length: S, L, R in encoder frames of 40 ms.
+        memory_size: M in segments; 0 leaves out the bank and the projection of summaries.
+        normalize_before: LayerNorm before attention and feed-forward network and one at the end (torchaudio's form)
+            instead of LayerNorm after each residual.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        segment_length: int,
+        left_context_length: int,
+        right_context_length: int = 0,
+        memory_size: int = 0,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        normalize_before: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.segment_length = segment_length
+        self.left_context_length = left_context_length
+        self.right_context_length = right_context_length
+        self.memory_size = memory_size
+        self.attention_dropout = attention_dropout
+        self.activation_dropout = activation_dropout
+        self.dropout = dropout
+        self.normalize_before = normalize_before
+
+        self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.summary_proj = nn.Linear(embed_dim, embed_dim) if memory_size else None
+        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.fc1 = nn.Linear(embed_dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, embed_dim)
+        self.ffn_norm = nn.LayerNorm(embed_dim)
+        self.output_norm = nn.LayerNorm(embed_dim) if normalize_before else None
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        # Query, key and value are three square matrices that happen to be stored together.
+        for matrix in self.qkv_proj.weight.chunk(3):
+            nn.init.xavier_uniform_(matrix)
+        for linear in (self.out_proj, self.summary_proj, self.fc1, self.fc2):
+            if linear is not None:
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.qkv_proj.bias)
+
+    def forward(self, x: Tensor, mask: Tensor, block: int) -> Tensor:
+        """Compute whole utterances, which begin with segment 0.
+
+        Args:
+            x: [B, n, W, D] segments, each followed by its right context.
+            mask: [B N, 1, G W, K] from ``attention_mask``, N = ceil(n / G).
+            block: G, the segments in a block.
+
+        Returns:
+            [B, n, W, D].
+        """
+        batch, segments, width, dim = x.shape
+        h = self.attention_norm(x) if self.normalize_before else x
+        qkv = self.qkv_proj(h)
+        blocks = -(-segments // block)
+        padding = blocks * block - segments
+        if padding:
+            qkv = F.pad(qkv, (0, 0, 0, 0, 0, padding))
+        query = qkv[..., :dim].reshape(batch * blocks, block * width, dim)
+        own = qkv[..., dim:]
+        frames = own[:, :, : self.segment_length].reshape(batch, blocks, block * self.segment_length, 2 * dim)
+        parts = [_previous(frames, self.left_context_length), own.reshape(batch, blocks, block * width, 2 * dim)]
+        if self.summary_proj is not None:
+            summary = self._summary_kv(x)
+            if padding:
+                summary = F.pad(summary, (0, 0, 0, padding))
+            summary = summary.view(batch, blocks, block, 2 * dim)
+            parts = [_previous(summary, self.memory_size), summary[:, :, : block - 1], *parts]
+        kv = torch.cat(parts, dim=2).flatten(0, 1)
+        attended = self._attend(query, kv, mask).view(batch, blocks * block, width, dim)
+        return self._finish(x, attended[:, :segments])
+
+    def step(
+        self, x: Tensor, mask: Tensor, state: EmformerLayerState, done: Tensor
+    ) -> tuple[Tensor, EmformerLayerState]:
+        """Compute one block of segments.
+
+        Args:
+            x: [B, G, W, D] segments, each followed by its right context.
+            mask: [B, 1, G W, K] from ``attention_mask``.
+            state: the streams' state before the block; not changed.
+            done: [B] how many of the G segments are real in each stream; only these join the state.
+
+        Returns:
+            ([B, G, W, D]; the state after the block).
+        """
+        batch, block, width, dim = x.shape
+        h = self.attention_norm(x) if self.normalize_before else x
+        qkv = self.qkv_proj(h)
+        query, own = qkv.view(batch, block * width, 3 * dim).split([dim, 2 * dim], dim=2)
+        left = state.left.to(qkv.dtype)
+        parts = [left, own]
+        memory = state.memory
+        if self.summary_proj is not None:
+            bank = torch.cat([memory.to(qkv.dtype), self._summary_kv(x)], dim=1)
+            parts = [bank[:, : self.memory_size + block - 1], *parts]
+            memory = take_rows(bank, done, self.memory_size).to(memory.dtype)
+        attended = self._attend(query, torch.cat(parts, dim=1), mask).view(batch, block, width, dim)
+        frames = own if width == self.segment_length else qkv[:, :, : self.segment_length, dim:].flatten(1, 2)
+        left = take_rows(torch.cat([left, frames], dim=1), done * self.segment_length, self.left_context_length)
+        return self._finish(x, attended), EmformerLayerState(left.to(state.left.dtype), memory)
+
+    def init_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> EmformerLayerState:
+        """The state of streams of which nothing has been heard."""
+        weight = self.qkv_proj.weight
+        options = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        size = 2 * weight.shape[1]
+        return EmformerLayerState(
+            torch.zeros(batch_size, self.left_context_length, size, **options),
+            torch.zeros(batch_size, self.memory_size, size, **options),
+        )
+
+    def _summary_kv(self, x: Tensor) -> Tensor:
+        """Keys and values [B, n, 2 D] of the summaries of the segments ``x`` [B, n, W, D]."""
+        dim = x.shape[-1]
+        summary = self.summary_proj(x[:, :, : self.segment_length].mean(dim=2))
+        return F.linear(summary, self.qkv_proj.weight[dim:], self.qkv_proj.bias[dim:])
+
+    def _attend(self, query: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
+        """Masked attention of ``query`` [N, Q, D] over keys and values ``kv`` [N, K, 2 D] -> [N, Q, D]."""
+        key, value = kv.chunk(2, dim=2)
+        query, key, value = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+        dropout = self.attention_dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return out.transpose(1, 2).flatten(2)
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Everything behind the attention: output projection, residuals, norms, feed-forward network."""
+        x = x + F.dropout(self.out_proj(attended), self.dropout, self.training)
+        if not self.normalize_before:
+            x = self.attention_norm(x)
+        h = self.ffn_norm(x) if self.normalize_before else x
+        h = F.dropout(F.relu(self.fc1(h)), self.activation_dropout, self.training)
+        x = x + F.dropout(self.fc2(h), self.dropout, self.training)
+        return self.output_norm(x) if self.output_norm is not None else self.ffn_norm(x)
+
+
+def attention_mask(
+    before: Tensor, frames: Tensor, block: int, segment: int, left: int, right: int, memory: int
+) -> Tensor:
+    """Which keys the queries of each block may attend.
+
+    Args:
+        before: [N] segments of the stream before the block.
+        frames: [N] valid frames from the block's first frame to the stream's end (or to what has arrived of it).
+        block, segment, left, right, memory: G, S, L, R and M.
+
+    Returns:
+        [N, 1, G W, K] true where attention is allowed; keys in the order of the module's docstring. A padding frame
+        attends itself whatever the lengths, so that no row of the softmax is empty.
+    """
+    device = before.device
+    index = torch.arange(block, device=device)
+    offset = torch.arange(segment + right, device=device)
+    # Frames are counted from the block's first frame; the right context of a segment repeats the next ones' frames.
+    own_frame = (index[:, None] * segment + offset).flatten()  # [G W]
+    own_segment = index.repeat_interleave(segment + right)  # [G W], for queries and own keys alike
+    is_main = (offset < segment).repeat(block)
+    query_segment = own_segment[:, None]
+
+    left_frame = torch.arange(-left, 0, device=device)
+    sees_left = left_frame >= query_segment * segment - left  # [G W, L]
+    sees_main = (own_frame >= query_segment * segment - left) & (own_segment <= query_segment) & is_main
+    sees_own = sees_main | ((own_segment == query_segment) & ~is_main)  # [G W, G W]
+    in_stream = (left_frame >= -before[:, None] * segment)[:, None]  # [N, 1, L]
+    in_time = (own_frame < frames[:, None])[:, None]  # [N, 1, G W]
+    itself = torch.eye(len(own_frame), dtype=torch.bool, device=device)
+    parts = [sees_left & in_stream, (sees_own & in_time) | itself]
+    if memory:
+        bank = torch.arange(-memory, block - 1, device=device)
+        sees_bank = (bank >= query_segment - memory) & (bank < query_segment)  # [G W, M + G - 1]
+        parts.insert(0, sees_bank & (bank >= -before[:, None])[:, None])
+    return torch.cat(parts, dim=2)[:, None]
+
+
+def _previous(items: Tensor, size: int) -> Tensor:
+    """For every block the ``size`` items before it: [B, N, n, D] -> [B, N, size, D], zero before the first."""
+    _, blocks, count, _ = items.shape
+    shifts = -(-size // count)
+    padded = F.pad(items, (0, 0, 0, 0, shifts, 0))
+    parts = [padded[:, i : i + blocks] for i in range(shifts)]
+    if not parts:
+        return items[:, :, :0]
+    parts[0] = parts[0][:, :, shifts * count - size :]
+    return torch.cat(parts, dim=2) if shifts > 1 else parts[0]
