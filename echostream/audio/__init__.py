@@ -1,0 +1,1 @@
+"""Sound in, features out: files, resampling, log-mel filter banks, normalisation. numpy, and soundfile for files."""
