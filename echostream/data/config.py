@@ -1,0 +1,146 @@
+"""What a prepared data directory holds: ``config.yaml``, subword models, dictionaries and the global CMVN."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from echostream.audio.cmvn import GlobalCMVN
+from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
+from echostream.errors import ConfigError, ManifestError, require
+from echostream.text import Vocabulary
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """``config.yaml`` of a data directory; keys left out keep these defaults, further keys are ignored.
+
+    Attributes:
+        directory: where the other files lie.
+        audio_root: what ``src_audio`` of the manifests is relative to; empty means ``directory``.
+    """
+
+    directory: Path
+    audio_root: str = ""
+    sample_rate: int = SAMPLE_RATE
+    source_lang: str = ""
+    target_lang: str = ""
+    num_units: int = 1000
+    spm_src: str = "spm.src.model"
+    spm_tgt: str = "spm.tgt.model"
+    dict_src: str = "dict.src.txt"
+    dict_tgt: str = "dict.tgt.txt"
+    dict_unit: str = "dict.unit.txt"
+    gcmvn: str = "gcmvn.npz"
+
+    @classmethod
+    def load(cls, directory: str | Path, name: str = "config.yaml") -> "DataConfig":
+        """Read ``directory/name``.
+
+        Raises:
+            ManifestError: the directory does not exist.
+            ConfigError: the file is missing, is not YAML, or a value cannot be used.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise ManifestError(f"data directory {directory} does not exist; scripts/prepare_corpus.py makes one")
+        path = directory / name
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist; scripts/prepare_corpus.py writes it, --config-yaml names another")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds {type(values).__name__}, not key: value lines")
+        known: dict[str, Any] = {"directory": directory}
+        for f in dataclasses.fields(cls):
+            if f.name == "directory" or values.get(f.name) is None:
+                continue
+            value = values[f.name]
+            kind = int if f.type == "int" else str
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigError(f"{path}: {f.name} is {value!r}; it must be a {'whole number' if kind is int else 'text'}")
+            known[f.name] = value
+        config = cls(**known)
+        if config.sample_rate != SAMPLE_RATE:
+            raise ConfigError(f"{path}: sample_rate is {config.sample_rate}; features are made at {SAMPLE_RATE} Hz")
+        return config
+
+    @property
+    def root(self) -> Path:
+        """What ``src_audio`` is relative to; a relative ``audio_root`` starts at the data directory."""
+        return self.directory / self.audio_root
+
+    def path(self, name: str) -> Path:
+        """The file that the key ``name`` (``dict_src`` ...) points to."""
+        return self.directory / getattr(self, name)
+
+    @cached_property
+    def source(self) -> "Subwords":
+        return Subwords(self.path("spm_src"), self.path("dict_src"))
+
+    @cached_property
+    def target(self) -> "Subwords":
+        return Subwords(self.path("spm_tgt"), self.path("dict_tgt"))
+
+    @cached_property
+    def cmvn(self) -> GlobalCMVN:
+        return GlobalCMVN.load(self.path("gcmvn"))
+
+    def check_units(self) -> Vocabulary:
+        """The unit dictionary, checked against ``num_units``.
+
+        Raises:
+            ManifestError: it is missing, or does not list units ``0 .. num_units - 1`` in order.
+        """
+        path = self.path("dict_unit")
+        units = Vocabulary.load(path)
+        listed = units.symbols[NUM_SPECIALS:]
+        if len(listed) != self.num_units:
+            raise ManifestError(f"dictionary {path} lists {len(listed)} units, but num_units is {self.num_units}")
+        wrong = next((i for i, symbol in enumerate(listed) if symbol != str(i)), None)
+        if wrong is not None:
+            raise ManifestError(f"dictionary {path}, line {wrong + 1}: {listed[wrong]!r} where unit {wrong} belongs")
+        return units
+
+
+class Subwords:
+    """Text to dictionary indices: a SentencePiece model and the dictionary built with it.
+
+    Raises:
+        ManifestError: a file is missing, is not a SentencePiece model, or the two do not belong together.
+    """
+
+    def __init__(self, model: Path, dictionary: Path):
+        sentencepiece = require("sentencepiece", "all")
+        self.vocabulary = Vocabulary.load(dictionary)
+        if not model.is_file():
+            raise ManifestError(f"SentencePiece model {model} does not exist")
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.Load(str(model))
+        except (RuntimeError, OSError) as error:
+            raise ManifestError(f"{model} is not a SentencePiece model: {str(error).splitlines()[0]}") from None
+        sp = self.processor
+        pieces = [
+            sp.IdToPiece(i) for i in range(sp.GetPieceSize()) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i))
+        ]
+        missing = [piece for piece in pieces if piece not in self.vocabulary.index]
+        if missing:
+            raise ManifestError(
+                f"dictionary {dictionary} lacks {len(missing)} of the {len(pieces)} pieces of {model.name}, the first "
+                f"{missing[0]!r}; build both from the same text"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Dictionary indices of a sentence, no end symbol; unknown pieces become ``<unk>``."""
+        return self.vocabulary.ids(self.processor.EncodeAsPieces(text))
+
+    def decode(self, ids: list[int]) -> str:
+        return self.vocabulary.detokenize(ids)

@@ -1,0 +1,294 @@
+"""Speech-to-speech dataset for fairseq: a manifest read item by item, augmented and joined as an epoch's plan says.
+
+Letters in shapes: B items of a batch, S sentences of a batch (S >= B, for joined items hold several), T feature frames,
+L CTC target tokens, U MT target tokens, V units.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from fairseq.data import FairseqDataset
+from torch import Tensor
+
+from echostream.audio.cmvn import GlobalCMVN
+from echostream.audio.fbank import fbank
+from echostream.constants import EOS, FRAME_LENGTH, FRAME_SHIFT, NUM_SPECIALS, PAD
+from echostream.data.augment import SpecAugment, add_noise, change_gain, change_speed, fit_length
+from echostream.data.config import DataConfig
+from echostream.data.joining import EXTRA_HOPS, Item, JoinPolicy, plan_epoch
+from echostream.data.manifest import Utterance, read_manifest
+from echostream.data.source import is_features, load_features, load_samples
+from echostream.errors import ManifestError
+
+logger = logging.getLogger(__name__)
+
+# A manifest's frame count may differ from the file's by this much (an mp3's padding); more is a mistake to be told.
+FRAME_TOLERANCE = 5
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to its items; the default does nothing.
+
+    Attributes:
+        join: how to join utterances; None keeps every utterance an item of its own.
+        speeds: speed factors, one drawn per utterance and epoch.
+        spec_augment: masks on the features; None for none.
+        gain_db: recordings are amplified or weakened by up to so many dB; 0 leaves them.
+        noise_db: loudest white noise added, in dBFS; None adds none.
+        jitter: move the sentence windows of joined items at random.
+    """
+
+    join: JoinPolicy | None = None
+    speeds: tuple[float, ...] = (1.0,)
+    spec_augment: SpecAugment | None = None
+    gain_db: float = 0.0
+    noise_db: float | None = None
+    jitter: bool = True
+
+
+class SpeechToSpeechDataset(FairseqDataset):
+    """Items of one split.
+
+    The epoch's items are planned in ``set_epoch``, so that ``num_tokens`` is the true number of feature frames of what
+    ``__getitem__`` gives, joined and speed-perturbed items included. All randomness follows from (seed, epoch, index).
+
+    Args:
+        manifest: the split's table.
+        config: the data directory's files.
+        augmentation: what to do in training; None (validation, test) gives every utterance as it is, in file order.
+        seed: of all random choices.
+        max_target_positions: joined items take no sentence with more MT target tokens than this.
+
+    Raises:
+        ManifestError: a row cannot be used, or a unit is beyond the unit dictionary.
+    """
+
+    def __init__(
+        self,
+        manifest: str | Path,
+        config: DataConfig,
+        augmentation: Augmentation | None = None,
+        seed: int = 1,
+    ):
+        self.manifest = Path(manifest)
+        self.utterances: list[Utterance] = read_manifest(manifest)
+        self.root = config.root
+        self.cmvn: GlobalCMVN = config.cmvn
+        self.augmentation = augmentation
+        self.seed = seed
+        self.frames = np.array([u.n_frames for u in self.utterances], dtype=np.int64)
+        self.fixed_speed = np.array([is_features(u.audio) for u in self.utterances])
+        self.src_ids = [config.source.encode(u.src_text) for u in self.utterances]
+        self.tgt_ids = [config.target.encode(u.tgt_text) for u in self.utterances]
+        for u, src, tgt in zip(self.utterances, self.src_ids, self.tgt_ids):
+            if not src or not tgt:
+                raise ManifestError(f"manifest {manifest}: row {u.id!r} has no subwords in its source or target text")
+            if u.units.max() >= config.num_units:
+                raise ManifestError(
+                    f"manifest {manifest}: row {u.id!r} holds unit {u.units.max()}, but num_units is {config.num_units}"
+                )
+        self.epoch = 0
+        self.items: list[Item] = []
+        self.sizes = np.zeros(0, dtype=np.int64)
+        self.set_epoch(1)
+
+    # --- the epoch's plan
+
+    def set_epoch(self, epoch: int) -> None:
+        """Plan the items of ``epoch``."""
+        if epoch == self.epoch:
+            return
+        self.epoch = epoch
+        if self.augmentation is None:
+            self.items = [Item((i,), (1.0,), (int(n),)) for i, n in enumerate(self.frames)]
+        else:
+            rng = np.random.default_rng([self.seed, epoch])
+            augmentation = self.augmentation
+            self.items = plan_epoch(self.frames, self.fixed_speed, augmentation.speeds, augmentation.join, rng)
+        self.sizes = np.array([item.n_frames for item in self.items], dtype=np.int64)
+
+    @property
+    def can_reuse_epoch_itr_across_epochs(self) -> bool:
+        return self.augmentation is None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def num_tokens(self, index: int) -> int:
+        """Feature frames of an item."""
+        return int(self.sizes[index])
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self.sizes[indices]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(feature frames, MT target tokens of the longest sentence with its end symbol)."""
+        return int(self.sizes[index]), 1 + max(len(self.tgt_ids[u]) for u in self.items[index].utterances)
+
+    def ordered_indices(self) -> np.ndarray:
+        """Longest first (memory runs out at once or never), equal lengths in random order; file order if not training."""
+        if self.augmentation is None:
+            return np.argsort(-self.sizes, kind="stable")
+        return np.lexsort((np.random.permutation(len(self)), -self.sizes))
+
+    def filter_indices_by_size(
+        self, indices: np.ndarray, max_sizes: int | float | Sequence[float | None] | None
+    ) -> tuple[np.ndarray, list[int]]:
+        """Part ``indices`` into those within ``max_sizes`` (frames, target tokens) and the others."""
+        if max_sizes is None:
+            return indices, []
+        if isinstance(max_sizes, (int, float)):
+            max_sizes = (max_sizes, None)
+        limits = [float("inf") if limit is None else limit for limit in max_sizes]
+        fits = np.array([all(n <= limit for n, limit in zip(self.size(i), limits)) for i in indices], dtype=bool)
+        return indices[fits], indices[~fits].tolist()
+
+    # --- items
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Item ``index`` of the epoch: ``source`` float32 [T, 80] after CMVN and its targets, as lists of indices.
+
+        Raises:
+            AudioError: a recording cannot be used; the message names its file.
+            ManifestError: a recording's length contradicts the manifest.
+        """
+        item = self.items[index]
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        augmentation = self.augmentation
+        if self.fixed_speed[list(item.utterances)].any():
+            features = self._join_features(item)
+        else:
+            features = self._join_samples(item, rng)
+        features = self.cmvn.apply(features)
+        if augmentation is not None and augmentation.spec_augment is not None:
+            features = augmentation.spec_augment(features, rng)
+        jitter = augmentation is not None and augmentation.jitter
+        return {
+            "id": index,
+            "source": features,
+            "src_text": [token for u in item.utterances for token in self.src_ids[u]],
+            "tgt_text": [token for u in item.utterances for token in self.tgt_ids[u]],
+            "sentences": [self.tgt_ids[u] for u in item.utterances],
+            "units": [self.utterances[u].units for u in item.utterances],
+            "windows": item.windows(rng if jitter else None) if len(item.utterances) > 1 else None,
+        }
+
+    def _join_samples(self, item: Item, rng: np.random.Generator) -> np.ndarray:
+        """Features of the item's recordings, joined as waveforms: float32 [n_frames, 80]."""
+        parts = []
+        for i, (number, speed, length) in enumerate(zip(item.utterances, item.speeds, item.lengths)):
+            utterance = self.utterances[number]
+            samples = load_samples(self.root, utterance.audio)
+            self._check_length(utterance, 1 + (len(samples) - FRAME_LENGTH) // FRAME_SHIFT)
+            parts.append(self._prepare(change_speed(samples, speed), rng))
+            if len(item.utterances) > 1:
+                parts[-1] = fit_length(parts[-1], (length + EXTRA_HOPS) * FRAME_SHIFT)
+            if i < len(item.pauses):
+                parts.append(np.zeros(item.pauses[i] * FRAME_SHIFT, dtype=np.float32))
+        samples = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(parts) == 1:
+            samples = fit_length(samples, max(len(samples), FRAME_LENGTH))
+            found = 1 + (len(samples) - FRAME_LENGTH) // FRAME_SHIFT
+            if found != item.n_frames:
+                samples = fit_length(samples, FRAME_LENGTH + FRAME_SHIFT * (item.n_frames - 1))
+        if self.augmentation is not None and self.augmentation.noise_db is not None:
+            # Uniform in dB over 40 dB below the loudest; pauses and speech get the same, as from one microphone.
+            samples = add_noise(samples, self.augmentation.noise_db - 40 * rng.random(), rng)
+        return fbank(samples)
+
+    def _prepare(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if self.augmentation is None or self.augmentation.gain_db == 0:
+            return samples
+        return change_gain(samples, rng.uniform(-self.augmentation.gain_db, self.augmentation.gain_db))
+
+    def _join_features(self, item: Item) -> np.ndarray:
+        """Ready features joined frame by frame, pauses as quiet as the item's quietest frame: float32 [n_frames, 80]."""
+        parts = []
+        for number, length in zip(item.utterances, item.lengths):
+            utterance = self.utterances[number]
+            features = load_features(self.root, utterance.audio)
+            self._check_length(utterance, len(features))
+            parts.append(features[:length] if len(features) >= length else _extend(features, length))
+        quietest = min((part[part.mean(axis=1).argmin()] for part in parts), key=lambda frame: frame.mean())
+        out = np.tile(quietest, (item.n_frames, 1))
+        for part, (start, _) in zip(parts, item.speech()):
+            out[start : start + len(part)] = part
+        return out
+
+    def _check_length(self, utterance: Utterance, found: int) -> None:
+        if abs(found - utterance.n_frames) > FRAME_TOLERANCE:
+            raise ManifestError(
+                f"manifest {self.manifest}: row {utterance.id!r} says {utterance.n_frames} frames of 10 ms, but "
+                f"{self.root / utterance.audio} has {found}"
+            )
+
+    # --- batches
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of items.
+
+        Returns:
+            ``net_input``: ``src_tokens`` [B, T, 80], ``src_lengths`` [B], ``prev_output_tokens`` [S, U];
+            ``target`` [S, U] (MT, with end symbols), ``target_lengths`` [S]; ``src_text``, ``tgt_text`` [B, L] (CTC)
+            with ``*_lengths`` [B]; ``units`` [S, V] (dictionary indices) with ``unit_lengths`` [S]; ``windows``:
+            ``row``, ``start``, ``end`` [S], or None when no item joins several sentences; ``sentence_row`` [S];
+            ``ntokens`` (MT target tokens), ``nsentences`` (S).
+        """
+        if not samples:
+            return {}
+        lengths = torch.tensor([len(s["source"]) for s in samples])
+        source = torch.zeros(len(samples), int(lengths.max()), samples[0]["source"].shape[1])
+        for row, sample in zip(source, samples):
+            row[: len(sample["source"])] = torch.from_numpy(sample["source"])
+        sentences = [tokens for s in samples for tokens in s["sentences"]]
+        target, target_lengths = pad([[*tokens, EOS] for tokens in sentences])
+        previous, _ = pad([[EOS, *tokens] for tokens in sentences])
+        src_text, src_text_lengths = pad([s["src_text"] for s in samples])
+        tgt_text, tgt_text_lengths = pad([s["tgt_text"] for s in samples])
+        units, unit_lengths = pad([(u.astype(np.int64) + NUM_SPECIALS) for s in samples for u in s["units"]])
+        rows = torch.tensor([i for i, s in enumerate(samples) for _ in s["sentences"]])
+        windows = None
+        if any(s["windows"] for s in samples):
+            spans = [
+                span
+                for s, length in zip(samples, lengths.tolist())
+                for span in (s["windows"] or [(0, -(-length // 4))])
+            ]
+            start, end = torch.tensor(spans).unbind(1)
+            windows = {"row": rows, "start": start, "end": end}
+        return {
+            "id": torch.tensor([s["id"] for s in samples]),
+            "net_input": {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": previous},
+            "target": target,
+            "target_lengths": target_lengths,
+            "src_text": src_text,
+            "src_text_lengths": src_text_lengths,
+            "tgt_text": tgt_text,
+            "tgt_text_lengths": tgt_text_lengths,
+            "units": units,
+            "unit_lengths": unit_lengths,
+            "windows": windows,
+            "sentence_row": rows,
+            "ntokens": int(target_lengths.sum()),
+            "nsentences": len(sentences),
+        }
+
+
+def pad(sequences: Sequence[Sequence[int] | np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Sequences of indices as one tensor [N, longest], filled with ``<pad>``, and their lengths [N]."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    out = torch.full((len(sequences), int(lengths.max())), PAD, dtype=torch.long)
+    for row, sequence in zip(out, sequences):
+        row[: len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
+    return out, lengths
+
+
+def _extend(features: np.ndarray, length: int) -> np.ndarray:
+    return np.concatenate([features, np.repeat(features[-1:], length - len(features), axis=0)])

@@ -1,0 +1,125 @@
+"""Manifests: tab-separated tables with StreamSpeech's columns, one utterance a line.
+
+``id src_audio src_n_frames src_text tgt_text tgt_audio tgt_n_frames``; further columns (``voice``, ...) are allowed and
+kept. No quoting: a quotation mark is a letter like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterable
+
+import numpy as np
+
+from echostream.errors import ManifestError
+
+COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One row of a manifest.
+
+    Attributes:
+        id: unique within the manifest.
+        audio: path relative to the audio root, or ``archive.zip:offset:length``.
+        n_frames: source feature frames of 10 ms, as computed from the unperturbed recording.
+        src_text, tgt_text: sentences with their case and punctuation.
+        units: deduplicated target units, int16 ``[U]``, each ``0 .. num_units - 1``.
+        extra: the columns that are not StreamSpeech's.
+    """
+
+    id: str
+    audio: str
+    n_frames: int
+    src_text: str
+    tgt_text: str
+    units: np.ndarray
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+def read_manifest(path: str | Path) -> list[Utterance]:
+    """Read a manifest and check every row.
+
+    Raises:
+        ManifestError: the file is missing or empty, a column is missing, or a row does not hold what its columns
+            promise; the message names the file, the line and the value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ManifestError(f"manifest {path} does not exist")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"manifest {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    header = lines[0].rstrip("\r").split("\t")
+    for column in COLUMNS:
+        if column not in header:
+            raise ManifestError(f"manifest {path} has no column {column!r}; it has: {', '.join(header) or 'none'}")
+    rows, seen = [], set()
+    for number, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue
+        cells = line.rstrip("\r").split("\t")
+        where = f"manifest {path}, line {number}"
+        if len(cells) != len(header):
+            raise ManifestError(f"{where}: {len(cells)} cells where the header has {len(header)} columns")
+        row = dict(zip(header, cells))
+        utterance = _parse(row, where)
+        if utterance.id in seen:
+            raise ManifestError(f"{where}: id {utterance.id!r} appears twice")
+        seen.add(utterance.id)
+        rows.append(utterance)
+    if not rows:
+        raise ManifestError(f"manifest {path} has no rows")
+    return rows
+
+
+def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
+    """Write ``utterances`` so that ``read_manifest`` gives them back.
+
+    Raises:
+        ManifestError: a value holds a tab or a line break.
+    """
+    utterances = list(utterances)
+    extra = list(dict.fromkeys(name for u in utterances for name in u.extra))
+    lines = ["\t".join([*COLUMNS, *extra])]
+    for u in utterances:
+        units = " ".join(map(str, u.units.tolist()))
+        cells = [u.id, u.audio, str(u.n_frames), u.src_text, u.tgt_text, units, str(len(u.units))]
+        cells += [u.extra.get(name, "") for name in extra]
+        for cell in cells:
+            if any(c in cell for c in "\t\n\r"):
+                raise ManifestError(f"row {u.id!r}: {cell!r} holds a tab or a line break, which a manifest cannot")
+        lines.append("\t".join(cells))
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _parse(row: dict[str, str], where: str) -> Utterance:
+    for column in ("id", "src_audio", "src_text", "tgt_text", "tgt_audio"):
+        if not row[column].strip():
+            raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
+    n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
+    count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
+    try:
+        units = np.array(row["tgt_audio"].split(), dtype=np.int16)
+        valid = units.min() >= 0
+    except (ValueError, OverflowError):
+        valid = False
+    if not valid:
+        raise ManifestError(f"{where}: tgt_audio {_short(row['tgt_audio'])!r} is not a list of unit numbers")
+    if count != len(units):
+        raise ManifestError(f"{where}: tgt_n_frames is {count}, but tgt_audio lists {len(units)} units")
+    extra = {name: value for name, value in row.items() if name not in COLUMNS}
+    return Utterance(row["id"], row["src_audio"], n_frames, row["src_text"], row["tgt_text"], units, extra)
+
+
+def _whole(value: str, column: str, where: str) -> int:
+    if not value.isdecimal() or int(value) == 0:
+        raise ManifestError(f"{where}: {column} is {_short(value)!r}; it must be a whole number above 0")
+    return int(value)
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 40 else value[:37] + "..."
