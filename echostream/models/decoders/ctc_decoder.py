@@ -1,0 +1,93 @@
+"""CTC heads (Graves et al., 2006): the source-text head, and the target-text head with its causal layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from echostream.config import EchoStreamConfig
+from echostream.models.decoders.layers import CausalLayer, KeyValues, init_linear
+from echostream.models.state import State
+
+
+class CTCHead(nn.Module):
+    """One Linear from encoder frames to dictionary symbols; blank is ``<s>`` (index 0)."""
+
+    def __init__(self, dim: int, vocab: int):
+        super().__init__()
+        self.output = init_linear(nn.Linear(dim, vocab))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> unnormalised scores [B, T, vocab]."""
+        return self.output(x)
+
+
+@dataclass(frozen=True)
+class STState(State):
+    """The last ``st_left_context - 1`` frames of every layer, right-aligned, and how many of them are real."""
+
+    layers: tuple[KeyValues, ...]  # [B, st_left_context - 1, D] each
+    seen: Tensor  # [B] long, at most st_left_context - 1
+
+
+class STDecoder(nn.Module):
+    """Preliminary translation: windowed causal transformer layers and a CTC head.
+
+    A layer's frame sees itself and the ``st_left_context - 1`` frames before it. There are no absolute positions, so
+    that the stream may go on for ever at constant cost.
+    """
+
+    def __init__(self, cfg: EchoStreamConfig):
+        super().__init__()
+        self.window = cfg.st_left_context
+        self.layers = nn.ModuleList(
+            CausalLayer(
+                cfg.encoder_embed_dim, cfg.st_decoder_heads, cfg.encoder_ffn_embed_dim, cfg.st_left_context,
+                cfg.dropout, cfg.attention_dropout, cfg.activation_dropout,
+            )
+            for _ in range(cfg.st_decoder_layers)
+        )
+        self.head = CTCHead(cfg.encoder_embed_dim, cfg.st_vocab_size)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Encoder frames x [B, T, D] -> scores [B, T, vocab].
+
+        ``lengths`` [B] need not be given: padding behind a row is never seen by its frames.
+        """
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> STState:
+        """The state before the first frame."""
+        like = self.head.output.weight[0].detach().to(device=device, dtype=dtype)
+        caches = tuple(KeyValues.empty(batch_size, self.window - 1, like) for _ in self.layers)
+        return STState(caches, torch.zeros(batch_size, dtype=torch.long, device=like.device))
+
+    def step(self, x: Tensor, lengths: Tensor, state: STState) -> tuple[Tensor, Tensor, STState]:
+        """New frames x [B, N, D], of row b the first ``lengths[b]`` -> (scores [B, N, vocab], lengths, state)."""
+        outputs = []
+        # Long pushes go window by window, which keeps the cost linear in N.
+        for start in range(0, x.shape[1], self.window):
+            part = x[:, start : start + self.window]
+            y, state = self._step(part, (lengths - start).clamp(0, part.shape[1]), state)
+            outputs.append(y)
+        hidden = torch.cat(outputs, dim=1) if outputs else x
+        return self.head(hidden), lengths, state
+
+    def _step(self, x: Tensor, lengths: Tensor, state: STState) -> tuple[Tensor, STState]:
+        cached, new = self.window - 1, x.shape[1]
+        key = torch.arange(cached + new, device=x.device)
+        query = torch.arange(new, device=x.device)[:, None]
+        band = (key >= query) & (key <= query + cached)
+        # A padding query may have no real key at all; the key at its own place keeps it finite.
+        mask = (band & (key >= cached - state.seen[:, None, None]))[:, None]
+        caches = []
+        for layer, cache in zip(self.layers, state.layers):
+            x, cache = layer.step(x, lengths, cache, mask)
+            caches.append(cache)
+        return x, STState(tuple(caches), (state.seen + lengths).clamp(max=cached))

@@ -1,0 +1,375 @@
+"""What the ST, MT and unit decoders share: attention, positions, caches and post-norm transformer layers.
+
+Letters: B batch, U target positions, T encoder frames (40 ms each), N new items of one step, C places of a cache,
+D width, H heads. All layers are post-norm (Vaswani et al., 2017): ``LayerNorm(x + sublayer(x))``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from echostream.errors import EchoStreamError
+from echostream.models.state import State
+
+
+def sinusoidal_positions(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal position vectors (Vaswani et al., 2017): sines in the first half, cosines in the second.
+
+    Args:
+        positions: whole numbers of any shape [...].
+
+    Returns:
+        [..., dim] in ``dtype``; computed in at least fp32, because bf16 cannot tell position 300 from 301.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    half = (dim + 1) // 2
+    frequencies = torch.exp(torch.arange(half, device=positions.device, dtype=exact) * (-math.log(10_000.0) / half))
+    angles = positions.to(exact).unsqueeze(-1) * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :dim].to(dtype)
+
+
+def init_linear(linear: nn.Linear, parts: int = 1) -> nn.Linear:
+    """Xavier-uniform weights, zero bias. ``parts`` matrices stacked in one Linear are drawn one by one."""
+    for weight in linear.weight.chunk(parts, dim=0):
+        nn.init.xavier_uniform_(weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention with heads packed in the width: q [B, Q, D], k and v [B, K, D] -> [B, Q, D].
+
+    ``mask`` [B or 1, 1, Q or 1, K] is true where attention is allowed; every query must be allowed one key at least.
+    """
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(2)
+
+
+class Visible(NamedTuple):
+    """Which encoder frames a query may attend; see ``visible_frames``."""
+
+    mask: Tensor | None  # [B, 1, U or 1, T], true where allowed; None: everything
+    nothing: Tensor | None  # [B, U or 1, 1], true where there is no frame at all to attend
+
+
+def visible_frames(counts: Tensor, size: int) -> Visible:
+    """The first ``counts`` frames of ``size``: counts [B] (the same for all queries) or [B, U].
+
+    A count of 0 is allowed: such a query attends nothing, its attended vector is exactly zero (never NaN), and only
+    the output projection's bias is left of the sublayer.
+    """
+    if counts.dim() == 1:
+        counts = counts[:, None]
+    places = torch.arange(size, device=counts.device)
+    return Visible((places < counts.clamp(min=1)[..., None])[:, None], (counts <= 0)[..., None])
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with queries, keys and values from one projection. 4·(D² + D) parameters."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = init_linear(nn.Linear(dim, 3 * dim), parts=3)
+        self.out = init_linear(nn.Linear(dim, dim))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x [B, N, D], each [B, N, D]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return q, k, v
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        return self.out(attend(q, k, v, self.heads, mask, causal, self.dropout if self.training else 0.0))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention over the encoder, whose width ``memory_dim`` may differ from the decoder's."""
+
+    def __init__(self, dim: int, memory_dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q = init_linear(nn.Linear(dim, dim))
+        self.kv = init_linear(nn.Linear(memory_dim, 2 * dim), parts=2)
+        self.out = init_linear(nn.Linear(dim, dim))
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of encoder frames [B, T, memory_dim], each [B, T, D]."""
+        k, v = self.kv(memory).chunk(2, dim=-1)
+        return k, v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        if k.shape[1] == 0:
+            return self.out(torch.zeros_like(x))
+        context = attend(self.q(x), k, v, self.heads, visible.mask, False, self.dropout if self.training else 0.0)
+        if visible.nothing is not None:
+            context = context.masked_fill(visible.nothing, 0.0)
+        return self.out(context)
+
+
+class FeedForward(nn.Module):
+    """Linear, ReLU, Linear."""
+
+    def __init__(self, dim: int, inner: int, activation_dropout: float):
+        super().__init__()
+        self.inner = init_linear(nn.Linear(dim, inner))
+        self.outer = init_linear(nn.Linear(inner, dim))
+        self.activation_dropout = nn.Dropout(activation_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.activation_dropout(F.relu(self.inner(x))))
+
+
+@dataclass(frozen=True)
+class KeyValues(State):
+    """Keys and values of one attention layer, each [B, C, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, places: int, like: Tensor) -> "KeyValues":
+        shape = (batch, places, like.shape[0])
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
+
+class CausalLayer(nn.Module):
+    """Transformer encoder layer in which frame t sees the frames t-window+1 … t.
+
+    It knows no absolute position, so that it can stream for ever. d 256, FFN 1024: 789,760 parameters.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, ffn: int, window: int, dropout: float, attention_dropout: float, act_dropout: float
+    ):
+        super().__init__()
+        self.window = window
+        self.self_attention = SelfAttention(dim, heads, attention_dropout)
+        self.self_norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, ffn, act_dropout)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self.self_norm(x + self.dropout(attended))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All frames at once, x [B, T, D] -> [B, T, D], in time and memory linear in T.
+
+        Padding stands behind a row's frames, where causality already hides it.
+        """
+        batch, frames, dim = x.shape
+        w = self.window
+        q, k, v = self.self_attention.project(x)
+        if frames <= w:
+            return self._finish(x, self.self_attention(q, k, v, causal=True))
+        # Blocks of one window: each attends itself and the block before it, which together hold every visible frame.
+        blocks = -(-frames // w)
+        q, k, v = (F.pad(t, (0, 0, 0, blocks * w - frames)).view(batch, blocks, w, dim) for t in (q, k, v))
+        k, v = (torch.cat([F.pad(t[:, :-1], (0, 0, 0, 0, 1, 0)), t], dim=2) for t in (k, v))
+        query = torch.arange(w, device=x.device)[:, None] + w
+        key = torch.arange(2 * w, device=x.device)
+        mask = ((key <= query) & (key > query - w)).repeat(blocks, 1, 1)
+        mask[0, :, :w] = False  # nothing comes before the first block
+        mask = mask.repeat(batch, 1, 1)[:, None]
+        out = self.self_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
+        return self._finish(x, out.view(batch, blocks * w, dim)[:, :frames])
+
+    def step(self, x: Tensor, lengths: Tensor, cache: KeyValues, mask: Tensor) -> tuple[Tensor, KeyValues]:
+        """New frames x [B, N, D] after the window-1 cached ones (right-aligned); mask [B, 1, N, window-1+N]."""
+        q, k, v = self.self_attention.project(x)
+        k, v = torch.cat([cache.keys, k], dim=1), torch.cat([cache.values, v], dim=1)
+        y = self._finish(x, self.self_attention(q, k, v, mask))
+        # The cache moves by what each row brought: its last window-1 frames end at place window-1+length.
+        places = lengths[:, None] + torch.arange(self.window - 1, device=x.device)
+        rows = torch.arange(len(lengths), device=x.device)[:, None]
+        return y, KeyValues(k[rows, places], v[rows, places])
+
+
+class DecoderLayer(nn.Module):
+    """Transformer decoder layer: causal self-attention, cross-attention, FFN. d 256, FFN 1024: 1,053,440 parameters."""
+
+    def __init__(
+        self, dim: int, memory_dim: int, heads: int, ffn: int, dropout: float, attention_dropout: float,
+        act_dropout: float,
+    ):
+        super().__init__()
+        self.self_attention = SelfAttention(dim, heads, attention_dropout)
+        self.self_norm = nn.LayerNorm(dim)
+        self.cross_attention = CrossAttention(dim, memory_dim, heads, attention_dropout)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, ffn, act_dropout)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def _finish(self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        x = self.self_norm(x + self.dropout(attended))
+        x = self.cross_norm(x + self.dropout(self.cross_attention(x, k, v, visible)))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+    def forward(self, x: Tensor, memory: Tensor, visible: Visible) -> Tensor:
+        """All positions at once: x [B, U, D], memory [B, T, memory_dim] -> [B, U, D]."""
+        q, k, v = self.self_attention.project(x)
+        attended = self.self_attention(q, k, v, causal=True)
+        return self._finish(x, attended, *self.cross_attention.project_memory(memory), visible)
+
+
+class _Append:
+    """Where the new items of a step go: row b's first ``lengths[b]`` of N to the places from ``at[b]`` on."""
+
+    def __init__(self, at: Tensor, lengths: Tensor, new: int):
+        starts, counts = at.tolist(), lengths.tolist()
+        self.used = max((a + n for a, n in zip(starts, counts)), default=0)  # places in use afterwards
+        self.longest = max(counts, default=0)
+        self.uniform = len(set(starts)) == 1 and len(set(counts)) == 1
+        if self.uniform:
+            self.start, self.count = starts[0], counts[0]
+        else:
+            self.rows, self.items = (torch.arange(new, device=at.device) < lengths[:, None]).nonzero(as_tuple=True)
+            self.places = at[self.rows] + self.items
+
+    def write(self, cache: KeyValues, keys: Tensor, values: Tensor, in_place: bool) -> KeyValues:
+        """The cache with keys and values [B, N, D] added; its own buffers change only when ``in_place``."""
+        buffers = (cache.keys, cache.values) if in_place else (cache.keys.clone(), cache.values.clone())
+        for buffer, new in zip(buffers, (keys, values)):
+            if self.uniform:
+                buffer[:, self.start : self.start + self.count] = new[:, : self.count]
+            else:
+                buffer[self.rows, self.places] = new[self.rows, self.items]
+        return KeyValues(*buffers)
+
+
+@dataclass(frozen=True)
+class DecoderState(State):
+    """One sentence in the making, per row: cached self-attention, projected encoder frames, and how many of each."""
+
+    own: tuple[KeyValues, ...]  # per layer, [B, places, D]
+    memory: tuple[KeyValues, ...]  # per layer, [B, max_sentence_frames, D]
+    positions: Tensor  # [B] long, target positions taken so far
+    frames: Tensor  # [B] long, encoder frames appended so far
+
+    def restart(self, rows: Tensor | None = None) -> "DecoderState":
+        """A new sentence in ``rows`` [B] bool (default: all). The buffers are shared, not cleared: cheap."""
+        keep = torch.zeros_like(self.positions) if rows is None else (~rows).long()
+        return DecoderState(self.own, self.memory, self.positions * keep, self.frames * keep)
+
+    def reorder(self, rows: Tensor) -> "DecoderState":
+        """Like ``index_select`` for beam search: ``rows[b]`` must be a hypothesis of the same sentence as row b.
+
+        The encoder's keys and values are the same for all of them and stay where they are.
+        """
+        own = tuple(cache.index_select(rows) for cache in self.own)
+        return DecoderState(own, self.memory, self.positions.index_select(0, rows), self.frames)
+
+
+class TransformerDecoder(nn.Module):
+    """A stack of ``DecoderLayer`` with its streaming twin; base of the MT and the unit decoder.
+
+    ``in_place=True`` in ``extend`` and ``step`` gives the caller's state up: its buffers are written, not copied, and
+    only the returned state may be used from then on. By default the state given stays as it was.
+    """
+
+    def __init__(
+        self, dim: int, memory_dim: int, heads: int, ffn: int, layers: int, dropout: float, attention_dropout: float,
+        activation_dropout: float, max_positions: int, max_frames: int, position_limit: str,
+    ):
+        super().__init__()
+        self.dim, self.max_positions, self.max_frames, self.position_limit = dim, max_positions, max_frames, position_limit
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout)
+            for _ in range(layers)
+        )
+
+    def run(self, x: Tensor, memory: Tensor, memory_lengths: Tensor, visible: Tensor | None) -> Tensor:
+        """All positions x [B, U, D] (without position vectors) at once; ``visible`` [B, U] limits the frames seen.
+
+        Row padding in x stands behind its items, where causality already hides it.
+        """
+        positions = torch.arange(x.shape[1], device=x.device)
+        x = self.dropout(x + sinusoidal_positions(positions, self.dim, x.dtype))
+        counts = memory_lengths if visible is None else torch.minimum(visible, memory_lengths[:, None])
+        seen = visible_frames(counts, memory.shape[1])
+        for layer in self.layers:
+            x = layer(x, memory, seen)
+        return x
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        max_positions: int | None = None, max_frames: int | None = None,
+    ) -> DecoderState:
+        """An empty state. Buffers have their full size from the start; sizes other than the config's may be asked."""
+        like = self.layers[0].self_norm.weight.detach().to(device=device, dtype=dtype)
+        zeros = torch.zeros(batch_size, dtype=torch.long, device=like.device)
+
+        def caches(places: int) -> tuple[KeyValues, ...]:
+            return tuple(KeyValues.empty(batch_size, places, like) for _ in self.layers)
+
+        own, memory = caches(max_positions or self.max_positions), caches(max_frames or self.max_frames)
+        return DecoderState(own, memory, zeros, zeros)
+
+    def extend(self, frames: Tensor, lengths: Tensor, state: DecoderState, in_place: bool = False) -> DecoderState:
+        """Append encoder frames [B, N, memory_dim], of row b the first ``lengths[b]``, for cross-attention.
+
+        Raises:
+            EchoStreamError: a row would hold more frames than the state was made for (``max_sentence_frames``).
+        """
+        append = _Append(state.frames, lengths, frames.shape[1])
+        _check_room(append.used, state.memory[0].keys.shape[1], "encoder frames", "max_sentence_frames")
+        if not append.longest:
+            return state
+        memory = tuple(
+            append.write(cache, *layer.cross_attention.project_memory(frames), in_place)
+            for layer, cache in zip(self.layers, state.memory)
+        )
+        return DecoderState(state.own, memory, state.positions, state.frames + lengths)
+
+    def advance(
+        self, x: Tensor, lengths: Tensor, state: DecoderState, in_place: bool = False
+    ) -> tuple[Tensor, DecoderState]:
+        """New positions x [B, N, D] (without position vectors), which see all earlier ones and all frames so far.
+
+        Raises:
+            EchoStreamError: a row would hold more positions than the state was made for.
+        """
+        new = x.shape[1]
+        append = _Append(state.positions, lengths, new)
+        _check_room(append.used, state.own[0].keys.shape[1], "positions", self.position_limit)
+        positions = state.positions[:, None] + torch.arange(new, device=x.device)
+        x = self.dropout(x + sinusoidal_positions(positions, self.dim, x.dtype))
+        if not append.longest:
+            return x, state
+        used, frames = append.used, int(state.frames.max())
+        if new == 1 and append.uniform:
+            mask = None  # a single new position sees all that is there
+        else:
+            mask = (torch.arange(used, device=x.device) <= positions[..., None])[:, None]
+        if frames and bool((state.frames == frames).all()):
+            seen = Visible(None, None)
+        else:
+            seen = visible_frames(state.frames, frames)
+        own = []
+        for layer, cache, memory in zip(self.layers, state.own, state.memory):
+            q, k, v = layer.self_attention.project(x)
+            cache = append.write(cache, k, v, in_place)
+            attended = layer.self_attention(q, cache.keys[:, :used], cache.values[:, :used], mask)
+            x = layer._finish(x, attended, memory.keys[:, :frames], memory.values[:, :frames], seen)
+            own.append(cache)
+        return x, DecoderState(tuple(own), state.memory, state.positions + lengths, state.frames)
+
+
+def _check_room(wanted: int, places: int, what: str, limit: str) -> None:
+    if wanted > places:
+        raise EchoStreamError(
+            f"a sentence of {wanted} {what} does not fit the {places} of its buffers; "
+            f"end the sentence earlier or raise {limit}"
+        )

@@ -1,0 +1,92 @@
+"""The unit decoder: discrete speech units by CTC over upsampled text or encoder states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from echostream.config import EchoStreamConfig
+from echostream.constants import BLANK, NUM_SPECIALS
+from echostream.models.decoders.layers import DecoderState, TransformerDecoder, init_linear
+
+
+class UnitDecoder(TransformerDecoder):
+    """CTC-upsampled transformer decoder (StreamSpeech, Zhang et al., 2024, section 3.3; post-norm).
+
+    Every input state stands at ``ctc_upsample_ratio`` successive positions. Inputs are encoder frames
+    (``unit_decoder_input: encoder``) or the MT hidden states that predicted each token, ``</s>`` included (``mt``).
+    The output is ``num_units + 4`` wide: unit u is symbol u + 4, blank is symbol 0.
+    """
+
+    def __init__(self, cfg: EchoStreamConfig):
+        from_text = cfg.unit_decoder_input == "mt"
+        inputs = cfg.max_target_tokens if from_text else cfg.max_sentence_frames
+        super().__init__(
+            cfg.unit_decoder_embed_dim, cfg.encoder_embed_dim, cfg.unit_decoder_heads, cfg.unit_decoder_ffn_dim,
+            cfg.unit_decoder_layers, cfg.dropout, cfg.attention_dropout, cfg.activation_dropout,
+            max_positions=inputs * cfg.ctc_upsample_ratio, max_frames=cfg.max_sentence_frames,
+            position_limit="max_target_tokens" if from_text else "max_sentence_frames",
+        )
+        self.ratio = cfg.ctc_upsample_ratio
+        input_dim = cfg.mt_decoder_embed_dim if from_text else cfg.encoder_embed_dim
+        self.input = init_linear(nn.Linear(input_dim, cfg.unit_decoder_embed_dim))
+        self.output = init_linear(nn.Linear(cfg.unit_decoder_embed_dim, cfg.num_units + NUM_SPECIALS))
+
+    def upsample(self, inputs: Tensor) -> Tensor:
+        """[B, U, input_dim] -> [B, U·ratio, D], projected, without positions."""
+        return self.input(inputs).repeat_interleave(self.ratio, dim=1)
+
+    def forward(
+        self, inputs: Tensor, input_lengths: Tensor, encoder_out: Tensor, encoder_lengths: Tensor,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """All positions at once.
+
+        Args:
+            inputs: [B, U, input_dim]. input_lengths: [B]; padding stands behind and is never seen by real positions.
+            encoder_out: [B, T, encoder_embed_dim]; encoder_lengths: [B].
+            visible: [B, U], the encoder frames the positions of input state i may attend. Default: all of the row's.
+
+        Returns:
+            scores [B, U·ratio, num_units + 4], of which row b's first ``input_lengths[b]·ratio`` count.
+        """
+        if visible is not None:
+            visible = visible.repeat_interleave(self.ratio, dim=1)
+        return self.output(self.run(self.upsample(inputs), encoder_out, encoder_lengths, visible))
+
+    def step(
+        self, inputs: Tensor, lengths: Tensor, state: DecoderState, in_place: bool = False
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """New input states [B, N, input_dim], of row b the first ``lengths[b]``; they see all frames so far.
+
+        Returns:
+            scores [B, N·ratio, num_units + 4], their lengths [B], and the new state.
+
+        Raises:
+            EchoStreamError: a sentence is longer than ``max_target_tokens`` (``max_sentence_frames``) allow.
+        """
+        x, state = self.advance(self.upsample(inputs), lengths * self.ratio, state, in_place)
+        return self.output(x), lengths * self.ratio, state
+
+
+def greedy_units(logits: Tensor, lengths: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Greedy CTC: the best symbol of every position, repeats merged, blanks and special symbols dropped.
+
+    Args:
+        logits: [B, L, num_units + 4]; lengths: [B].
+        previous: [B], the last raw symbol of an earlier call, so that a repeat across calls counts once.
+
+    Returns:
+        units [B, U] (0 … num_units-1, zero behind a row's end), their number [B], and the last raw symbols [B].
+    """
+    best = logits.argmax(-1)
+    if previous is None:
+        previous = torch.full_like(lengths, BLANK)
+    before = torch.cat([previous[:, None], best], dim=1)
+    real = torch.arange(best.shape[1], device=best.device) < lengths[:, None]
+    keep = (best != before[:, :-1]) & (best >= NUM_SPECIALS) & real
+    counts = keep.sum(1)
+    units = best.new_zeros(best.shape[0], int(counts.max()) if len(counts) else 0)
+    rows, positions = keep.nonzero(as_tuple=True)
+    units[rows, (keep.cumsum(1) - 1)[rows, positions]] = best[rows, positions] - NUM_SPECIALS
+    return units, counts, before.gather(1, lengths[:, None])[:, 0]

@@ -1,0 +1,331 @@
+"""EchoStream's model: the six parts joined, offline for training and chunk by chunk for streaming.
+
+Letters: B batch rows, S sentences, T feature frames (10 ms), T' encoder frames (40 ms), U target tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Mapping, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from echostream.config import EchoStreamConfig
+from echostream.constants import NUM_SPECIALS, PAD
+from echostream.errors import CheckpointError, EchoStreamError
+from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder, STState
+from echostream.models.decoders.layers import DecoderState
+from echostream.models.decoders.transformer_decoder import MTDecoder
+from echostream.models.decoders.unit_decoder import UnitDecoder, greedy_units
+from echostream.models.echostream_encoder import EchoStreamEncoder
+from echostream.models.state import State
+
+__all__ = ["EchoStreamConfig", "EchoStreamModel", "ModelState", "SentenceWindows", "build_echostream_model"]
+
+# Where a vocabulary's size shows in the weights: parameter, what it belongs to, and the symbols beyond the vocabulary.
+_VOCABULARY_WEIGHTS = {
+    "asr_head.output.weight": ("ASR CTC head", "source dictionary", 0),
+    "st_decoder.head.output.weight": ("ST CTC head", "target dictionary", 0),
+    "mt_decoder.embedding.weight": ("MT decoder", "target dictionary", 0),
+    "unit_decoder.output.weight": ("unit decoder", "unit dictionary", 0),
+}
+
+
+class SentenceWindows(NamedTuple):
+    """Where the sentences of joined utterances lie: sentence s spans encoder frames ``start`` … ``end``-1 of ``row``."""
+
+    row: Tensor  # [S] long, batch row
+    start: Tensor  # [S] long
+    end: Tensor  # [S] long, exclusive
+
+    def gather(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut encoder frames x [B, T', D], lengths [B], into [S, W, D] and lengths [S]; zero behind a sentence's end."""
+        end = torch.minimum(self.end, lengths[self.row])
+        counts = (end - self.start).clamp(min=0)
+        places = torch.arange(int(counts.max()) if len(counts) else 0, device=x.device)
+        index = (self.start[:, None] + places).clamp(max=max(x.shape[1] - 1, 0))
+        frames = x[self.row[:, None], index]
+        return frames.masked_fill((places >= counts[:, None])[..., None], 0.0), counts
+
+
+@dataclass(frozen=True)
+class ModelState(State):
+    """State of the streaming loop, per row. Parts that this model does not stream are empty tuples."""
+
+    encoder: State
+    st: STState
+    units: tuple[DecoderState, ...]
+    last_unit: Tensor  # [B] long, the unit decoder's last raw symbol
+    vocoder: tuple[State, ...]
+
+
+class EchoStreamModel(nn.Module):
+    """Simultaneous speech-to-speech translation: StreamSpeech (Zhang et al., 2024) on an Emformer (Shi et al., 2021).
+
+    Args:
+        cfg: hyper-parameters; vocabulary sizes included.
+        vocoder: a CodeHiFiGAN; then ``forward`` gives out waveforms too. It is no part of the training.
+    """
+
+    def __init__(self, cfg: EchoStreamConfig, vocoder: nn.Module | None = None):
+        super().__init__()
+        self.config = cfg
+        self.encoder = EchoStreamEncoder(cfg)
+        self.asr_head = CTCHead(cfg.encoder_embed_dim, cfg.asr_vocab_size)
+        self.st_decoder = STDecoder(cfg)
+        self.mt_decoder = MTDecoder(cfg)
+        self.unit_decoder = UnitDecoder(cfg)
+        self.vocoder = vocoder
+        self._streaming = False
+        self._state: ModelState | None = None
+
+    # ---- all at once -------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor,
+        prev_output_tokens: Tensor | None = None,
+        windows: SentenceWindows | None = None,
+        visible: Tensor | None = None,
+        unit_visible: Tensor | None = None,
+        finished: bool | Tensor = False,
+    ) -> dict[str, Any]:
+        """Whole utterances; or, after ``reset_cache()``, the next chunk of each stream.
+
+        Args:
+            src_tokens: features [B, T, 80]. src_lengths: [B], feature frames (10 ms) of each row.
+            prev_output_tokens: [S, U], target sentences shifted right (``</s>`` first, padding behind): teacher forcing.
+            windows: the sentences of joined utterances. Default: one sentence per row, over all its frames.
+            visible: [S, U], g(i): how many encoder frames of its sentence target position i may attend.
+            unit_visible: the same for the unit decoder's inputs, [S, U] (``mt``; default ``visible``) or [S, W]
+                (``encoder``; default: all).
+            finished: streaming only; True (or [B] bool) flushes what the encoder still holds.
+
+        Returns:
+            A dict, offline: ``encoder_out`` (fairseq's encoder-output dict, ``["encoder_out"][0]`` is [T', B, D]),
+            ``encoder_lengths`` [B], ``asr_logits`` and ``st_logits`` [B, T', vocab]; with ``prev_output_tokens``:
+            ``mt_logits`` [S, U, vocab], ``mt_hidden`` [S, U, D]; ``unit_logits`` [S, L, num_units + 4] and
+            ``unit_lengths`` [S]; with a vocoder, in eval mode: ``units`` [S, N], ``units_lengths`` [S], ``waveform``
+            [S, T_wav] in [-1, 1] and ``waveform_lengths`` [S]. A unit decoder that reads MT states needs a translation:
+            without ``prev_output_tokens`` it is decoded greedily in eval mode (``mt_tokens`` [S, U]).
+            Streaming, the same keys hold what is new; see ``step``.
+
+        Raises:
+            EchoStreamError: no ``prev_output_tokens`` in training although the unit decoder reads MT states; a chunk of
+                another batch size than the stream's.
+        """
+        if self._streaming:
+            return self._stream(src_tokens, src_lengths, finished)
+        if self.config.input_channels == 1 and src_tokens.dim() != 3:
+            raise EchoStreamError(f"features have {src_tokens.dim()} dimensions; they must be [batch, frames, mel bins]")
+        x, lengths = self.encoder(src_tokens, src_lengths)
+        out = self._heads(x, lengths)
+        out["st_logits"] = self.st_decoder(x, lengths)
+        sentences, sentence_lengths = (x, lengths) if windows is None else SentenceWindows(*windows).gather(x, lengths)
+        out.update(self._translate(sentences, sentence_lengths, prev_output_tokens, visible, unit_visible))
+        if self.vocoder is not None and not self.training:
+            out.update(self._vocode(out["unit_logits"], out["unit_lengths"]))
+        return out
+
+    def _heads(self, x: Tensor, lengths: Tensor) -> dict[str, Any]:
+        padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+        encoder_out = {
+            "encoder_out": [x.transpose(0, 1)],
+            "encoder_padding_mask": [padding] if bool(padding.any()) else [],
+            "encoder_embedding": [],
+            "encoder_states": [],
+            "src_tokens": [],
+            "src_lengths": [],
+        }
+        return {"encoder_out": encoder_out, "encoder_lengths": lengths, "asr_logits": self.asr_head(x)}
+
+    def _translate(
+        self, x: Tensor, lengths: Tensor, prev: Tensor | None, visible: Tensor | None, unit_visible: Tensor | None
+    ) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        from_text = self.config.unit_decoder_input == "mt"
+        if prev is not None:
+            out["mt_logits"], out["mt_hidden"] = self.mt_decoder(prev, x, lengths, visible)
+            target_lengths = (prev != PAD).sum(1)
+        elif from_text:
+            if self.training:
+                raise EchoStreamError(
+                    "unit_decoder_input is 'mt': training needs prev_output_tokens, the target sentences shifted right"
+                )
+            out["mt_tokens"], out["mt_hidden"], target_lengths = self.mt_decoder.greedy(x, lengths)
+        if from_text:
+            inputs, input_lengths = out["mt_hidden"], target_lengths
+            unit_visible = visible if unit_visible is None else unit_visible
+        else:
+            inputs, input_lengths = x, lengths
+        out["unit_logits"] = self.unit_decoder(inputs, input_lengths, x, lengths, unit_visible)
+        out["unit_lengths"] = input_lengths * self.config.ctc_upsample_ratio
+        return out
+
+    @torch.no_grad()
+    def _vocode(self, unit_logits: Tensor, unit_lengths: Tensor) -> dict[str, Tensor]:
+        units, counts, _ = greedy_units(unit_logits, unit_lengths)
+        if units.shape[1] == 0:
+            waveform, wave_lengths = unit_logits.new_zeros(len(counts), 0), counts
+        else:
+            waveform, wave_lengths = self.vocoder(units, counts)
+        return {"units": units, "units_lengths": counts, "waveform": waveform, "waveform_lengths": wave_lengths}
+
+    # ---- chunk by chunk ----------------------------------------------------------------------------------------
+
+    def reset_cache(self) -> None:
+        """Enter streaming, or start it anew: from now on ``forward`` takes the next chunk of each stream.
+
+        ``train()`` leaves streaming. The first chunk sets the batch size.
+
+        Raises:
+            EchoStreamError: the model is in training mode.
+        """
+        if self.training:
+            raise EchoStreamError("reset_cache() starts streaming, which needs eval mode: call model.eval() first")
+        self._streaming, self._state = True, None
+
+    def train(self, mode: bool = True) -> "EchoStreamModel":
+        """Training mode (which leaves streaming) or, with ``mode=False``, eval mode."""
+        if mode:
+            self._streaming, self._state = False, None
+        return super().train(mode)
+
+    def new_sentence(self) -> None:
+        """In the streaming loop: the units of the frames to come belong to a new sentence (encoder and ST go on)."""
+        if self._state is not None and self._state.units:
+            self._state = ModelState(
+                self._state.encoder, self._state.st, (self._state.units[0].restart(),), self._state.last_unit,
+                self._state.vocoder,
+            )
+
+    @torch.no_grad()
+    def _stream(self, chunk: Tensor, lengths: Tensor, finished: bool | Tensor) -> dict[str, Any]:
+        if self._state is None:
+            self._state = self.init_state(chunk.shape[0])
+        if self._state.batch_size != chunk.shape[0]:
+            raise EchoStreamError(
+                f"this chunk has {chunk.shape[0]} rows, the stream has {self._state.batch_size}; "
+                "call reset_cache() to start anew"
+            )
+        if isinstance(finished, bool):
+            finished = torch.full((chunk.shape[0],), finished, device=chunk.device)
+        out, self._state = self.step(chunk, lengths, self._state, finished)
+        return out
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state of ``batch_size`` streams before their first chunk, on the model's device and in its dtype."""
+        weight = self.asr_head.output.weight
+        units: tuple[DecoderState, ...] = ()
+        vocoder: tuple[State, ...] = ()
+        if self.config.unit_decoder_input == "encoder":
+            units = (self.unit_decoder.init_state(batch_size),)
+            if self.vocoder is not None:
+                vocoder = (self.vocoder.init_state(batch_size),)
+        return ModelState(
+            self.encoder.init_state(batch_size, device=weight.device, dtype=weight.dtype),
+            self.st_decoder.init_state(batch_size),
+            units,
+            torch.zeros(batch_size, dtype=torch.long, device=weight.device),
+            vocoder,
+        )
+
+    @torch.no_grad()
+    def step(
+        self, chunk: Tensor, lengths: Tensor, state: ModelState, finished: Tensor | None = None
+    ) -> tuple[dict[str, Any], ModelState]:
+        """The next features of each stream, any number of them; the state given stays as it was.
+
+        A unit decoder that reads encoder frames runs along: segment by segment, so that its output is the same
+        however the features were cut, each position seeing the frames up to its own segment's end. A sentence that
+        fills its buffers (``max_sentence_frames``) ends there and the next frame starts a new one. A unit decoder that
+        reads MT states has to wait for a policy to write text: ``echostream.streaming`` does that.
+
+        Args:
+            chunk: features [B, T, 80] (10 ms each), of row b the first ``lengths[b]``; finished: [B] bool.
+
+        Returns:
+            What this chunk brought: ``encoder_out`` with N new frames ([N, B, D]), ``encoder_lengths`` [B],
+            ``asr_logits`` and ``st_logits`` [B, N, vocab]; in ``encoder`` mode ``unit_logits`` [B, N·ratio, units + 4],
+            ``unit_lengths`` [B], and with a vocoder ``units``, ``units_lengths``, ``waveform``, ``waveform_lengths``.
+            Then the new state.
+        """
+        x, counts, encoder = self.encoder.step(chunk, lengths, state.encoder, finished)
+        out = self._heads(x, counts)
+        out["st_logits"], _, st = self.st_decoder.step(x, counts, state.st)
+        last, units, vocoder = state.last_unit, state.units, state.vocoder
+        if units:
+            out["unit_logits"], out["unit_lengths"], unit_state = self._step_units(x, counts, units[0])
+            units = (unit_state,)
+            new_units, new_counts, last = greedy_units(out["unit_logits"], out["unit_lengths"], state.last_unit)
+            if vocoder:
+                waveform, wave_lengths, vocoder_state = self.vocoder.step(new_units, new_counts, vocoder[0], finished)
+                vocoder = (vocoder_state,)
+                out.update(units=new_units, units_lengths=new_counts, waveform=waveform, waveform_lengths=wave_lengths)
+        return out, ModelState(encoder, st, units, last, vocoder)
+
+    def _step_units(self, x: Tensor, counts: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, DecoderState]:
+        segment, limit = self.config.segment_length, self.config.max_sentence_frames
+        outputs = []
+        state = state.map(torch.clone) if x.shape[1] else state
+        for start in range(0, x.shape[1], segment):
+            part = x[:, start : start + segment]
+            lengths = (counts - start).clamp(0, part.shape[1])
+            state = state.restart(state.frames + lengths > limit)
+            state = self.unit_decoder.extend(part, lengths, state, in_place=True)
+            logits, _, state = self.unit_decoder.step(part, lengths, state, in_place=True)
+            outputs.append(logits)
+        ratio = self.config.ctc_upsample_ratio
+        if not outputs:
+            return x.new_zeros(x.shape[0], 0, self.config.num_units + NUM_SPECIALS), counts * ratio, state
+        return torch.cat(outputs, dim=1), counts * ratio, state
+
+    # ---- weights -----------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
+        """Load weights; an attached vocoder keeps its own where ``state_dict`` brings none.
+
+        Raises:
+            CheckpointError: the weights are of other vocabulary sizes, widths or parts than this model.
+        """
+        state_dict = dict(state_dict)
+        own = self.state_dict()
+        check_weights(own, state_dict, strict)
+        if strict and not any(name.startswith("vocoder.") for name in state_dict):
+            state_dict.update({name: value for name, value in own.items() if name.startswith("vocoder.")})
+        return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
+
+def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Compare names and shapes of a model's weights with those of a checkpoint.
+
+    Raises:
+        CheckpointError: they differ. One line: a vocabulary's component and both sizes, or the first weight that
+            does not fit.
+    """
+    for name, (component, dictionary, extra) in _VOCABULARY_WEIGHTS.items():
+        if name in own and name in loaded and len(own[name]) != len(loaded[name]):
+            raise CheckpointError(
+                f"{component}: the checkpoint was trained with {len(loaded[name]) - extra} symbols, the {dictionary} "
+                f"has {len(own[name]) - extra}; use the dictionaries the checkpoint was trained with"
+            )
+    for name, value in own.items():
+        if name in loaded and value.shape != loaded[name].shape:
+            raise CheckpointError(
+                f"{name} is {list(loaded[name].shape)} in the checkpoint, {list(value.shape)} in this configuration; "
+                "use the configuration the checkpoint was trained with"
+            )
+    if strict:
+        missing = [name for name in own if name not in loaded and not name.startswith("vocoder.")]
+        surplus = [name for name in loaded if name not in own]
+        for names, text in ((missing, "lacks"), (surplus, "has, unlike this configuration,")):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise CheckpointError(f"the checkpoint {text} {names[0]}{more}; use the configuration it was made with")
+
+
+def build_echostream_model(cfg: EchoStreamConfig, vocoder: nn.Module | None = None) -> EchoStreamModel:
+    """A model with freshly initialised weights; with ``vocoder`` attached it gives out waveforms too."""
+    return EchoStreamModel(cfg, vocoder)
