@@ -1,0 +1,210 @@
+"""The steps of ``scripts/prepare_corpus.py``: text, speech, target, units, manifests, and all of them in a row.
+
+Every step reads what the steps before it left in the output directory, does only what is missing, and notes its
+settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Callable, Iterable
+
+from echostream.data.corpus import sources, speech, tts
+from echostream.data.corpus.normalize import count_words
+from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, write_rows
+from echostream.data.corpus.subwords import train_subwords
+from echostream.errors import EchoStreamError, ManifestError, require
+
+PACKAGES = ("echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prepare_corpus.py", description=__doc__.splitlines()[0])
+    steps = parser.add_subparsers(dest="step", required=True, metavar="step")
+
+    def step(name: str, run: Callable, text: str, *groups: Callable) -> None:
+        sub = steps.add_parser(name, help=text, description=text)
+        sub.add_argument("--output", type=Path, required=True, help="the corpus directory")
+        sub.add_argument("--seed", type=int, default=1)
+        for group in groups:
+            group(sub)
+        sub.set_defaults(run=run)
+
+    step("text", run_text, "read the pairs, normalise, split, train SentencePiece", _text_options)
+    step("speech", run_speech, "record one set of source speech", _speech_options, _shard_options)
+    step("target", run_target, "record the target speech of the sets", _target_options, _shard_options)
+    return parser
+
+
+def _shard_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-shards", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--max-seconds", type=float, default=30.0, help="longer recordings are skipped")
+    parser.add_argument("--audio-format", choices=("wav", "flac"), default="wav")
+
+
+def _text_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pairs", type=Path, help="parallel text: tsv or tsv.gz with a header")
+    source.add_argument("--cvss", type=Path, help="CVSS directory ({train,dev,test}.tsv and wav directories)")
+    parser.add_argument("--columns", nargs=2, metavar=("SOURCE", "TARGET"), help="columns of --pairs (the first two)")
+    parser.add_argument("--common-voice", type=Path, help="Common Voice directory (*.tsv, clips/), with --cvss")
+    parser.add_argument("--source-lang", default="es")
+    parser.add_argument("--target-lang", default="en")
+    parser.add_argument("--max-words", type=int, default=40, help="longer pairs are skipped and listed")
+    parser.add_argument("--test-size", type=int, default=1000, help="pairs of the fixed test set (--pairs)")
+    parser.add_argument("--vocab-size", type=int, default=1000, help="SentencePiece pieces on each side")
+    parser.add_argument("--vocab-max-words", type=int, default=12,
+                        help="SentencePiece learns from train pairs up to this long")
+
+
+def _speech_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", required=True, metavar="NAME", help="name of the set of recordings")
+    parser.add_argument("--engine", choices=("kokoro", "espeak", "none"), default="none",
+                        help="who speaks what has no recording; none: ready recordings only")
+    parser.add_argument("--ready", type=Path, help="directory or tar of ready speech with a manifest.tsv")
+    parser.add_argument("--split", choices=("train", "dev", "test"), default="train")
+    parser.add_argument("--min-words", type=int, default=1)
+    parser.add_argument("--max-words", type=int, default=40)
+    parser.add_argument("--max-rank", type=int, default=0, help="no word rarer than this rank (0: any)")
+    parser.add_argument("--limit", type=int, default=0, help="at most so many pairs (0: all)")
+    parser.add_argument("--order", choices=("file", "rank", "hash"), default="file")
+    parser.add_argument("--exclude-set", nargs="*", default=[], metavar="NAME", help="leave out what these sets have")
+    parser.add_argument("--voices", nargs="*", help="voices of the engine (default: all that fit the split)")
+    parser.add_argument("--kokoro-voices", type=Path, help="directory of Kokoro's voice files (kokoro-js: voices/)")
+
+
+def _target_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sets", nargs="*", help="sets of source speech whose targets are wanted (default: all)")
+    parser.add_argument("--engine", choices=("hibari", "none"), default="hibari")
+
+
+def run_text(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    with Skipped(args.output / "skipped", "text") as skipped:
+        if args.pairs:
+            columns = tuple(args.columns) if args.columns else None
+            rows = sources.rows_of_text(args.pairs, skipped, args.max_words, args.test_size, columns)
+        elif args.common_voice:
+            rows = sources.rows_of_cvss(args.common_voice, args.cvss, skipped, args.max_words)
+        else:
+            raise ManifestError("--cvss needs --common-voice: the directory with the source clips")
+    write_rows(args.output / "rows.tsv", rows)
+    train = [r for r in rows if r.split == "train"
+             and max(count_words(r.src_text), count_words(r.tgt_text)) <= args.vocab_max_words]
+    pieces = {}
+    for side, name in (("src_text", "src"), ("tgt_text", "tgt")):
+        texts = list(dict.fromkeys(getattr(row, side) for row in train))
+        pieces[name] = train_subwords(
+            texts, args.output / f"spm.{name}.model", args.output / f"dict.{name}.txt", args.vocab_size, args.seed
+        )
+    splits = {s: sum(row.split == s for row in rows) for s in ("train", "dev", "test", "rest")}
+    note_step(args, "text", pairs=splits, pieces=pieces, skipped=len(skipped))
+    print(f"text: {splits}, pieces {pieces}, {len(skipped)} rows skipped")
+
+
+def run_speech(args: argparse.Namespace) -> None:
+    rows = read_rows(args.output / "rows.tsv")
+    exclude = {line["row"] for name in args.exclude_set for line in speech_ledger(args.output, name).values()}
+    selection = speech.Selection(
+        args.split, args.min_words, args.max_words, args.max_rank, args.limit, args.order, frozenset(exclude)
+    )
+    ready = sources.ReadySpeech(args.ready) if args.ready else None
+    engine = _source_engine(args)
+    counts = speech.speech_set(
+        args.output, args.set, rows, selection, engine, ready, args.seed, args.max_seconds, f".{args.audio_format}",
+        args.shard, args.num_shards, progress=progress_bar(f"speech {args.set}"),
+    )
+    note_step(args, f"speech-{args.set}", counts=dict(counts), voices=list(getattr(engine, "voices", ())),
+              engine_version=getattr(engine, "version", None))
+    print(f"speech {args.set}: {dict(counts)}")
+
+
+def run_target(args: argparse.Namespace) -> None:
+    rows = {row.row: row for row in read_rows(args.output / "rows.tsv")}
+    names = args.sets or speech_sets(args.output)
+    wanted = [rows[line["row"]] for name in names for line in speech_ledger(args.output, name).values()]
+    wanted.sort(key=lambda row: ("test", "dev", "train").index(row.split))
+    engine = tts.Hibari() if args.engine == "hibari" and any(not row.tgt_audio for row in wanted) else None
+    counts = speech.target_speech(
+        args.output, wanted, engine, args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
+        args.num_shards, progress=progress_bar("target"),
+    )
+    note_step(args, "target", counts=dict(counts), engine_version=getattr(engine, "version", None))
+    print(f"target: {dict(counts)}")
+
+
+def _source_engine(args: argparse.Namespace) -> tts.Engine | None:
+    if args.engine == "kokoro":
+        if args.kokoro_voices is None:
+            raise ManifestError("--engine kokoro needs --kokoro-voices, the directory voices/ of npm kokoro-js 1.2.1")
+        default = tts.KOKORO_TEST_VOICES if args.split == "test" else tts.KOKORO_TRAIN_VOICES
+        return tts.Kokoro(args.kokoro_voices, args.voices or default, _language(args.output))
+    if args.engine == "espeak":
+        return tts.Espeak(args.voices or tts.ESPEAK_VOICES)
+    return None
+
+
+def _language(output: Path) -> str:
+    note = output / "steps" / "text.json"
+    return json.loads(note.read_text(encoding="utf-8"))["settings"]["source_lang"] if note.is_file() else "es"
+
+
+def speech_ledger(output: Path, name: str) -> dict[str, dict[str, str]]:
+    """Recordings of one set by their id. Raises ManifestError when there is no such set."""
+    directory = output / "speech"
+    if name not in speech_sets(output):
+        raise ManifestError(f"{directory} has no set {name!r}; it has: {', '.join(speech_sets(output)) or 'none'}")
+    return Ledger(directory, name, speech.SPEECH_COLUMNS).read()
+
+
+def speech_sets(output: Path) -> list[str]:
+    return sorted({path.name.rsplit(".", 2)[0] for path in (output / "speech").glob("*.*-of-*.tsv")})
+
+
+def note_step(args: argparse.Namespace, name: str, **facts: object) -> None:
+    """Write ``steps/<name>.json``: the settings, the outcome, the versions of what was used."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("run", "step", "output") and v is not None}
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    note = {
+        "step": args.step,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "settings": {k: Path(v).name if isinstance(v, Path) else v for k, v in settings.items()},
+        "versions": versions,
+        **facts,
+    }
+    path = args.output / "steps" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def progress_bar(title: str) -> Callable[[Iterable], Iterable]:
+    tqdm = require("tqdm", "all").tqdm
+    return lambda items: tqdm(items, desc=title, unit="utt", mininterval=2.0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one step; errors meant for the user come as one line and exit status 1."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except EchoStreamError as error:
+        print(f"prepare_corpus.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prepare_corpus.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+__all__ = ["Row", "build_parser", "main"]

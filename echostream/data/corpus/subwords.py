@@ -1,0 +1,47 @@
+"""SentencePiece models and dictionaries in fairseq's format."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Sequence
+
+from echostream.errors import ManifestError, require
+
+
+def train_subwords(texts: Sequence[str], model: Path, dictionary: Path, vocab_size: int, seed: int = 1,
+                   coverage: float = 0.9999) -> int:
+    """Train a unigram model on ``texts`` and write it with its dictionary; returns the number of pieces.
+
+    The text is taken as it is (``normalize_text`` has been over it), case and punctuation included.
+
+    Raises:
+        ManifestError: the text is too small for the vocabulary; the message says how many pieces it allows.
+    """
+    sentencepiece = require("sentencepiece", "all")
+    sentencepiece.set_random_generator_seed(seed)
+    buffer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=buffer, model_type="unigram", vocab_size=vocab_size,
+            character_coverage=coverage, normalization_rule_name="identity", num_threads=1,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ManifestError(
+            f"{len(texts)} sentences do not give {vocab_size} SentencePiece pieces: {str(error).splitlines()[0]}"
+        ) from None
+    processor = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    counts = Counter(piece for text in texts for piece in processor.encode(text, out_type=str))
+    model.write_bytes(buffer.getvalue())
+    # Pieces keep the model's order, so that the file says the same whatever the counts are.
+    lines = [f"{piece} {counts[piece]}\n" for i, piece in enumerate(pieces)
+             if not (processor.is_unknown(i) or processor.is_control(i))]
+    dictionary.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
+
+
+def write_unit_dictionary(path: Path, num_units: int) -> None:
+    path.write_text("".join(f"{unit} 1\n" for unit in range(num_units)), encoding="utf-8")

