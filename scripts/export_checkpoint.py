@@ -50,7 +50,8 @@ def export(args: argparse.Namespace) -> None:
     if config is None:
         raise EchoStreamError(f"{args.checkpoint[-1]} does not tell the model's configuration; give it with --config")
     # Sizes of vocabularies follow the dictionaries; fairseq's arguments do not hold them.
-    sizes = {name: len(Vocabulary.load(args.data / FILES[name])) for name in ("source_dict", "target_dict", "unit_dict")}
+    dictionaries = ("source_dict", "target_dict", "unit_dict")
+    sizes = {name: len(Vocabulary.load(args.data / FILES[name])) for name in dictionaries}
     config = dataclasses.replace(
         config,
         asr_vocab_size=sizes["source_dict"],

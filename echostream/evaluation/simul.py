@@ -1,0 +1,380 @@
+"""SimulEval for speech output: instances, data loader and scorers that replace those of SimulEval 1.1.4.
+
+``register()`` puts them into SimulEval's registries under the names users know (BLEU, ASR_BLEU, AL, LAAL, StartOffset,
+EndOffset, ...), so that ``simuleval --agent agent/echostream_agent.py`` gets them without further flags; for
+``--score-only``, which never imports the agent, say ``--user-dir agent``. All of this is for simuleval 1.1.4, and an
+entry can go when the defect it names is gone:
+
+* whole corpus as lists of Python floats, each file decoded three times → ``SpeechDataloader``, ``SpeechInstance``;
+* ``elapsed`` written empty, so that computation-aware scoring crashes → ``SpeechInstance.summarize``;
+* empty translations write no wav → written with no samples;
+* BLEU of speech compares the wav's *path* with the reference → ``TextBLEU``;
+* ASR_BLEU shells out to a file pip does not install and logs the failure only → ``SpeechBLEU``;
+* AL and LAAL count emitted pieces of speech against words of the reference → per word here;
+* ``--computation-aware`` replaces the plain figures instead of adding to them → ``from_args``;
+* RTF is 1.0 by construction, Discontinuity* assert on logged instances → from what the log holds.
+
+Log lines (``instances.log``) gain ``text`` (what was said), ``source_text`` (what was heard), ``words`` (each with
+``text``, ``delay`` and ``elapsed`` of the piece of speech that brought it, in ms) and ``compute`` (ms).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from argparse import Namespace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echostream.audio.io import read_audio, write_audio
+from echostream.constants import SAMPLE_RATE
+from echostream.errors import EchoStreamError, require
+from echostream.evaluation import latency, quality
+from echostream.evaluation.asr import load_recogniser
+
+require("simuleval", "simuleval")
+
+from simuleval.data.dataloader import DATALOADER_DICT  # noqa: E402  (after the check that it is there)
+from simuleval.data.dataloader.s2t_dataloader import SpeechToSpeechDataloader  # noqa: E402
+from simuleval.data.segments import Segment, SpeechSegment  # noqa: E402
+from simuleval.evaluator.instance import INSTANCE_TYPE_DICT, SpeechToSpeechInstance  # noqa: E402
+from simuleval.evaluator.scorers.latency_scorer import (  # noqa: E402
+    LATENCY_SCORERS_DICT,
+    LATENCY_SCORERS_NAME_DICT,
+    LatencyScorer,
+)
+from simuleval.evaluator.scorers.quality_scorer import QUALITY_SCORERS_DICT, QualityScorer  # noqa: E402
+
+logger = logging.getLogger("echostream.evaluation")
+
+
+class SpeechDataloader(SpeechToSpeechDataloader):
+    """Sources as numpy arrays, decoded when their turn comes; any format, channels averaged, own sample rate."""
+
+    def preprocess_source(self, source: str) -> np.ndarray:
+        return read_audio(source)[0]
+
+
+class SpeechInstance(SpeechToSpeechInstance):
+    """One utterance: hands out its source and collects the speech and the words that come back."""
+
+    def __init__(self, index: int, dataloader: SpeechDataloader | None, args: Namespace | None):
+        # The base class would decode every recording of the corpus at once; so it is not shown the loader.
+        super().__init__(index, None, args)
+        self.dataloader = dataloader
+        self.reference = dataloader.get_target(index)
+        self.tgt_lang = dataloader.get_tgt_lang(index)
+        self.words: list[dict[str, Any]] = []
+        self.waiting: list[str] = []
+        self.source_text = ""
+
+    @property
+    def source(self) -> np.ndarray:
+        return self.dataloader.get_source(self.index)
+
+    @cached_property
+    def audio_info(self) -> Any:
+        return self.dataloader.get_source_audio_info(self.index)
+
+    @property
+    def sample_rate(self) -> int:
+        return self.audio_info.samplerate
+
+    @property
+    def source_length(self) -> float:
+        """Milliseconds."""
+        return 1000 * self.audio_info.frames / self.audio_info.samplerate
+
+    def send_source(self, segment_size: int = 10) -> Segment:
+        segment = super().send_source(segment_size)
+        if segment.finished:
+            self.sample_list = self.sample_list[:0]  # read to its end: a long corpus must not pile up
+            self.step_total = self.step
+        return segment
+
+    def receive_prediction(self, segment: Segment) -> None:
+        """Take one piece of output. Words come in ``segment.config["words"]`` and are timed by the speech they are in.
+
+        Words whose audio is not there yet wait for the next piece that has audio.
+        """
+        self.compute_ms = 1000 * (time.time() - self.start_time)
+        self.finish_prediction = segment.finished
+        self.waiting += segment.config.get("words", [])
+        self.source_text = segment.config.get("source_text", self.source_text)
+        if isinstance(segment, SpeechSegment) and len(segment.content) > 0:
+            if self.target_sample_rate < 0:
+                self.target_sample_rate = segment.sample_rate
+            self.prediction_list.append(np.asarray(segment.content, dtype=np.float32))
+            self.durations.append(1000 * len(segment.content) / segment.sample_rate)
+            self.delays.append(self.len_sample_to_ms(self.step))
+            self.elapsed.append(self.delays[-1] + self.compute_ms)
+            self._give_out_words()
+        if segment.finished:
+            self._give_out_words()  # said in text only: no audio will come for them any more
+
+    def _give_out_words(self) -> None:
+        delay = self.len_sample_to_ms(self.step)
+        self.words += [
+            {"text": word, "delay": delay, "elapsed": delay + self.compute_ms, "piece": len(self.delays) - 1}
+            for word in self.waiting
+        ]
+        self.waiting = []
+
+    def summarize(self) -> dict[str, Any]:
+        """The log line; also writes the wav: silence where the listener waits, from the first piece of speech on."""
+        rate = self.target_sample_rate if self.target_sample_rate > 0 else SAMPLE_RATE
+        self.intervals = [list(interval) for interval in latency.playback(self.delays, self.durations)]
+        pieces, self.silences = [np.zeros(0, dtype=np.float32)], []
+        end = self.intervals[0][0] if self.intervals else 0.0
+        for (start, duration), samples in zip(self.intervals, self.prediction_list, strict=True):
+            if start > end:
+                pieces.append(np.zeros(round(rate * (start - end) / 1000), dtype=np.float32))
+                self.silences.append(start - end)
+            pieces.append(samples)
+            end = start + duration
+        waveform = np.concatenate(pieces)
+        write_audio(self.wav_path, waveform, rate)
+        return {
+            "index": self.index,
+            "prediction": self.wav_path.as_posix(),
+            "text": " ".join(word["text"] for word in self.words),
+            "source_text": self.source_text,
+            "words": self.words,
+            "delays": self.delays,
+            "elapsed": self.elapsed,
+            "durations": self.durations,
+            "intervals": self.intervals,
+            "silences": self.silences,
+            "compute": self.compute_ms,
+            "prediction_offset": self.intervals[0][0] if self.intervals else self.source_length,
+            "prediction_length": 1000 * len(waveform) / rate,
+            "source_length": self.source_length,
+            "reference": self.reference,
+            "source": str(self.dataloader.get_source_audio_path(self.index)),
+        }
+
+
+class TextBLEU(QualityScorer):
+    """BLEU of the streamed text (of the prediction itself for text output)."""
+
+    def __call__(self, instances: dict[int, Any]) -> float:
+        return quality.bleu([spoken_text(i) for i in instances.values()], [i.reference for i in instances.values()])
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> TextBLEU:
+        return cls()
+
+
+class SpeechBLEU(QualityScorer):
+    """ASR-BLEU: BLEU of what the recogniser named in ``asr.txt`` hears, case and punctuation left out.
+
+    Transcripts are written beside the log as ``asr_transcripts.txt``, so that scoring again does not listen again.
+    """
+
+    def __init__(self, recogniser: str = "auto") -> None:
+        self.recogniser = recogniser
+
+    def __call__(self, instances: dict[int, Any]) -> float:
+        return quality.asr_bleu(
+            transcribe(instances, self.recogniser), [i.reference for i in instances.values()]
+        )
+
+    @staticmethod
+    def add_args(parser: Any) -> None:
+        parser.add_argument(
+            "--asr", default="auto", help="recogniser for ASR_BLEU and ASR_WER: auto, whisper or pocketsphinx"
+        )
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> SpeechBLEU:
+        return cls(args.asr)
+
+
+class SpeechWER(SpeechBLEU):
+    """Word error rate of the recogniser's transcript against the text the model meant to say: is the voice clear?"""
+
+    def __call__(self, instances: dict[int, Any]) -> float:
+        texts = [spoken_text(i) for i in instances.values()]
+        if not any(text.strip() for text in texts):
+            return math.nan
+        return quality.word_error_rate(transcribe(instances, self.recogniser), texts)
+
+
+def spoken_text(instance: Any) -> str:
+    return getattr(instance, "text", None) or ("" if hasattr(instance, "words") else instance.prediction)
+
+
+def transcribe(instances: dict[int, Any], recogniser: str = "auto") -> list[str]:
+    """What the recogniser hears in each instance's wav, in order; kept in the output directory for the next call."""
+    from tqdm import tqdm
+
+    wavs = [Path(instance.prediction) for instance in instances.values()]
+    folder = wavs[0].parent.parent
+    cache, name_file = folder / "asr_transcripts.txt", folder / "asr.txt"
+    newest = max((wav.stat().st_mtime for wav in wavs if wav.exists()), default=math.inf)
+    if cache.exists() and name_file.exists() and cache.stat().st_mtime >= newest:
+        lines = cache.read_text(encoding="utf-8").split("\n")[:-1]
+        if len(lines) == len(wavs) and recogniser in ("auto", name_file.read_text(encoding="utf-8").split()[0].lower()):
+            return lines
+    engine = load_recogniser(recogniser)
+    lines = [engine.transcribe_file(wav).replace("\n", " ") for wav in tqdm(wavs, desc=f"listening ({engine.name})")]
+    cache.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    name_file.write_text(engine.name + "\n", encoding="utf-8")
+    return lines
+
+
+class WordScorer(LatencyScorer):
+    """Base of the latency scorers here. Utterances without output are skipped and counted in a warning, not averaged.
+
+    Computation-aware figures (``--computation-aware``, name with ``_CA``) use ``elapsed``: the source read so far plus
+    all the time spent computing so far, as SimulEval defines it (no overlap of listening and computing).
+    """
+
+    name = ""
+
+    def measure(self, instance: Any) -> float | None:
+        """The instance's figure; None when it has no output to measure."""
+        raise NotImplementedError
+
+    def __call__(self, instances: dict[int, Any]) -> float:
+        figures = []
+        for instance in instances.values():
+            figure = self.measure(instance)
+            if figure is not None:
+                instance.metrics[self.metric_name] = figure
+                figures.append(figure)
+        if len(figures) < len(instances):
+            logger.warning(f"{self.metric_name}: {len(instances) - len(figures)} utterances without output left out")
+        return float(np.mean(figures)) if figures else math.nan
+
+    @property
+    def metric_name(self) -> str:
+        return self.name + ("_CA" if self.computation_aware else "")
+
+    def word_delays(self, instance: Any) -> list[float]:
+        if hasattr(instance, "words"):
+            return [word["elapsed" if self.computation_aware else "delay"] for word in instance.words]
+        return list(getattr(instance, self.timestamp_type, []))
+
+    def reference_words(self, instance: Any) -> int:
+        words = len(instance.reference.split())
+        return words if self.use_ref_len and words else len(self.word_delays(instance))
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> WordScorer:
+        # SimulEval adds the computation-aware scorer beside this one; this one is the plain figure.
+        return cls(computation_aware=False, use_ref_len=not args.no_use_ref_len)
+
+
+class WordAL(WordScorer):
+    """AL per target word at the emission of its audio (ms)."""
+
+    name = "AL"
+    lagging = staticmethod(latency.average_lagging)
+
+    def measure(self, instance: Any) -> float | None:
+        delays = self.word_delays(instance)
+        if not delays:
+            return None
+        return self.lagging(delays, instance.source_length, self.reference_words(instance))
+
+
+class WordLAAL(WordAL):
+    """LAAL per target word at the emission of its audio (ms)."""
+
+    name = "LAAL"
+    lagging = staticmethod(latency.length_adaptive_average_lagging)
+
+
+class StartOffset(WordScorer):
+    """From the start of the source to the first sound of the translation (ms)."""
+
+    name = "StartOffset"
+
+    def measure(self, instance: Any) -> float | None:
+        times = instance.elapsed if self.computation_aware else instance.delays
+        return times[0] if times else None
+
+
+class EndOffset(WordScorer):
+    """From the end of the source to the end of the translation as it is played (ms)."""
+
+    name = "EndOffset"
+
+    def measure(self, instance: Any) -> float | None:
+        times = instance.elapsed if self.computation_aware else instance.delays
+        if not times:
+            return None
+        durations = getattr(instance, "durations", None) or [0.0] * len(times)
+        return sum(latency.playback(times, durations)[-1]) - instance.source_length
+
+
+class RealTimeFactor(WordScorer):
+    """Seconds of computing for a second of source."""
+
+    name = "RTF"
+
+    def measure(self, instance: Any) -> float | None:
+        return instance.compute / instance.source_length if hasattr(instance, "compute") else None
+
+
+class SilenceSum(WordScorer):
+    """Silence inside the translation, where the listener waits for more (ms, plain clock)."""
+
+    name = "DiscontinuitySum"
+
+    def measure(self, instance: Any) -> float | None:
+        return float(sum(instance.silences)) if instance.delays and hasattr(instance, "silences") else None
+
+
+class SilenceNumber(SilenceSum):
+    """How many such silences there are."""
+
+    name = "DiscontinuityNum"
+
+    def measure(self, instance: Any) -> float | None:
+        return float(len(instance.silences)) if instance.delays and hasattr(instance, "silences") else None
+
+
+class SilenceAverage(SilenceSum):
+    """How long one such silence is (ms)."""
+
+    name = "DiscontinuityAve"
+
+    def measure(self, instance: Any) -> float | None:
+        total, count = super().measure(instance), len(getattr(instance, "silences", []))
+        return total if not total else total / count
+
+
+LATENCY_SCORERS = (
+    WordAL, WordLAAL, StartOffset, EndOffset, RealTimeFactor, SilenceSum, SilenceNumber, SilenceAverage,
+)  # fmt: skip
+QUALITY_SCORERS = {"BLEU": TextBLEU, "ASR_BLEU": SpeechBLEU, "ASR_WER": SpeechWER}
+
+
+def register() -> None:
+    """Put everything of this file into SimulEval's registries; may be called again."""
+    import simuleval
+
+    version = _version("simuleval")
+    if version != "1.1.4":
+        logger.warning(f"simuleval {version}: EchoStream's scorers were made for 1.1.4 ({simuleval.__file__})")
+    DATALOADER_DICT["speech-to-speech"] = SpeechDataloader
+    INSTANCE_TYPE_DICT["speech-speech"] = SpeechInstance
+    QUALITY_SCORERS_DICT.update(QUALITY_SCORERS)
+    for scorer in LATENCY_SCORERS:
+        LATENCY_SCORERS_DICT[scorer.name] = scorer
+        LATENCY_SCORERS_NAME_DICT[scorer.__name__] = scorer.name
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+__all__ = ["EchoStreamError", "SpeechDataloader", "SpeechInstance", "register", "spoken_text", "transcribe"]
