@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.config import EchoStreamConfig
+from echostream.models.dropout import dropout
 from echostream.models.emformer_layer import EmformerLayer, EmformerLayerState, attention_mask
 from echostream.models.state import State
 from echostream.models.subsampler import Subsampler, SubsamplerState, append_rows, take_rows
@@ -79,7 +80,7 @@ class EchoStreamEncoder(nn.Module):
             ([B, ceil(T / 4), D] encoder frames of 40 ms, zero in the padding; [B] valid encoder frames).
         """
         x, lengths = self.subsampler(src_tokens, src_lengths)
-        x = F.dropout(x, self.dropout, self.training)
+        x = dropout(x, self.dropout, self.training)
         return self.forward_layers(x, lengths), lengths
 
     def forward_layers(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class EchoStreamEncoder(nn.Module):
         blocks = -(-segments // block)
         before = torch.arange(blocks, device=x.device) * block
         frames = lengths[:, None] - before * self.segment_length
-        mask = self._mask(before.expand(batch, -1).flatten(), frames.flatten(), block)
+        mask = self._mask(before.expand(batch, -1).flatten(), frames.flatten(), block, x.dtype)
         padding = torch.arange(time, device=x.device) >= lengths[:, None]
         h = self._split(x, segments)
         for layer in self.layers:
@@ -179,7 +180,7 @@ class EchoStreamEncoder(nn.Module):
         """Compute the segments ``at`` to ``at + block`` of ``queue`` [B, A, D]; rows may have fewer ``ready`` [B]."""
         start = at * self.segment_length
         done = (ready - at).clamp(0, block)
-        mask = self._mask(segments + at, count - start, block)
+        mask = self._mask(segments + at, count - start, block, queue.dtype)
         h = self._split(queue[:, start:], block)
         after = []
         for layer, before in zip(self.layers, layers, strict=True):
@@ -196,7 +197,7 @@ class EchoStreamEncoder(nn.Module):
             return x.reshape(len(x), segments, step, -1)
         return x.unfold(1, step + right, step).transpose(2, 3)
 
-    def _mask(self, before: Tensor, frames: Tensor, block: int) -> Tensor:
+    def _mask(self, before: Tensor, frames: Tensor, block: int, dtype: torch.dtype) -> Tensor:
         return attention_mask(
             before,
             frames,
@@ -205,4 +206,5 @@ class EchoStreamEncoder(nn.Module):
             self.left_context_length,
             self.right_context_length,
             self.memory_size,
+            dtype,
         )

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from echostream.models.dropout import dropout, relu_dropout
 from echostream.models.state import State
 from echostream.models.subsampler import take_rows
 
@@ -175,25 +176,30 @@ class EmformerLayer(nn.Module):
         """Masked attention of ``query`` [N, Q, D] over keys and values ``kv`` [N, K, 2 D] -> [N, Q, D]."""
         key, value = kv.chunk(2, dim=2)
         query, key, value = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        dropout = self.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        p = self.attention_dropout if self.training else 0.0
+        if p and query.device.type == "cpu":
+            # torch has no fused kernel for this case; its composite one is slower by what a cheap dropout saves.
+            scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)).add_(mask.to(query.dtype))
+            out = torch.matmul(dropout(scores.softmax(dim=-1), p, True), value)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p)
         return out.transpose(1, 2).flatten(2)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Everything behind the attention: output projection, residuals, norms, feed-forward network."""
-        x = x + F.dropout(self.out_proj(attended), self.dropout, self.training)
+        x = x + dropout(self.out_proj(attended), self.dropout, self.training)
         if not self.normalize_before:
             x = self.attention_norm(x)
         h = self.ffn_norm(x) if self.normalize_before else x
-        h = F.dropout(F.relu(self.fc1(h)), self.activation_dropout, self.training)
-        x = x + F.dropout(self.fc2(h), self.dropout, self.training)
+        h = relu_dropout(self.fc1(h), self.activation_dropout, self.training)
+        x = x + dropout(self.fc2(h), self.dropout, self.training)
         return self.output_norm(x) if self.output_norm is not None else self.ffn_norm(x)
 
 
 def attention_mask(
-    before: Tensor, frames: Tensor, block: int, segment: int, left: int, right: int, memory: int
+    before: Tensor, frames: Tensor, block: int, segment: int, left: int, right: int, memory: int, dtype: torch.dtype
 ) -> Tensor:
-    """Which keys the queries of each block may attend.
+    """Which keys the queries of each block may attend, to be added to the attention scores.
 
     Args:
         before: [N] segments of the stream before the block.
@@ -201,8 +207,8 @@ def attention_mask(
         block, segment, left, right, memory: G, S, L, R and M.
 
     Returns:
-        [N, 1, G W, K] true where attention is allowed; keys in the order of the module's docstring. A padding frame
-        attends itself whatever the lengths, so that no row of the softmax is empty.
+        [N, 1, G W, K] of ``dtype``, 0 where attention is allowed and -inf elsewhere; keys in the order of the module's
+        docstring. A padding frame attends itself whatever the lengths, so that no row of the softmax is empty.
     """
     device = before.device
     index = torch.arange(block, device=device)
@@ -225,7 +231,8 @@ def attention_mask(
         bank = torch.arange(-memory, block - 1, device=device)
         sees_bank = (bank >= query_segment - memory) & (bank < query_segment)  # [G W, M + G - 1]
         parts.insert(0, sees_bank & (bank >= -before[:, None])[:, None])
-    return torch.cat(parts, dim=2)[:, None]
+    allowed = torch.cat(parts, dim=2)[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
 
 
 def _previous(items: Tensor, size: int) -> Tensor:
