@@ -5,6 +5,7 @@ Letters: B batch rows, S sentences, T feature frames (10 ms), T' encoder frames 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Mapping, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from echostream.config import EchoStreamConfig
-from echostream.constants import NUM_SPECIALS, PAD
+from echostream.constants import BLANK, NUM_SPECIALS, PAD
 from echostream.errors import CheckpointError, EchoStreamError
 from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder, STState
 from echostream.models.decoders.layers import DecoderState
@@ -23,24 +24,24 @@ from echostream.models.state import State
 
 __all__ = ["EchoStreamConfig", "EchoStreamModel", "ModelState", "SentenceWindows", "build_echostream_model"]
 
-# Where a vocabulary's size shows in the weights: parameter, what it belongs to, and the symbols beyond the vocabulary.
+# Where a vocabulary's size shows in the weights.
 _VOCABULARY_WEIGHTS = {
-    "asr_head.output.weight": ("ASR CTC head", "source dictionary", 0),
-    "st_decoder.head.output.weight": ("ST CTC head", "target dictionary", 0),
-    "mt_decoder.embedding.weight": ("MT decoder", "target dictionary", 0),
-    "unit_decoder.output.weight": ("unit decoder", "unit dictionary", 0),
+    "asr_head.output.weight": ("ASR CTC head", "source dictionary"),
+    "st_decoder.head.output.weight": ("ST CTC head", "target dictionary"),
+    "mt_decoder.embedding.weight": ("MT decoder", "target dictionary"),
+    "unit_decoder.output.weight": ("unit decoder", "unit dictionary"),
 }
 
 
 class SentenceWindows(NamedTuple):
-    """Where the sentences of joined utterances lie: sentence s spans encoder frames ``start`` … ``end``-1 of ``row``."""
+    """The sentences of joined utterances: sentence s spans encoder frames ``start`` … ``end``-1 of row ``row``."""
 
     row: Tensor  # [S] long, batch row
     start: Tensor  # [S] long
     end: Tensor  # [S] long, exclusive
 
     def gather(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut encoder frames x [B, T', D], lengths [B], into [S, W, D] and lengths [S]; zero behind a sentence's end."""
+        """Cut encoder frames x [B, T', D], lengths [B], into [S, W, D] (zero behind a sentence) and lengths [S]."""
         end = torch.minimum(self.end, lengths[self.row])
         counts = (end - self.start).clamp(min=0)
         places = torch.arange(int(counts.max()) if len(counts) else 0, device=x.device)
@@ -96,7 +97,7 @@ class EchoStreamModel(nn.Module):
 
         Args:
             src_tokens: features [B, T, 80]. src_lengths: [B], feature frames (10 ms) of each row.
-            prev_output_tokens: [S, U], target sentences shifted right (``</s>`` first, padding behind): teacher forcing.
+            prev_output_tokens: [S, U], target sentences, ``</s>`` first, padding behind: teacher forcing.
             windows: the sentences of joined utterances. Default: one sentence per row, over all its frames.
             visible: [S, U], g(i): how many encoder frames of its sentence target position i may attend.
             unit_visible: the same for the unit decoder's inputs, [S, U] (``mt``; default ``visible``) or [S, W]
@@ -118,8 +119,6 @@ class EchoStreamModel(nn.Module):
         """
         if self._streaming:
             return self._stream(src_tokens, src_lengths, finished)
-        if self.config.input_channels == 1 and src_tokens.dim() != 3:
-            raise EchoStreamError(f"features have {src_tokens.dim()} dimensions; they must be [batch, frames, mel bins]")
         x, lengths = self.encoder(src_tokens, src_lengths)
         out = self._heads(x, lengths)
         out["st_logits"] = self.st_decoder(x, lengths)
@@ -196,10 +195,9 @@ class EchoStreamModel(nn.Module):
     def new_sentence(self) -> None:
         """In the streaming loop: the units of the frames to come belong to a new sentence (encoder and ST go on)."""
         if self._state is not None and self._state.units:
-            self._state = ModelState(
-                self._state.encoder, self._state.st, (self._state.units[0].restart(),), self._state.last_unit,
-                self._state.vocoder,
-            )
+            units = (self._state.units[0].restart(),)
+            last = torch.full_like(self._state.last_unit, BLANK)
+            self._state = dataclasses.replace(self._state, units=units, last_unit=last)
 
     @torch.no_grad()
     def _stream(self, chunk: Tensor, lengths: Tensor, finished: bool | Tensor) -> dict[str, Any]:
@@ -228,7 +226,7 @@ class EchoStreamModel(nn.Module):
             self.encoder.init_state(batch_size, device=weight.device, dtype=weight.dtype),
             self.st_decoder.init_state(batch_size),
             units,
-            torch.zeros(batch_size, dtype=torch.long, device=weight.device),
+            torch.full((batch_size,), BLANK, device=weight.device),
             vocoder,
         )
 
@@ -244,7 +242,8 @@ class EchoStreamModel(nn.Module):
         reads MT states has to wait for a policy to write text: ``echostream.streaming`` does that.
 
         Args:
-            chunk: features [B, T, 80] (10 ms each), of row b the first ``lengths[b]``; finished: [B] bool.
+            chunk: features [B, T, 80] (10 ms each), of row b the first ``lengths[b]``.
+            finished: [B] bool, rows that end with this chunk: all they still hold comes out, and they start anew.
 
         Returns:
             What this chunk brought: ``encoder_out`` with N new frames ([N, B, D]), ``encoder_lengths`` [B],
@@ -264,6 +263,10 @@ class EchoStreamModel(nn.Module):
                 waveform, wave_lengths, vocoder_state = self.vocoder.step(new_units, new_counts, vocoder[0], finished)
                 vocoder = (vocoder_state,)
                 out.update(units=new_units, units_lengths=new_counts, waveform=waveform, waveform_lengths=wave_lengths)
+        if finished is not None:  # the encoder and the vocoder start finished rows anew by themselves
+            st = st.restart(finished)
+            units = tuple(part.restart(finished) for part in units)
+            last = last.masked_fill(finished, BLANK)
         return out, ModelState(encoder, st, units, last, vocoder)
 
     def _step_units(self, x: Tensor, counts: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, DecoderState]:
@@ -305,11 +308,11 @@ def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], stric
         CheckpointError: they differ. One line: a vocabulary's component and both sizes, or the first weight that
             does not fit.
     """
-    for name, (component, dictionary, extra) in _VOCABULARY_WEIGHTS.items():
+    for name, (component, dictionary) in _VOCABULARY_WEIGHTS.items():
         if name in own and name in loaded and len(own[name]) != len(loaded[name]):
             raise CheckpointError(
-                f"{component}: the checkpoint was trained with {len(loaded[name]) - extra} symbols, the {dictionary} "
-                f"has {len(own[name]) - extra}; use the dictionaries the checkpoint was trained with"
+                f"{component}: the checkpoint was trained with {len(loaded[name])} symbols, the {dictionary} "
+                f"has {len(own[name])}; use the dictionaries the checkpoint was trained with"
             )
     for name, value in own.items():
         if name in loaded and value.shape != loaded[name].shape:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from echostream.checkpoint import read_fairseq_checkpoint
-from echostream.config import SMALL, EchoStreamConfig
+from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
 from echostream.errors import CheckpointError, ManifestError, require
 from echostream.models.echostream_model import EchoStreamModel
@@ -100,7 +100,8 @@ def init_encoder(model: EchoStreamModel, path: str | Path) -> list[str]:
             raise CheckpointError(f"checkpoint {path} lacks {name}; its encoder is not of this configuration")
         if weights[name].shape != own[name].shape:
             raise CheckpointError(
-                f"checkpoint {path}: {name} is {list(weights[name].shape)}, this configuration's {list(own[name].shape)}"
+                f"{name} is {list(weights[name].shape)} in {path}, {list(own[name].shape)} in this configuration; "
+                "--encoder-init needs an encoder of the same sizes"
             )
     head = [name for name in own if name.startswith("asr_head.")]
     if not all(name in weights and weights[name].shape == own[name].shape for name in head):

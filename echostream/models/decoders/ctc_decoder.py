@@ -31,6 +31,10 @@ class STState(State):
     layers: tuple[KeyValues, ...]  # [B, st_left_context - 1, D] each
     seen: Tensor  # [B] long, at most st_left_context - 1
 
+    def restart(self, rows: Tensor) -> "STState":
+        """``rows`` [B] bool as before their first frame."""
+        return STState(self.layers, self.seen.masked_fill(rows, 0))
+
 
 class STDecoder(nn.Module):
     """Preliminary translation: windowed causal transformer layers and a CTC head.

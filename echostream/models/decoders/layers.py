@@ -195,6 +195,31 @@ class CausalLayer(nn.Module):
         return y, KeyValues(k[rows, places], v[rows, places])
 
 
+class _Append:
+    """Where the new items of a step go: row b's first ``lengths[b]`` of N to the places from ``at[b]`` on."""
+
+    def __init__(self, at: Tensor, lengths: Tensor, new: int):
+        starts, counts = at.tolist(), lengths.tolist()
+        self.used = max((a + n for a, n in zip(starts, counts)), default=0)  # places in use afterwards
+        self.longest = max(counts, default=0)
+        self.uniform = len(set(starts)) == 1 and len(set(counts)) == 1
+        if self.uniform:
+            self.start, self.count = starts[0], counts[0]
+        else:
+            self.rows, self.items = (torch.arange(new, device=at.device) < lengths[:, None]).nonzero(as_tuple=True)
+            self.places = at[self.rows] + self.items
+
+    def write(self, cache: KeyValues, keys: Tensor, values: Tensor, in_place: bool) -> KeyValues:
+        """The cache with keys and values [B, N, D] added; its own buffers change only when ``in_place``."""
+        buffers = (cache.keys, cache.values) if in_place else (cache.keys.clone(), cache.values.clone())
+        for buffer, new in zip(buffers, (keys, values)):
+            if self.uniform:
+                buffer[:, self.start : self.start + self.count] = new[:, : self.count]
+            else:
+                buffer[self.rows, self.places] = new[self.rows, self.items]
+        return KeyValues(*buffers)
+
+
 class DecoderLayer(nn.Module):
     """Transformer decoder layer: causal self-attention, cross-attention, FFN. d 256, FFN 1024: 1,053,440 parameters."""
 
@@ -222,30 +247,15 @@ class DecoderLayer(nn.Module):
         attended = self.self_attention(q, k, v, causal=True)
         return self._finish(x, attended, *self.cross_attention.project_memory(memory), visible)
 
-
-class _Append:
-    """Where the new items of a step go: row b's first ``lengths[b]`` of N to the places from ``at[b]`` on."""
-
-    def __init__(self, at: Tensor, lengths: Tensor, new: int):
-        starts, counts = at.tolist(), lengths.tolist()
-        self.used = max((a + n for a, n in zip(starts, counts)), default=0)  # places in use afterwards
-        self.longest = max(counts, default=0)
-        self.uniform = len(set(starts)) == 1 and len(set(counts)) == 1
-        if self.uniform:
-            self.start, self.count = starts[0], counts[0]
-        else:
-            self.rows, self.items = (torch.arange(new, device=at.device) < lengths[:, None]).nonzero(as_tuple=True)
-            self.places = at[self.rows] + self.items
-
-    def write(self, cache: KeyValues, keys: Tensor, values: Tensor, in_place: bool) -> KeyValues:
-        """The cache with keys and values [B, N, D] added; its own buffers change only when ``in_place``."""
-        buffers = (cache.keys, cache.values) if in_place else (cache.keys.clone(), cache.values.clone())
-        for buffer, new in zip(buffers, (keys, values)):
-            if self.uniform:
-                buffer[:, self.start : self.start + self.count] = new[:, : self.count]
-            else:
-                buffer[self.rows, self.places] = new[self.rows, self.items]
-        return KeyValues(*buffers)
+    def step(
+        self, x: Tensor, append: _Append, own: KeyValues, memory: KeyValues, mask: Tensor | None, visible: Visible,
+        in_place: bool,
+    ) -> tuple[Tensor, KeyValues]:
+        """New positions x [B, N, D] behind those cached in ``own``; ``memory`` holds the frames that may be seen."""
+        q, k, v = self.self_attention.project(x)
+        own = append.write(own, k, v, in_place)
+        attended = self.self_attention(q, own.keys[:, : append.used], own.values[:, : append.used], mask)
+        return self._finish(x, attended, memory.keys, memory.values, visible), own
 
 
 @dataclass(frozen=True)
@@ -283,7 +293,8 @@ class TransformerDecoder(nn.Module):
         activation_dropout: float, max_positions: int, max_frames: int, position_limit: str,
     ):
         super().__init__()
-        self.dim, self.max_positions, self.max_frames, self.position_limit = dim, max_positions, max_frames, position_limit
+        self.dim, self.position_limit = dim, position_limit
+        self.max_positions, self.max_frames = max_positions, max_frames
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
             DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout)
@@ -348,21 +359,18 @@ class TransformerDecoder(nn.Module):
         x = self.dropout(x + sinusoidal_positions(positions, self.dim, x.dtype))
         if not append.longest:
             return x, state
-        used, frames = append.used, int(state.frames.max())
+        frames = int(state.frames.max())
         if new == 1 and append.uniform:
             mask = None  # a single new position sees all that is there
         else:
-            mask = (torch.arange(used, device=x.device) <= positions[..., None])[:, None]
+            mask = (torch.arange(append.used, device=x.device) <= positions[..., None])[:, None]
         if frames and bool((state.frames == frames).all()):
             seen = Visible(None, None)
         else:
             seen = visible_frames(state.frames, frames)
         own = []
         for layer, cache, memory in zip(self.layers, state.own, state.memory):
-            q, k, v = layer.self_attention.project(x)
-            cache = append.write(cache, k, v, in_place)
-            attended = layer.self_attention(q, cache.keys[:, :used], cache.values[:, :used], mask)
-            x = layer._finish(x, attended, memory.keys[:, :frames], memory.values[:, :frames], seen)
+            x, cache = layer.step(x, append, cache, memory.map(lambda t: t[:, :frames]), mask, seen, in_place)
             own.append(cache)
         return x, DecoderState(tuple(own), state.memory, state.positions + lengths, state.frames)
 

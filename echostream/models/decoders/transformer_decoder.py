@@ -58,7 +58,7 @@ class MTDecoder(TransformerDecoder):
 
         Args:
             tokens: [B, N], ``</s>`` at position 0; N is 1 unless a known prefix is fed at once.
-            active: [B] bool, which rows take part (default: all); or [B] long, how many of its N tokens each row brings.
+            active: [B] bool, which rows take part (default: all); or [B] long, how many tokens each row brings.
 
         Returns:
             scores [B, N, vocab], hidden [B, N, D] and the new state. What stands at inactive places means nothing.
