@@ -26,6 +26,10 @@ class CheckpointError(EchoStreamError):
     """A checkpoint, vocoder or k-means file is truncated, of another format, or would run code when loaded."""
 
 
+class UnitError(EchoStreamError):
+    """A unit sequence is empty, or holds an id, duration or speaker that the vocoder does not know."""
+
+
 class MissingExtraError(EchoStreamError, ImportError):
     """A package of an optional extra is not installed."""
 

@@ -1,0 +1,160 @@
+"""Target speech with its units: the rows of ``units.tsv`` and random pieces of them to train a vocoder on."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from echostream.constants import SAMPLE_RATE, UNIT_HOP
+from echostream.errors import AudioError, ManifestError
+
+COLUMNS = ("id", "audio", "units", "durations")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One row: deduplicated units [U] and how many frames of 20 ms each lasts [U]."""
+
+    id: str
+    audio: Path
+    units: np.ndarray
+    durations: np.ndarray
+    text: str | None = None
+
+    @property
+    def frames(self) -> int:
+        return int(self.durations.sum())
+
+
+def read_units(path: str | Path, num_units: int | None = None) -> list[Utterance]:
+    """Read ``units.tsv``: tab separated, a header with id, audio (relative to the file), units, durations.
+
+    A column ``text`` is kept where there is one.
+
+    Raises:
+        ManifestError: the file or a column is missing, or a row contradicts itself.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ManifestError(f"{path} does not exist; it holds the vocoder's units, made by scripts/prepare_corpus.py")
+    with path.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ManifestError(f"{path} has no column {missing[0]!r}; it needs {', '.join(COLUMNS)}")
+        found = [_utterance(path, number, row, num_units) for number, row in enumerate(reader, 2)]
+    if not found:
+        raise ManifestError(f"{path} has no rows")
+    return found
+
+
+def _utterance(path: Path, number: int, row: dict[str, str], num_units: int | None) -> Utterance:
+    try:
+        units = np.array([int(u) for u in row["units"].split()], dtype=np.int64)
+        durations = np.array([int(d) for d in row["durations"].split()], dtype=np.int64)
+    except (ValueError, AttributeError):
+        raise ManifestError(f"{path}, line {number}: units and durations must be whole numbers") from None
+    if len(units) != len(durations) or not len(units):
+        raise ManifestError(f"{path}, line {number}: {len(units)} units, {len(durations)} durations")
+    if units.min() < 0 or durations.min() < 1:
+        raise ManifestError(f"{path}, line {number}: a unit below 0 or a duration below 1")
+    if num_units is not None and units.max() >= num_units:
+        raise ManifestError(f"{path}, line {number}: unit {units.max()} is out of range 0..{num_units - 1}")
+    return Utterance(row["id"], path.parent / row["audio"], units, durations, row.get("text"))
+
+
+def hold_out(items: list[Utterance], count: int) -> tuple[list[Utterance], list[Utterance]]:
+    """(training items, ``count`` items to validate on), chosen by the hash of their ids: the same in every run."""
+    ranked = sorted(items, key=lambda item: hashlib.sha1(item.id.encode()).hexdigest())
+    held = {item.id for item in ranked[:count]}
+    return [item for item in items if item.id not in held], ranked[:count]
+
+
+def read_samples(item: Utterance, start_frame: int = 0, frames: int | None = None) -> np.ndarray:
+    """Samples of ``frames`` frames from ``start_frame`` on, float32, zero behind the recording's end.
+
+    Raises:
+        AudioError: the recording cannot be read, or is not 16 kHz mono.
+    """
+    frames = item.frames - start_frame if frames is None else frames
+    try:
+        with soundfile.SoundFile(item.audio) as recording:
+            if recording.samplerate != SAMPLE_RATE or recording.channels != 1:
+                raise AudioError(
+                    f"{item.audio} is {recording.samplerate} Hz with {recording.channels} channels; vocoder training "
+                    f"needs {SAMPLE_RATE} Hz mono"
+                )
+            recording.seek(min(start_frame * UNIT_HOP, recording.frames))
+            samples = recording.read(frames * UNIT_HOP, dtype="float32")
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AudioError(f"{item.audio} cannot be read: {error}") from None
+    return np.pad(samples, (0, frames * UNIT_HOP - len(samples)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Random pieces of utterances, all of the same number of frames.
+
+    Attributes:
+        units, durations: [B, U] of the whole utterances, padded with 0. lengths: [B] units.
+        begin: [B] first frame of the piece. valid: [B] frames of the piece that are the utterance's.
+        wav: [B, frames * 320] of the piece.
+    """
+
+    units: Tensor
+    durations: Tensor
+    lengths: Tensor
+    begin: Tensor
+    valid: Tensor
+    wav: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+class PieceSampler:
+    """Endless random batches; a function of (seed, step), so that a resumed run goes on with what it would have seen.
+
+    Args:
+        items: utterances; one is drawn with a chance in proportion to its frames.
+        frames: frames per piece.
+    """
+
+    def __init__(self, items: list[Utterance], batch_size: int, frames: int, seed: int):
+        self.items, self.batch_size, self.frames, self.seed = items, batch_size, frames, seed
+        self.ends = np.cumsum([item.frames for item in items])
+
+    def batch(self, step: int) -> Batch:
+        rng = random.Random(f"{self.seed}/{step}")
+        chosen = [
+            self.items[int(np.searchsorted(self.ends, rng.randrange(int(self.ends[-1])), side="right"))]
+            for _ in range(self.batch_size)
+        ]
+        begin = [rng.randint(0, max(item.frames - self.frames, 0)) for item in chosen]
+        wav = [read_samples(item, start, self.frames) for item, start in zip(chosen, begin)]
+        return collate(chosen, begin, self.frames, np.stack(wav))
+
+
+def collate(items: list[Utterance], begin: list[int], frames: int, wav: np.ndarray) -> Batch:
+    longest = max(len(item.units) for item in items)
+
+    def padded(rows: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]))
+
+    valid = [min(frames, item.frames - start) for item, start in zip(items, begin)]
+    return Batch(
+        units=padded([item.units for item in items]),
+        durations=padded([item.durations for item in items]),
+        lengths=torch.tensor([len(item.units) for item in items]),
+        begin=torch.tensor(begin),
+        valid=torch.tensor(valid),
+        wav=torch.from_numpy(wav.astype(np.float32)),
+    )
