@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -114,7 +114,10 @@ def load_bundle(directory: str | Path = DEFAULT_BUNDLE, device: str = "cpu") -> 
             "make one with scripts/export_checkpoint.py"
         )
     model = build_echostream_model(config)
-    load_state(model, weights["model"], paths["model"])
+    try:
+        model.load_state_dict(weights["model"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{paths['model']}: {error}") from None
     model = model.float().eval().to(_device(device))
 
     vocoder = None
@@ -157,11 +160,11 @@ def read_weights(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch says so only in prose; anything else that fails to unpickle is damage
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            name = str(error).split("GLOBAL ")[-1].split()[0]
+        # torch tells only in prose which it was: a forbidden object, or bytes that are no pickle at all
+        named = re.search(r"(?:GLOBAL|class) ([\w.]+\.[\w.]+)", str(error))
+        if named:
             raise CheckpointError(
-                f"checkpoint {path} holds an object ({name}) whose loading would run code; it was refused"
+                f"checkpoint {path} holds an object ({named[1]}) whose loading would run code; it was refused"
             ) from None
         raise CheckpointError(f"checkpoint {path} is damaged or no torch checkpoint; export it again") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
@@ -169,26 +172,6 @@ def read_weights(path: str | Path) -> Any:
         raise CheckpointError(f"checkpoint {path} is damaged or truncated ({reason}); export it again") from None
     except zipfile.BadZipFile:
         raise CheckpointError(f"checkpoint {path} is damaged or truncated; export it again") from None
-
-
-def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Load ``state`` into ``model``, which it must fit exactly.
-
-    Raises:
-        CheckpointError: a weight is missing, left over, or of another shape; the first is named.
-    """
-    wanted = model.state_dict()
-    problems = [f"{name} is missing" for name in wanted if name not in state]
-    problems += [f"{name} is not part of this model" for name in state if name not in wanted]
-    for name, tensor in wanted.items():
-        if name in state and tuple(state[name].shape) != tuple(tensor.shape):
-            problems.append(
-                f"{name} is {list(state[name].shape)}, but {list(tensor.shape)} by the configuration"
-            )
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise CheckpointError(f"{path} does not fit its configuration: {problems[0]}{more}")
-    model.load_state_dict(state)
 
 
 def check_vocabulary(path: str | Path, vocabulary: Vocabulary, expected: int, name: str) -> None:
@@ -280,16 +263,10 @@ def save_bundle(
     weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
     torch.save({"format": FORMAT, "model": weights}, directory / FILES["model"])
     if vocoder is not None:
-        checkpoint = read_weights(vocoder[0])
-        if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("generator"), Mapping):
-            raise CheckpointError(f"{vocoder[0]} is not a vocoder checkpoint: it has no 'generator'")
-        generator = {name: _half(tensor) for name, tensor in checkpoint["generator"].items()}
-        torch.save({"generator": generator}, directory / FILES["vocoder"])
-        try:
-            json.loads(Path(vocoder[1]).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"vocoder configuration {vocoder[1]} cannot be read: {error}") from None
-        shutil.copyfile(vocoder[1], directory / FILES["vocoder_config"])
+        from echostream.models.decoders.vocoder import load_vocoder, save_vocoder
+
+        voice = load_vocoder(*vocoder)
+        save_vocoder(voice, directory / FILES["vocoder"], directory / FILES["vocoder_config"], half=True)
     values = {
         "format": FORMAT,
         "source_lang": corpus.get("source_lang", ""),
