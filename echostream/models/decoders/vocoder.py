@@ -233,8 +233,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": dict(
         upsample_rates=[5, 4, 2, 8],
         upsample_kernel_sizes=[10, 8, 4, 32],
-        upsample_initial_channel=256,
-        upsample_channels=[192, 96, 64, 8],
+        upsample_initial_channel=224,
+        upsample_channels=[160, 96, 64, 8],
         resblock="2",
         resblock_stages=3,
         resblock_kernel_sizes=[3, 7],

