@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, NUM_SPECIALS, PAD
-from echostream.errors import CheckpointError, EchoStreamError
+from echostream.errors import CheckpointError, ConfigError, EchoStreamError
 from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder, STState
 from echostream.models.decoders.layers import DecoderState
 from echostream.models.decoders.transformer_decoder import MTDecoder
 from echostream.models.decoders.unit_decoder import UnitDecoder, greedy_units
+from echostream.models.decoders.vocoder import CodeHiFiGAN
 from echostream.models.echostream_encoder import EchoStreamEncoder
 from echostream.models.state import State
 
@@ -67,10 +68,18 @@ class EchoStreamModel(nn.Module):
     Args:
         cfg: hyper-parameters; vocabulary sizes included.
         vocoder: a CodeHiFiGAN; then ``forward`` gives out waveforms too. It is no part of the training.
+
+    Raises:
+        ConfigError: the vocoder knows fewer units than the model writes.
     """
 
-    def __init__(self, cfg: EchoStreamConfig, vocoder: nn.Module | None = None):
+    def __init__(self, cfg: EchoStreamConfig, vocoder: CodeHiFiGAN | None = None):
         super().__init__()
+        if vocoder is not None and vocoder.config.num_embeddings < cfg.num_units:
+            raise ConfigError(
+                f"the vocoder speaks {vocoder.config.num_embeddings} units, the model writes {cfg.num_units}; "
+                "use a vocoder trained on the same units"
+            )
         self.config = cfg
         self.encoder = EchoStreamEncoder(cfg)
         self.asr_head = CTCHead(cfg.encoder_embed_dim, cfg.asr_vocab_size)
@@ -329,6 +338,6 @@ def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], stric
                 raise CheckpointError(f"the checkpoint {text} {names[0]}{more}; use the configuration it was made with")
 
 
-def build_echostream_model(cfg: EchoStreamConfig, vocoder: nn.Module | None = None) -> EchoStreamModel:
+def build_echostream_model(cfg: EchoStreamConfig, vocoder: CodeHiFiGAN | None = None) -> EchoStreamModel:
     """A model with freshly initialised weights; with ``vocoder`` attached it gives out waveforms too."""
     return EchoStreamModel(cfg, vocoder)
