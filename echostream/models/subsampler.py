@@ -33,9 +33,9 @@ class SubsamplerState(State):
 class Subsampler(nn.Module):
     """Two Conv2d (kernel 3, stride 2, padding 1) with ReLU, then a linear projection of channels x bins.
 
-    Encoder frame t depends on the feature frames 4t-3 to 4t+3; T features give ceil(T / 4) frames. The padding is zero at
-    the input of *each* convolution, at the stream's start and end and behind every item of a batch: the padding of the
-    second convolution is zero and not ReLU(bias), which is what three zero feature frames would become.
+    Encoder frame t depends on the feature frames 4t-3 to 4t+3; T features give ceil(T / 4) frames. The padding is zero
+    at the input of *each* convolution, at the stream's start and end and behind every item of a batch: the padding of
+    the second convolution is zero and not ReLU(bias), which is what three zero feature frames would become.
 
     The projection reads the bins of one frame as [bin, channel], the order in which channels-last convolutions
     leave them in memory.
@@ -58,7 +58,9 @@ class Subsampler(nn.Module):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
         nn.init.xavier_uniform_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        # Not zero: masked-out input (SpecAugment) would give frames of exact zeros, and every LayerNorm behind them would
+        # multiply the gradient by 1 / sqrt(eps), until it overflows.
+        nn.init.normal_(self.proj.bias, std=0.1)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Subsample whole utterances.
@@ -94,8 +96,8 @@ class Subsampler(nn.Module):
             features: [B, T, F] new feature frames, left-aligned.
             lengths: [B] how many of them each stream brings (0 is allowed).
             state: the streams' state; not changed.
-            finished: [B] true where the stream ends with these frames: its last, partial encoder frame is given out too,
-                and its state comes back as new.
+            finished: [B] true where the stream ends with these frames: its last, partial encoder frame is given out
+                too, and its state comes back as new.
 
         Returns:
             ([B, N, D] encoder frames, left-aligned, zero in the padding; [B] valid ones; the next state).
@@ -114,9 +116,11 @@ class Subsampler(nn.Module):
         else:
             y = self.proj.weight.new_zeros(len(features), 0, self.proj.out_features)
         consumed = counts * SUBSAMPLING
-        tail = take_rows(heard, consumed, 2 * CONTEXT)
         new = SubsamplerState(
-            tail[:, :CONTEXT], tail[:, CONTEXT:], (available - consumed).clamp(min=0), state.frames + counts
+            context=take_rows(heard, consumed, CONTEXT),
+            pending=take_rows(heard, consumed + CONTEXT, CONTEXT),
+            pending_count=(available - consumed).clamp(min=0),
+            frames=state.frames + counts,
         )
         if finished is not None:
             fresh = self.init_state(len(features), features.device, features.dtype)
