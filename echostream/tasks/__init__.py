@@ -1,0 +1,7 @@
+"""The fairseq task. fairseq imports a plugin's tasks and models only, so that the criterions are imported here."""
+
+from echostream import compat
+
+compat.apply()
+
+from echostream import criterions  # noqa: E402,F401

@@ -1,0 +1,257 @@
+"""The training loss: ASR CTC, ST CTC, MT cross-entropy and units, weighted 0.3, 0.3, 0.2 and 0.2.
+
+Normalisation. Every sentence's loss is first averaged over that loss's own target tokens, so that the four are of one
+scale although a sentence has eight times as many units as subwords, and then weighted by the sentence's MT target tokens
+(by 1 with ``--sentence-avg``). The trainer divides by the sum of these weights. So the loss is a sum over sentences in
+which nothing depends on what else is in the batch: gradient accumulation and several workers give what one large batch
+would, and long sentences count as they do in ordinary translation training.
+"""
+
+# No postponed annotations here: fairseq reads the types of the dataclass's fields.
+
+from collections import deque
+from dataclasses import dataclass, field
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import metrics
+from omegaconf import II
+from torch import Tensor, nn
+
+from echostream.constants import BLANK, NUM_SPECIALS, PAD, SUBSAMPLING
+from echostream.criterions.edit_distance import edit_distance
+from echostream.errors import ConfigError, ManifestError
+from echostream.models.echostream_model import SentenceWindows
+from echostream.text import collapse_ctc
+
+# Too long unit targets are judged over this many of the latest ones.
+LENGTH_WINDOW = 2000
+LENGTH_WINDOW_LEAST = 1000
+LENGTH_SHARE = 0.01
+
+CTC_PARTS = ("asr", "st", "unit")
+PARTS = ("asr", "st", "mt", "unit")
+
+
+@dataclass
+class MultitaskCriterionConfig(FairseqDataclass):
+    """Options of ``echostream_multitask``."""
+
+    asr_weight: float = field(default=0.3, metadata={"help": "weight of the source-text CTC loss; 0 skips it"})
+    st_weight: float = field(default=0.3, metadata={"help": "weight of the target-text CTC loss; 0 skips it"})
+    mt_weight: float = field(default=0.2, metadata={"help": "weight of the MT cross-entropy; 0 skips it"})
+    unit_weight: float = field(default=0.2, metadata={"help": "weight of the unit loss; 0 skips it"})
+    label_smoothing: float = field(default=0.1, metadata={"help": "label smoothing of the MT cross-entropy"})
+    unit_loss: ChoiceEnum(["ctc", "ce"]) = field(
+        default="ctc",
+        metadata={"help": "ctc: CTC over the upsampled positions; ce: cross-entropy, the units spread over them evenly"},
+    )
+    sentence_avg: bool = II("optimization.sentence_avg")
+
+
+@register_criterion("echostream_multitask", dataclass=MultitaskCriterionConfig)
+class MultitaskCriterion(FairseqCriterion):
+    """Weighted sum of the four losses, in fp32 whatever the model computes in.
+
+    Raises:
+        ConfigError: a weight is negative, or all are 0.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        asr_weight: float = 0.3,
+        st_weight: float = 0.3,
+        mt_weight: float = 0.2,
+        unit_weight: float = 0.2,
+        label_smoothing: float = 0.1,
+        unit_loss: str = "ctc",
+        sentence_avg: bool = False,
+    ):
+        super().__init__(task)
+        self.weights = dict(zip(PARTS, (asr_weight, st_weight, mt_weight, unit_weight)))
+        for part, weight in self.weights.items():
+            if not weight >= 0:
+                raise ConfigError(f"--{part}-weight is {weight}; it must be at least 0")
+        if not any(self.weights.values()):
+            raise ConfigError("all four loss weights are 0; give at least one of --asr-, --st-, --mt-, --unit-weight")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"--label-smoothing is {label_smoothing}; it must lie in [0, 1)")
+        self.label_smoothing = label_smoothing
+        self.unit_loss = str(getattr(unit_loss, "value", unit_loss))
+        self.sentence_avg = sentence_avg
+        self._too_long: deque[tuple[int, int]] = deque()
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts of the model that the weights ask for."""
+        return frozenset(part for part, weight in self.weights.items() if weight > 0)
+
+    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, float, dict]:
+        """Loss (a sum), its denominator (see the module's head) and what to log, sums throughout.
+
+        Raises:
+            ManifestError: in training, more than 1 % of the unit targets do not fit their upsampled input.
+        """
+        windows = sample["windows"]
+        if windows is not None:
+            windows = SentenceWindows(windows["row"], windows["start"], windows["end"])
+        visible = self.task.mt_visible(model, sample) if self.training and hasattr(self.task, "mt_visible") else None
+        out = model(**sample["net_input"], windows=windows, visible=visible)
+        frames = -(-sample["net_input"]["src_lengths"] // SUBSAMPLING)
+        row_of, rows = sample["sentence_row"], len(frames)
+        # Weight of each sentence, and of each row: a joined row weighs as much as its sentences do together.
+        sentence = torch.ones_like(row_of) if self.sentence_avg else sample["target_lengths"]
+        sentence = sentence.float()
+        row = torch.zeros(rows, device=sentence.device).index_add_(0, row_of, sentence)
+        losses: dict[str, Tensor] = {}
+        log: dict[str, Any] = {}
+        if self.weights["asr"]:
+            target, lengths = sample["src_text"], sample["src_text_lengths"]
+            losses["asr"] = self._ctc("asr", out["asr_logits"], frames, target, lengths, row, log)
+        if self.weights["st"]:
+            target, lengths = sample["tgt_text"], sample["tgt_text_lengths"]
+            losses["st"] = self._ctc("st", out["st_logits"], frames, target, lengths, row, log)
+        if self.weights["mt"]:
+            losses["mt"] = self._cross_entropy(out["mt_logits"], sample["target"], sample["target_lengths"], sentence, log)
+        if self.weights["unit"]:
+            losses["unit"] = self._unit_loss(out, sample, sentence, log)
+        loss = sum(self.weights[part] * value for part, value in losses.items())
+        sample_size = float(row.sum())
+        log.update(
+            loss=loss.detach(),
+            sample_size=sample_size,
+            ntokens=sample["ntokens"],
+            nsentences=sample["nsentences"],
+            source_frames=int(sample["net_input"]["src_lengths"].sum()),
+        )
+        return loss, sample_size, log
+
+    # --- the four losses
+
+    def _ctc(
+        self,
+        part: str,
+        logits: Tensor,
+        input_lengths: Tensor,
+        target: Tensor,
+        target_lengths: Tensor,
+        weight: Tensor,
+        log: dict[str, Any],
+    ) -> Tensor:
+        """CTC of ``logits`` [N, T, V] against ``target`` [N, L]: sum over items of weight · nll / length."""
+        log_probs = F.log_softmax(logits.float(), dim=-1)
+        # Positions behind an item's end reach neither the loss nor its gradient.
+        nll = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            target,
+            input_lengths,
+            target_lengths,
+            blank=BLANK,
+            reduction="none",
+            zero_infinity=True,
+        )
+        repeats = ((target[:, 1:] == target[:, :-1]) & (target[:, 1:] != PAD)).sum(1)
+        too_long = int((target_lengths + repeats > input_lengths).sum())
+        log[f"_{part}_nll"] = nll.detach().sum()
+        log[f"_{part}_tokens"] = int(target_lengths.sum())
+        log[f"_{part}_too_long"] = too_long
+        log[f"_{part}_targets"] = len(target)
+        if part == "unit" and self.training:
+            self._watch_lengths(too_long, len(target))
+        if not self.training:
+            best = logits.argmax(-1).cpu()
+            log[f"_{part}_errors"] = sum(
+                edit_distance(collapse_ctc(best[i, :n].tolist()), target[i, :m].tolist())
+                for i, (n, m) in enumerate(zip(input_lengths.tolist(), target_lengths.tolist()))
+            )
+        return (nll * weight / target_lengths).sum()
+
+    def _cross_entropy(
+        self, logits: Tensor, target: Tensor, lengths: Tensor, weight: Tensor, log: dict[str, Any]
+    ) -> Tensor:
+        """Label-smoothed cross-entropy (Szegedy et al., 2016) of ``logits`` [S, U, V] against ``target`` [S, U]."""
+        log_probs = F.log_softmax(logits.float(), dim=-1)
+        mask = target != PAD
+        nll = -log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1) * mask
+        uniform = -log_probs.mean(-1) * mask
+        smoothed = (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
+        log["_mt_nll"] = nll.detach().sum()
+        log["_mt_tokens"] = int(lengths.sum())
+        log["_mt_correct"] = ((logits.argmax(-1) == target) & mask).sum()
+        return (smoothed.sum(1) * weight / lengths).sum()
+
+    def _unit_loss(self, out: dict[str, Any], sample: dict[str, Any], weight: Tensor, log: dict[str, Any]) -> Tensor:
+        logits, lengths = out["unit_logits"], out["unit_lengths"]
+        target, target_lengths = sample["units"], sample["unit_lengths"]
+        if self.unit_loss == "ctc":
+            return self._ctc("unit", logits, lengths, target, target_lengths, weight, log)
+        # Frame-aligned: position p of n is to be unit floor(p * U / n), so that every unit gets an even share.
+        places = torch.arange(logits.shape[1], device=logits.device)
+        index = places * target_lengths[:, None] // lengths.clamp(min=1)[:, None]
+        aligned = target.gather(1, index.clamp(max=target.shape[1] - 1))
+        mask = places < lengths[:, None]
+        nll = F.cross_entropy(logits.float().transpose(1, 2), aligned, reduction="none") * mask
+        too_long = int((target_lengths > lengths).sum())
+        log["_unit_nll"] = nll.detach().sum()
+        log["_unit_tokens"] = int(lengths.sum())
+        log["_unit_too_long"] = too_long
+        log["_unit_targets"] = len(target)
+        if self.training:
+            self._watch_lengths(too_long, len(target))
+        else:
+            best = logits[..., NUM_SPECIALS:].argmax(-1).cpu() + NUM_SPECIALS
+            log["_unit_errors"] = sum(
+                edit_distance(torch.unique_consecutive(best[i, :n]).tolist(), target[i, :m].tolist())
+                for i, (n, m) in enumerate(zip(lengths.tolist(), target_lengths.tolist()))
+            )
+            log["_unit_references"] = int(target_lengths.sum())
+        return (nll.sum(1) * weight / lengths.clamp(min=1)).sum()
+
+    def _watch_lengths(self, too_long: int, targets: int) -> None:
+        """Stop the training when too many unit targets have more units than their input has positions."""
+        self._too_long.append((too_long, targets))
+        seen = sum(n for _, n in self._too_long)
+        while seen - self._too_long[0][1] >= LENGTH_WINDOW:
+            seen -= self._too_long.popleft()[1]
+        bad = sum(n for n, _ in self._too_long)
+        if seen >= LENGTH_WINDOW_LEAST and bad > LENGTH_SHARE * seen:
+            raise ManifestError(
+                f"{bad} of the last {seen} unit targets are longer than their upsampled input ({bad / seen:.1%}, at most "
+                f"{LENGTH_SHARE:.0%} may be); raise --ctc-upsample-ratio or deduplicate the units"
+            )
+
+    # --- logging
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Log the weighted loss and, of each part, nats per token in base 2, error rates and targets left out."""
+        total: dict[str, float] = {}
+        for log in logging_outputs:
+            for key, value in log.items():
+                total[key] = total.get(key, 0) + (value.item() if isinstance(value, Tensor) else value)
+        size = total["sample_size"]
+        metrics.log_scalar("loss", total["loss"] / size / math.log(2), size, round=3)
+        metrics.log_speed("audio_s_per_s", total.get("source_frames", 0) / 100, priority=91, round=1)
+        for i, part in enumerate(PARTS):
+            tokens = total.get(f"_{part}_tokens", 0)
+            if not tokens:
+                continue
+            metrics.log_scalar(f"{part}_loss", total[f"_{part}_nll"] / tokens / math.log(2), tokens, 10 + i, round=3)
+            if f"_{part}_errors" in total:
+                references = total.get(f"_{part}_references", tokens)
+                name = "uer" if part == "unit" else f"{part}_ter"
+                metrics.log_scalar(name, 100 * total[f"_{part}_errors"] / references, references, 20 + i, round=2)
+            if total.get(f"_{part}_too_long"):
+                metrics.log_scalar_sum(f"{part}_too_long", total[f"_{part}_too_long"], 30 + i)
+        if total.get("_mt_tokens"):
+            share = 100 * total["_mt_correct"] / total["_mt_tokens"]
+            metrics.log_scalar("mt_acc", share, total["_mt_tokens"], 25, round=2)

@@ -1,0 +1,294 @@
+"""The fairseq task ``echostream_s2st``: dictionaries, data, validation BLEU and generation for EchoStream."""
+
+# No postponed annotations here: fairseq reads the types of the dataclass's fields.
+
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import metrics
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II, MISSING
+from torch import Tensor, nn
+
+from echostream.constants import EOS, NUM_SPECIALS
+from echostream.data.augment import SpecAugment, parse_speeds
+from echostream.data.config import DataConfig
+from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
+from echostream.data.joining import JoinPolicy
+from echostream.errors import ManifestError, require
+from echostream.models.echostream_model import SentenceWindows
+from echostream.text import SPECIALS, collapse_ctc
+
+logger = logging.getLogger(__name__)
+
+BLEU_ORDER = 4
+# What BLEU needs, and how many numbers of each; lengths are those of the translations and of the references.
+_BLEU_SUMS = {"counts": BLEU_ORDER, "totals": BLEU_ORDER, "lengths": 2}
+
+
+@dataclass
+class EchoStreamTaskConfig(FairseqDataclass):
+    """Options of ``echostream_s2st``."""
+
+    data: str = field(default=MISSING, metadata={"help": "data directory made by scripts/prepare_corpus.py"})
+    config_yaml: str = field(default="config.yaml", metadata={"help": "the data directory's configuration file"})
+    max_source_positions: int = field(default=3000, metadata={"help": "longest item, joined ones too, in 10 ms frames"})
+    max_target_positions: int = field(default=256, metadata={"help": "longest target sentence, in subwords"})
+    join_probability: float = field(
+        default=0.5, metadata={"help": "share of the training items that join several utterances with pauses"}
+    )
+    join_smallest: int = field(default=2, metadata={"help": "fewest utterances in a joined item"})
+    join_largest: int = field(default=6, metadata={"help": "most utterances in a joined item"})
+    join_max_frames: int = field(
+        default=0,
+        metadata={"help": "longest joined item in 10 ms frames (0: --max-tokens or --max-source-positions)"},
+    )
+    pause_shortest: float = field(default=0.1, metadata={"help": "shortest pause between joined utterances, seconds"})
+    pause_longest: float = field(default=1.0, metadata={"help": "longest pause between joined utterances, seconds"})
+    speed_perturb: str = field(default="", metadata={"help": "speed factors of training speech, such as 0.9,1.0,1.1"})
+    spec_augment: str = field(
+        default="none", metadata={"help": "SpecAugment policy none, lb, ld or sm, or field=value,... over ld"}
+    )
+    gain_db: float = field(default=0.0, metadata={"help": "change training speech's level by up to so many dB"})
+    noise_db: Optional[float] = field(
+        default=None, metadata={"help": "add white noise to training speech, down from this level (dBFS, such as -40)"}
+    )
+    mt_visible: ChoiceEnum(["full", "ctc"]) = field(
+        default="full",
+        metadata={
+            "help": "what the MT decoder attends in training: the whole sentence, or what the ST CTC's expected counts "
+            "say was heard when a token is due (StreamSpeech's mask)"
+        },
+    )
+    autocast: ChoiceEnum(["none", "bfloat16", "float16"]) = field(
+        default="none", metadata={"help": "mixed precision in training that works without a GPU too (bfloat16)"}
+    )
+    eval_bleu: bool = field(default=False, metadata={"help": "validate by BLEU of greedy translations, logged as bleu"})
+    eval_bleu_print_samples: bool = field(default=False, metadata={"help": "log one translation per validation batch"})
+    vocoder_dir: Optional[str] = field(
+        default=None, metadata={"help": "fairseq-generate: directory with vocoder.pt and vocoder.json; speaks the units"}
+    )
+    vocoder: Optional[str] = field(default=None, metadata={"help": "fairseq-generate: vocoder checkpoint, if elsewhere"})
+    vocoder_config: Optional[str] = field(default=None, metadata={"help": "fairseq-generate: its configuration (JSON)"})
+    seed: int = II("common.seed")
+    max_tokens: Optional[int] = II("dataset.max_tokens")
+    results_path: Optional[str] = II("common_eval.results_path")
+    gen_subset: str = II("dataset.gen_subset")
+
+
+@register_task("echostream_s2st", dataclass=EchoStreamTaskConfig)
+class EchoStreamTask(FairseqTask):
+    """Speech-to-speech translation with source text, target text and units as targets.
+
+    Raises:
+        ManifestError: a dictionary or another file of the data directory is missing, or two do not fit.
+        ConfigError: a bad option.
+    """
+
+    def __init__(self, cfg: EchoStreamTaskConfig, config: DataConfig):
+        super().__init__(cfg)
+        self.config = config
+        self._source = _dictionary(config.path("dict_src"))
+        self._target = _dictionary(config.path("dict_tgt"))
+        config.check_units()
+        self._units = _dictionary(config.path("dict_unit"))
+        # Both read here, so that a bad option or file stops the run before anything else does.
+        self.augmentation = Augmentation(
+            join=self._join_policy(),
+            speeds=parse_speeds(cfg.speed_perturb),
+            spec_augment=SpecAugment.parse(cfg.spec_augment),
+            gain_db=cfg.gain_db,
+            noise_db=cfg.noise_db,
+        )
+
+    @classmethod
+    def setup_task(cls, cfg: EchoStreamTaskConfig, **kwargs: Any) -> "EchoStreamTask":
+        config = DataConfig.load(cfg.data, cfg.config_yaml)
+        task = cls(cfg, config)
+        logger.info(
+            "dictionaries: %d source and %d target symbols, %d units",
+            len(task.source_dictionary), len(task.target_dictionary), config.num_units,
+        )
+        return task
+
+    def _join_policy(self) -> JoinPolicy | None:
+        cfg = self.cfg
+        if cfg.join_probability == 0:
+            return None
+        limits = [cfg.join_max_frames, cfg.max_tokens, cfg.max_source_positions]
+        return JoinPolicy(
+            probability=cfg.join_probability,
+            smallest=cfg.join_smallest,
+            largest=cfg.join_largest,
+            shortest_pause=cfg.pause_shortest,
+            longest_pause=cfg.pause_longest,
+            max_frames=min(int(limit) for limit in limits if limit),
+        )
+
+    # --- dictionaries and data
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        return self._source
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        return self._target
+
+    @property
+    def unit_dictionary(self) -> Dictionary:
+        return self._units
+
+    def max_positions(self) -> tuple[int, int]:
+        """(feature frames of an item, MT target tokens of a sentence)."""
+        return self.cfg.max_source_positions, self.cfg.max_target_positions
+
+    def load_dataset(self, split: str, combine: bool = False, task_cfg: Any = None, **kwargs: Any) -> None:
+        """Load ``DATA/<split>.tsv``. Splits that start with ``train`` are augmented while training.
+
+        fairseq-generate and fairseq-validate pass the checkpoint's ``task_cfg``: then every split is read as it is.
+
+        Raises:
+            ManifestError: the manifest is missing or a row cannot be used.
+        """
+        training = split.startswith("train") and task_cfg is None
+        self.datasets[split] = SpeechToSpeechDataset(
+            Path(self.cfg.data) / f"{split}.tsv", self.config, self.augmentation if training else None, self.cfg.seed
+        )
+        logger.info(
+            "%s: %d utterances, %.2f h%s", split, len(self.datasets[split].utterances),
+            self.datasets[split].frames.sum() / 360_000, ", augmented" if training else "",
+        )
+
+    # --- training and validation
+
+    def train_step(
+        self, sample: dict, model: nn.Module, criterion: nn.Module, optimizer: Any, update_num: int,
+        ignore_grad: bool = False,
+    ) -> tuple[Tensor, float, dict]:
+        with self._autocast(sample):
+            model.train()
+            model.set_num_updates(update_num)
+            loss, sample_size, log = criterion(model, sample)
+        if ignore_grad:
+            loss = loss * 0
+        optimizer.backward(loss)
+        return loss, sample_size, log
+
+    def _autocast(self, sample: dict) -> contextlib.AbstractContextManager:
+        dtype = str(getattr(self.cfg.autocast, "value", self.cfg.autocast))
+        if dtype == "none":
+            return contextlib.nullcontext()
+        device = sample["net_input"]["src_tokens"].device.type if "net_input" in sample else "cpu"
+        return torch.autocast(device, dtype=getattr(torch, dtype))
+
+    def valid_step(self, sample: dict, model: nn.Module, criterion: nn.Module) -> tuple[Tensor, float, dict]:
+        loss, sample_size, log = super().valid_step(sample, model, criterion)
+        if self.cfg.eval_bleu:
+            log.update(self._bleu_statistics(sample, model))
+        return loss, sample_size, log
+
+    @torch.no_grad()
+    def _bleu_statistics(self, sample: dict, model: nn.Module) -> dict[str, int]:
+        """Counts behind the BLEU of the greedy MT and ST CTC outputs, which add up over batches and workers."""
+        net_input = sample["net_input"]
+        x, lengths = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
+        sentences, counts = x, lengths
+        if sample["windows"] is not None:
+            sentences, counts = SentenceWindows(**sample["windows"]).gather(x, lengths)
+        tokens, _, _ = model.mt_decoder.greedy(sentences, counts, self.cfg.max_target_positions)
+        translations = [self.target_text(row) for row in tokens.tolist()]
+        references = [self.target_text(row) for row in sample["target"].tolist()]
+        if self.cfg.eval_bleu_print_samples:
+            logger.info("translation: %s", translations[0])
+            logger.info("reference:   %s", references[0])
+        log = _counts("_bleu", translations, references)
+        best = model.st_decoder(x, lengths).argmax(-1).tolist()
+        previews = [self.target_text(collapse_ctc(row[:n])) for row, n in zip(best, lengths.tolist())]
+        whole = [self.target_text(row) for row in sample["tgt_text"].tolist()]
+        log.update(_counts("_st_bleu", previews, whole))
+        return log
+
+    def target_text(self, ids: list[int]) -> str:
+        """Target dictionary indices, up to the first end symbol, as text."""
+        ids = ids[: ids.index(EOS)] if EOS in ids else ids
+        return self.config.target.decode(ids)
+
+    def source_text(self, ids: list[int]) -> str:
+        """Source dictionary indices as text."""
+        return self.config.source.decode(ids)
+
+    def reduce_metrics(self, logging_outputs: list[dict], criterion: nn.Module) -> None:
+        super().reduce_metrics(logging_outputs, criterion)
+        if not self.cfg.eval_bleu:
+            return
+        for name in ("bleu", "st_bleu"):
+            keys = [f"_{name}_{key}_{i}" for key, n in _BLEU_SUMS.items() for i in range(n)]
+            sums = {key: sum(_number(log.get(key, 0)) for log in logging_outputs) for key in keys}
+            if sums[f"_{name}_lengths_1"] == 0:
+                continue
+            for key, value in sums.items():
+                metrics.log_scalar_sum(key, value)
+            metrics.log_derived(name, lambda meters, name=name: _bleu(meters, name))
+
+    # --- generation
+
+    def build_generator(self, models: list, args: Any, **kwargs: Any) -> Any:
+        """The generator of fairseq-generate: see ``echostream.generator``."""
+        from echostream.generator import build_generator
+
+        return build_generator(self, models, args, **kwargs)
+
+    def inference_step(
+        self, generator: Any, models: list, sample: dict, prefix_tokens: Tensor | None = None,
+        constraints: Tensor | None = None,
+    ) -> list[list[dict[str, Tensor]]]:
+        with torch.no_grad():
+            return generator.generate(models, sample, prefix_tokens=prefix_tokens, constraints=constraints)
+
+
+def _dictionary(path: Path) -> Dictionary:
+    """A dictionary in fairseq's form.
+
+    Raises:
+        ManifestError: the file is missing or no dictionary, or its special symbols stand elsewhere.
+    """
+    if not path.is_file():
+        raise ManifestError(f"dictionary {path} does not exist; scripts/prepare_corpus.py writes it")
+    try:
+        dictionary = Dictionary.load(str(path))
+    except (ValueError, RuntimeError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} is not a dictionary of 'symbol count' lines: {str(error).splitlines()[0]}") from None
+    if [dictionary[i] for i in range(NUM_SPECIALS)] != list(SPECIALS):
+        raise ManifestError(f"dictionary {path} does not start with {' '.join(SPECIALS)}")
+    return dictionary
+
+
+def _number(value: Any) -> int:
+    return int(value.item()) if isinstance(value, Tensor) else int(value)
+
+
+def _counts(name: str, translations: list[str], references: list[str]) -> dict[str, int]:
+    sacrebleu = require("sacrebleu", "train")
+    score = sacrebleu.corpus_bleu(translations, [references])
+    log = {f"{name}_lengths_0": score.sys_len, f"{name}_lengths_1": score.ref_len}
+    for i in range(BLEU_ORDER):
+        log[f"{name}_counts_{i}"] = score.counts[i]
+        log[f"{name}_totals_{i}"] = score.totals[i]
+    return log
+
+
+def _bleu(meters: Any, name: str) -> float:
+    from sacrebleu.metrics import BLEU
+
+    counts, totals, lengths = (
+        [int(meters[f"_{name}_{key}_{i}"].sum) for i in range(n)] for key, n in _BLEU_SUMS.items()
+    )
+    score = BLEU.compute_bleu(counts, totals, lengths[0], lengths[1], smooth_method="exp")
+    return round(float(score.score), 2)
