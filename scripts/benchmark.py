@@ -67,7 +67,7 @@ def train_pass(
 
 
 def interleaved_medians(steps: dict[str, Callable[[], None]], repeats: int, show: bool) -> dict[str, float]:
-    """Median seconds of each step over ``repeats`` rounds in which all of them take turns, after one round unmeasured."""
+    """Median seconds of each step over ``repeats`` rounds, in which all take turns, after one round unmeasured."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in tqdm(range(repeats + 1), desc="rounds", disable=not show):
         for name, step in steps.items():

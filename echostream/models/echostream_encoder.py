@@ -49,9 +49,8 @@ class EchoStreamEncoder(nn.Module):
         self.embed_dim = cfg.encoder_embed_dim
         self.dropout = cfg.dropout
         self.block_segments = max(1, BLOCK_FRAMES // cfg.segment_length)
-        self.subsampler = Subsampler(
-            cfg.input_feat_per_channel * cfg.input_channels, cfg.input_channels, cfg.conv_channels, cfg.encoder_embed_dim
-        )
+        bins = cfg.input_feat_per_channel * cfg.input_channels
+        self.subsampler = Subsampler(bins, cfg.input_channels, cfg.conv_channels, cfg.encoder_embed_dim)
         self.layers = nn.ModuleList(
             EmformerLayer(
                 cfg.encoder_embed_dim,

@@ -36,8 +36,8 @@ class EmformerLayerState(State):
 class EmformerLayer(nn.Module):
     """Multi-head attention and a feed-forward network, each with a residual connection and LayerNorm.
 
-    The summary of a segment is the mean of the layer's (un-normalised) input over the segment through a D x D projection;
-    it enters keys and values through the layer's own key and value projections.
+    The summary of a segment is the mean of the layer's (un-normalised) input over the segment through a D x D
+    projection; it enters keys and values through the layer's own key and value projections.
 
     Args:
         embed_dim, num_heads, ffn_dim: D, H and the inner width of the feed-forward network.
