@@ -151,6 +151,20 @@ def test_sentence_windows_equal_single_sentences(source):
             torch.testing.assert_close(out["unit_logits"][s, : len(units)], units, **EXACT)
 
 
+@pytest.mark.parametrize("source", ["encoder", "mt"])
+def test_parts_alone_equal_the_whole(source):
+    model = tiny(unit_decoder_input=source)
+    x, lengths = speech(70, 45)
+    prev = targets(4, 3)
+    with torch.no_grad():
+        whole = model(x, lengths, prev)
+        for part in ("asr", "st", "mt", "unit"):
+            out = model(x, lengths, prev, parts={part})
+            torch.testing.assert_close(out[f"{part}_logits"], whole[f"{part}_logits"], **EXACT)
+            needed = {part, "mt"} if (part, source) == ("unit", "mt") else {part}
+            assert {name.split("_")[0] for name in out if name.endswith("logits")} == needed
+
+
 def test_masks_reach_both_decoders():
     model = tiny(unit_decoder_input="mt")
     x, lengths = speech(70)
@@ -281,6 +295,34 @@ def test_new_sentence_starts_the_units_only():
         seen = (torch.arange(8) // 4 + 1)[None] * 4
         expected = model.unit_decoder(whole, torch.tensor([8]), whole, torch.tensor([8]), seen)
     torch.testing.assert_close(out["unit_logits"], expected, **EXACT)
+
+
+def test_masked_forward_reproduces_a_streamed_translation():
+    """Reading 3 of the design over the whole chain: while features arrive, tokens and units are written at any time."""
+    generator = torch.Generator().manual_seed(1)
+    model = tiny(unit_decoder_input="mt")
+    x, lengths = speech(90)
+    prev = targets(7)
+    encoder, mt, units = model.encoder.init_state(1), model.mt_decoder.init_state(1), model.unit_decoder.init_state(1)
+    one, heard, at, visible, scores, unit_scores = torch.tensor([1]), 0, 0, [], [], []
+    with torch.no_grad():
+        while len(visible) < 7:
+            size = min(int(torch.randint(1, 25, (), generator=generator)), 90 - at)
+            finished = torch.tensor([at + size == 90])
+            frames, count, encoder = model.encoder.step(x[:, at : at + size], torch.tensor([size]), encoder, finished)
+            at, heard = at + size, heard + int(count)
+            mt, units = model.mt_decoder.extend(frames, count, mt), model.unit_decoder.extend(frames, count, units)
+            write = 7 if at == 90 else int(torch.randint(0, 3, (), generator=generator))
+            for position in range(len(visible), min(len(visible) + write, 7)):
+                logits, hidden, mt = model.mt_decoder.step(prev[:, position : position + 1], None, mt)
+                sound, _, units = model.unit_decoder.step(hidden, one, units)
+                visible.append(heard)
+                scores.append(logits)
+                unit_scores.append(sound)
+        out = model(x, lengths, prev, visible=torch.tensor([visible]))
+    assert len(set(visible)) > 2
+    torch.testing.assert_close(torch.cat(scores, dim=1), out["mt_logits"], **EXACT)
+    torch.testing.assert_close(torch.cat(unit_scores, dim=1), out["unit_logits"], **EXACT)
 
 
 # ---- weights and fairseq -----------------------------------------------------------------------------------------

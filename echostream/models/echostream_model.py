@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Collection, Mapping, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from echostream.models.echostream_encoder import EchoStreamEncoder
 from echostream.models.state import State
 
 __all__ = ["EchoStreamConfig", "EchoStreamModel", "ModelState", "SentenceWindows", "build_echostream_model"]
+
+PARTS = ("asr", "st", "mt", "unit")
 
 # Where a vocabulary's size shows in the weights.
 _VOCABULARY_WEIGHTS = {
@@ -101,6 +103,7 @@ class EchoStreamModel(nn.Module):
         visible: Tensor | None = None,
         unit_visible: Tensor | None = None,
         finished: bool | Tensor = False,
+        parts: Collection[str] = PARTS,
     ) -> dict[str, Any]:
         """Whole utterances; or, after ``reset_cache()``, the next chunk of each stream.
 
@@ -111,6 +114,8 @@ class EchoStreamModel(nn.Module):
             visible: [S, U], g(i): how many encoder frames of its sentence target position i may attend.
             unit_visible: the same for the unit decoder's inputs, [S, U] (``mt``; default ``visible``) or [S, W]
                 (``encoder``; default: all).
+            parts: offline only; which of ``asr``, ``st``, ``mt`` and ``unit`` to compute, for training some alone.
+                Units read from MT states bring the MT decoder with them.
             finished: streaming only; True (or [B] bool) flushes what the encoder still holds.
 
         Returns:
@@ -129,15 +134,27 @@ class EchoStreamModel(nn.Module):
         if self._streaming:
             return self._stream(src_tokens, src_lengths, finished)
         x, lengths = self.encoder(src_tokens, src_lengths)
-        out = self._heads(x, lengths)
-        out["st_logits"] = self.st_decoder(x, lengths)
-        sentences, sentence_lengths = (x, lengths) if windows is None else SentenceWindows(*windows).gather(x, lengths)
-        out.update(self._translate(sentences, sentence_lengths, prev_output_tokens, visible, unit_visible))
-        if self.vocoder is not None and not self.training:
+        out = self._encoder_out(x, lengths)
+        if "asr" in parts:
+            out["asr_logits"] = self.asr_head(x)
+        if "st" in parts:
+            out["st_logits"] = self.st_decoder(x, lengths)
+        if windows is not None:
+            x, lengths = SentenceWindows(*windows).gather(x, lengths)
+        if prev_output_tokens is not None and ("mt" in parts or "unit" in parts and self._units_read_text):
+            out["mt_logits"], out["mt_hidden"] = self.mt_decoder(prev_output_tokens, x, lengths, visible)
+        if "unit" in parts:
+            out.update(self._units(x, lengths, prev_output_tokens, out.get("mt_hidden"), visible, unit_visible))
+        if "unit" in parts and self.vocoder is not None and not self.training:
             out.update(self._vocode(out["unit_logits"], out["unit_lengths"]))
         return out
 
-    def _heads(self, x: Tensor, lengths: Tensor) -> dict[str, Any]:
+    @property
+    def _units_read_text(self) -> bool:
+        return self.config.unit_decoder_input == "mt"
+
+    @staticmethod
+    def _encoder_out(x: Tensor, lengths: Tensor) -> dict[str, Any]:
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
         encoder_out = {
             "encoder_out": [x.transpose(0, 1)],
@@ -147,27 +164,25 @@ class EchoStreamModel(nn.Module):
             "src_tokens": [],
             "src_lengths": [],
         }
-        return {"encoder_out": encoder_out, "encoder_lengths": lengths, "asr_logits": self.asr_head(x)}
+        return {"encoder_out": encoder_out, "encoder_lengths": lengths}
 
-    def _translate(
-        self, x: Tensor, lengths: Tensor, prev: Tensor | None, visible: Tensor | None, unit_visible: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _units(
+        self, x: Tensor, lengths: Tensor, prev: Tensor | None, hidden: Tensor | None, visible: Tensor | None,
+        unit_visible: Tensor | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         out: dict[str, Tensor] = {}
-        from_text = self.config.unit_decoder_input == "mt"
-        if prev is not None:
-            out["mt_logits"], out["mt_hidden"] = self.mt_decoder(prev, x, lengths, visible)
-            target_lengths = (prev != PAD).sum(1)
-        elif from_text:
-            if self.training:
+        inputs, input_lengths = x, lengths
+        if self._units_read_text:
+            unit_visible = visible if unit_visible is None else unit_visible
+            if prev is not None:
+                inputs, input_lengths = hidden, (prev != PAD).sum(1)
+            elif self.training:
                 raise EchoStreamError(
                     "unit_decoder_input is 'mt': training needs prev_output_tokens, the target sentences shifted right"
                 )
-            out["mt_tokens"], out["mt_hidden"], target_lengths = self.mt_decoder.greedy(x, lengths)
-        if from_text:
-            inputs, input_lengths = out["mt_hidden"], target_lengths
-            unit_visible = visible if unit_visible is None else unit_visible
-        else:
-            inputs, input_lengths = x, lengths
+            else:
+                out["mt_tokens"], inputs, input_lengths = self.mt_decoder.greedy(x, lengths)
+                out["mt_hidden"] = inputs
         out["unit_logits"] = self.unit_decoder(inputs, input_lengths, x, lengths, unit_visible)
         out["unit_lengths"] = input_lengths * self.config.ctc_upsample_ratio
         return out
@@ -227,7 +242,7 @@ class EchoStreamModel(nn.Module):
         weight = self.asr_head.output.weight
         units: tuple[DecoderState, ...] = ()
         vocoder: tuple[State, ...] = ()
-        if self.config.unit_decoder_input == "encoder":
+        if not self._units_read_text:
             units = (self.unit_decoder.init_state(batch_size),)
             if self.vocoder is not None:
                 vocoder = (self.vocoder.init_state(batch_size),)
@@ -261,7 +276,8 @@ class EchoStreamModel(nn.Module):
             Then the new state.
         """
         x, counts, encoder = self.encoder.step(chunk, lengths, state.encoder, finished)
-        out = self._heads(x, counts)
+        out = self._encoder_out(x, counts)
+        out["asr_logits"] = self.asr_head(x)
         out["st_logits"], _, st = self.st_decoder.step(x, counts, state.st)
         last, units, vocoder = state.last_unit, state.units, state.vocoder
         if units:
