@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echostream.constants import SAMPLE_RATE
+from echostream.constants import SAMPLE_RATE, UNIT_HOP
 
 FLOOR = 1e-5  # magnitude below which logarithms are cut
 
@@ -61,6 +61,16 @@ class SpectralLoss(nn.Module):
                 a, b = self.filters @ a, self.filters @ b
                 mel = F.l1_loss(a.clamp(min=FLOOR).log(), b.clamp(min=FLOOR).log())
         return mel, stft / len(self.resolutions)
+
+    def frame_mel(self, wav: Tensor) -> Tensor:
+        """Log-mel spectrogram of wav [B, T], one frame around the middle of every 20 ms: [B, 80, T / 320]."""
+        n_fft = self.resolutions[0][0]
+        before = (n_fft - UNIT_HOP) // 2
+        padded = F.pad(wav, (before, n_fft - UNIT_HOP - before))
+        spectrum = torch.stft(
+            padded, n_fft, UNIT_HOP, window=getattr(self, f"window_{n_fft}"), center=False, return_complex=True
+        )
+        return (self.filters @ spectrum.abs()).clamp(min=FLOOR).log()
 
 
 def discriminator_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:

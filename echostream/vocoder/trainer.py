@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +47,7 @@ class TrainerOptions:
     stft_weight: float = 5.0
     feature_weight: float = 2.0
     duration_weight: float = 1.0
+    frame_mel_weight: float = 10.0  # a linear read-out of the frame features learns the mel spectrogram, in training only
     gan_start: int = 20000
     discriminators: str = "tiny"
     ema: float = 0.999
@@ -85,9 +85,10 @@ class Trainer:
             self.model.add_weight_norm()
         self.discriminators: nn.Module | None = None
         self.spectral = SpectralLoss().to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=options.learning_rate, betas=(0.8, 0.99), weight_decay=0.01
-        )
+        # The gradient that reaches the unit and frame layers through the waveform is poor at first. A mel spectrogram
+        # read straight from the frame features teaches them what to say while the upsampling learns how.
+        self.readout = nn.Conv1d(config.upsample_initial_channel, self.spectral.filters.shape[0], 1).to(self.device)
+        self._new_optimizer()
         self.optimizer_d: torch.optim.Optimizer | None = None
         self.step = 0
         self.minutes = 0.0
@@ -105,8 +106,14 @@ class Trainer:
         self.model.load_state_dict(state)
         if self.options.weight_norm:
             self.model.add_weight_norm()
+        self._new_optimizer()
+
+    def _new_optimizer(self) -> None:
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.options.learning_rate, betas=(0.8, 0.99), weight_decay=0.01
+            [*self.model.parameters(), *self.readout.parameters()],
+            lr=self.options.learning_rate,
+            betas=(0.8, 0.99),
+            weight_decay=0.01,
         )
 
     @property
@@ -124,6 +131,7 @@ class Trainer:
             "minutes": self.minutes,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
+            "readout": self.readout.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
         if self.discriminators is not None and self.optimizer_d is not None:
@@ -144,7 +152,7 @@ class Trainer:
             return False
         try:
             content = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever the unpickler stumbles over
             line = (str(error).splitlines() or [""])[0][:120]
             raise CheckpointError(f"{self.checkpoint} cannot be read ({line}); remove it to start anew") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -158,6 +166,7 @@ class Trainer:
             )
         self.model.load_state_dict(content["model"])
         self.ema.load_state_dict(content["ema"])
+        self.readout.load_state_dict(content["readout"])
         self.optimizer.load_state_dict(content["optimizer"])
         if "discriminators" in content:
             self._start_gan()
@@ -177,13 +186,14 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
 
-    def speak(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def speak(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Generate the batch's pieces within their utterances.
 
         The unit layers see the whole utterance, the frame layers what they reach, the upsampling the piece.
 
         Returns:
-            waveform [B, T], with the true samples wherever no loss is due, and log-durations [B, U].
+            waveform [B, T], with the true samples wherever no loss is due, log-durations [B, U], and the log-mel
+            spectrogram [B, 80, frames] as read from the frame features.
         """
         model, options = self.model, self.options
         piece = batch.wav.shape[1] // UNIT_HOP
@@ -205,13 +215,14 @@ class Trainer:
             frames = frames.gather(2, at.expand(-1, frames.shape[1], -1))
             features = model.frame_features(frames, _Masked(inside))[..., reach : reach + piece]
             waveform = model.upsample(features, _Whole(None))
+            mel = self.readout(features)
         waveform = waveform.float()
         # True samples stand in where the receptive field was not filled, and behind an utterance's end.
         place = torch.arange(piece, device=frames.device)
         due = (place >= options.warmup_frames) | (batch.begin[:, None] == 0)
         due &= place < batch.valid[:, None]
         waveform = torch.where(due.repeat_interleave(UNIT_HOP, 1), waveform, batch.wav)
-        return waveform, log_durations
+        return waveform, log_durations, mel.float()
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One update of the generator, and of the discriminators once they have started; returns the losses."""
@@ -220,7 +231,7 @@ class Trainer:
         rate = min(1.0, (self.step + 1) / options.learning_rate_warmup) * 0.5 ** (self.step / options.half_life)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * rate
-        fake, log_durations = self.speak(batch)
+        fake, log_durations, frame_mel = self.speak(batch)
         logs: dict[str, float] = {}
         if self.step >= options.gan_start and self.discriminators is None:
             self._start_gan()
@@ -237,7 +248,9 @@ class Trainer:
             logs["discriminator"] = loss_d.item()
         mel, stft = self.spectral(fake, batch.wav)
         duration = duration_loss(log_durations, batch.durations, batch.lengths)
-        loss = options.mel_weight * mel + options.stft_weight * stft
+        heard = torch.arange(frame_mel.shape[2], device=self.device) < batch.valid[:, None]
+        frame_loss = (frame_mel - self.spectral.frame_mel(batch.wav)).abs().mean(1)[heard].mean()
+        loss = options.mel_weight * mel + options.stft_weight * stft + options.frame_mel_weight * frame_loss
         if self.model.dur_predictor is not None:
             loss = loss + options.duration_weight * duration
         if self.discriminators is not None:
@@ -253,13 +266,13 @@ class Trainer:
             self.discriminators.requires_grad_(True)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+        norm = nn.utils.clip_grad_norm_([*self.model.parameters(), *self.readout.parameters()], options.clip)
         if torch.isfinite(norm):  # one bad batch must not end a run of hours
             self.optimizer.step()
         self.step += 1
         if self.step % 10 == 0:
             self._average(10)
-        logs.update(mel=mel.item(), stft=stft.item(), duration=duration.item(), norm=norm.item())
+        logs.update(frame_mel=frame_loss.item(), mel=mel.item(), stft=stft.item(), duration=duration.item(), norm=norm.item())
         return logs
 
     @torch.no_grad()

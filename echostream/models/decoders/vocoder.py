@@ -18,7 +18,6 @@ import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Mapping, Sequence
-from zipfile import BadZipFile
 
 import torch
 import torch.nn.functional as F
@@ -543,13 +542,12 @@ class CodeHiFiGAN(nn.Module):
     def lookahead_units(self) -> int:
         """Units that must have come behind unit u before u's last sample can be given out, durations included.
 
-        Counted for units of one frame, the worst case: a frame ahead may be one unit ahead.
+        Counted for units of one frame, the worst case: a frame ahead may be one unit ahead, and that unit's duration
+        must be known too.
         """
         if self.config.causal:
             return self.config.lookahead_units
-        frames = self.lookahead_frames
-        durations = self.dur_predictor.right if self.dur_predictor is not None else 0
-        return max(frames, frames - 1 + durations if frames else 0, durations)
+        return self.lookahead_frames + (self.dur_predictor.right if self.dur_predictor is not None else 0)
 
     @property
     def lookahead_ms(self) -> float:
@@ -949,7 +947,7 @@ def load_generator_state(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"vocoder checkpoint {path} is not a file of weights alone, and is not loaded ({_first_line(error)})"
         ) from None
-    except (RuntimeError, EOFError, OSError, BadZipFile, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # bytes that are no checkpoint make the unpickler stumble in any way
         raise CheckpointError(
             f"vocoder checkpoint {path} cannot be read; it is truncated or no PyTorch file ({_first_line(error)})"
         ) from None
