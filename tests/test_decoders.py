@@ -11,7 +11,7 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import EOS, PAD
 from echostream.errors import EchoStreamError
 from echostream.models.decoders.ctc_decoder import STDecoder
-from echostream.models.decoders.layers import CausalLayer, DecoderLayer, sinusoidal_positions, visible_frames
+from echostream.models.decoders.layers import CausalLayer, DecoderLayer, attend, sinusoidal_positions, visible_frames
 from echostream.models.decoders.transformer_decoder import MTDecoder
 from echostream.models.decoders.unit_decoder import UnitDecoder, greedy_units
 from echostream.models.state import State
@@ -89,6 +89,16 @@ def test_visible_frames_counts():
     seen = visible_frames(torch.tensor([[0, 2], [3, 1]]), 3)
     assert seen.mask[1, 0].tolist() == [[True, True, True], [True, False, False]]
     assert seen.nothing[..., 0].tolist() == [[True, False], [False, False]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_written_out_for_training_equals_the_fused_one(causal):
+    q, k, v = random(2, 5, 8), random(2, 5 if causal else 7, 8), random(2, 5 if causal else 7, 8)
+    mask = None if causal else visible_frames(torch.tensor([7, 3]), 7).mask
+    dropped_never = attend(q, k, v, 2, mask, causal, dropout=1e-9)  # rounds to no element at all
+    torch.testing.assert_close(dropped_never, attend(q, k, v, 2, mask, causal), **EXACT)
+    dropped = torch.stack([attend(q, k, v, 2, mask, causal, dropout=0.5) for _ in range(2000)])
+    assert (dropped.mean(0) - dropped_never).abs().max() < 0.15  # right on average
 
 
 # ---- ST ----------------------------------------------------------------------------------------------------------

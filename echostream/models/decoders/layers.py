@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.errors import EchoStreamError
+from echostream.models.dropout import dropout as cheap_dropout
+from echostream.models.dropout import relu_dropout
 from echostream.models.state import State
 
 
@@ -50,7 +52,16 @@ def attend(
     ``mask`` [B or 1, 1, Q or 1, K] is true where attention is allowed; every query must be allowed one key at least.
     """
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    if dropout and q.device.type == "cpu":
+        # torch has no fused kernel for this case; written out, it can use the cheap dropout.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        out = cheap_dropout(scores.softmax(dim=-1), dropout, True) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -71,6 +82,13 @@ def visible_frames(counts: Tensor, size: int) -> Visible:
         counts = counts[:, None]
     places = torch.arange(size, device=counts.device)
     return Visible((places < counts.clamp(min=1)[..., None])[:, None], (counts <= 0)[..., None])
+
+
+class Dropout(nn.Dropout):
+    """``nn.Dropout``, cheap on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cheap_dropout(x, self.p, self.training)
 
 
 class SelfAttention(nn.Module):
@@ -122,10 +140,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.inner = init_linear(nn.Linear(dim, inner))
         self.outer = init_linear(nn.Linear(inner, dim))
-        self.activation_dropout = nn.Dropout(activation_dropout)
+        self.activation_dropout = activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(self.activation_dropout(F.relu(self.inner(x))))
+        return self.outer(relu_dropout(self.inner(x), self.activation_dropout, self.training))
 
 
 @dataclass(frozen=True)
@@ -156,7 +174,7 @@ class CausalLayer(nn.Module):
         self.self_norm = nn.LayerNorm(dim)
         self.ffn = FeedForward(dim, ffn, act_dropout)
         self.ffn_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.self_norm(x + self.dropout(attended))
@@ -234,7 +252,7 @@ class DecoderLayer(nn.Module):
         self.cross_norm = nn.LayerNorm(dim)
         self.ffn = FeedForward(dim, ffn, act_dropout)
         self.ffn_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _finish(self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         x = self.self_norm(x + self.dropout(attended))
@@ -295,7 +313,7 @@ class TransformerDecoder(nn.Module):
         super().__init__()
         self.dim, self.position_limit = dim, position_limit
         self.max_positions, self.max_frames = max_positions, max_frames
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layers = nn.ModuleList(
             DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout)
             for _ in range(layers)
