@@ -102,14 +102,14 @@ class TimedAgent:
         if self.utterance == 2 or (self.utterance == 1 and not segment.finished):
             return EmptySegment(finished=segment.finished)
         if self.heard == 0.4 * RATE:
-            words = ["one"]
+            pieces = [" o", "ne"]
         elif segment.finished:
-            words = ["two", "three", "four"]
+            pieces = [" two three", " four"]
         else:
             return EmptySegment()
-        sound = np.full(1600 * len(words), 0.1, dtype=np.float32)
+        sound = np.full(1600 * len("".join(pieces).split()), 0.1, dtype=np.float32)
         return SpeechSegment(
-            content=sound, sample_rate=16000, finished=segment.finished, tgt_lang=None, config={"words": words}
+            content=sound, sample_rate=16000, finished=segment.finished, tgt_lang=None, config={"pieces": pieces}
         )
 
 

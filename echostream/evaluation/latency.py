@@ -26,7 +26,7 @@ def average_lagging(delays: Sequence[float], source_length: float, target_length
     """
     if not delays or source_length <= 0 or target_length <= 0:
         raise EchoStreamError(
-            f"lagging is undefined for {len(delays)} words, {source_length} ms of source, {target_length} reference words"
+            f"{len(delays)} words from {source_length} ms of source have no lagging (reference: {target_length} words)"
         )
     ideal = source_length / target_length  # ms of source per target word, spoken without any lag
     total = 0.0

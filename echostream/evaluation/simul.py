@@ -15,7 +15,7 @@ entry can go when the defect it names is gone:
 * RTF is 1.0 by construction, Discontinuity* assert on logged instances → from what the log holds.
 
 Log lines (``instances.log``) gain ``text`` (what was said), ``source_text`` (what was heard), ``words`` (each with
-``text``, ``delay`` and ``elapsed`` of the piece of speech that brought it, in ms) and ``compute`` (ms).
+``text``, and ``delay`` and ``elapsed`` in ms of the ``segment`` of speech that brought its end) and ``compute`` (ms).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import logging
 import math
 import time
 from argparse import Namespace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ import numpy as np
 
 from echostream.audio.io import read_audio, write_audio
 from echostream.constants import SAMPLE_RATE
-from echostream.errors import EchoStreamError, require
+from echostream.errors import AudioError, require
 from echostream.evaluation import latency, quality
 from echostream.evaluation.asr import load_recogniser
 
@@ -55,8 +54,12 @@ logger = logging.getLogger("echostream.evaluation")
 class SpeechDataloader(SpeechToSpeechDataloader):
     """Sources as numpy arrays, decoded when their turn comes; any format, channels averaged, own sample rate."""
 
-    def preprocess_source(self, source: str) -> np.ndarray:
-        return read_audio(source)[0]
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """Samples float32 [N] and their rate."""
+        try:
+            return read_audio(self.get_source_audio_path(index))
+        except AudioError as error:  # SimulEval would show its own stack
+            raise SystemExit(f"error: {error}") from None
 
 
 class SpeechInstance(SpeechToSpeechInstance):
@@ -70,40 +73,47 @@ class SpeechInstance(SpeechToSpeechInstance):
         self.tgt_lang = dataloader.get_tgt_lang(index)
         self.words: list[dict[str, Any]] = []
         self.waiting: list[str] = []
+        self.gap = False  # the text so far ended with a space
         self.source_text = ""
+        self.recording: np.ndarray | None = None
 
-    @property
-    def source(self) -> np.ndarray:
-        return self.dataloader.get_source(self.index)
-
-    @cached_property
-    def audio_info(self) -> Any:
-        return self.dataloader.get_source_audio_info(self.index)
+    def send_source(self, segment_size: int = 10) -> Segment:
+        """The next ``segment_size`` ms, as float32 [N]."""
+        if self.recording is None:
+            self.recording, self.rate = self.dataloader.read(self.index)
+            self.sample_count = len(self.recording)
+            self.start_time = time.time()
+        start = self.step
+        self.step = min(start + max(1, round(segment_size / 1000 * self.rate)), self.sample_count)
+        samples = self.recording[start : self.step]
+        self.source_finished_reading = self.step == self.sample_count
+        if self.source_finished_reading:
+            self.recording = self.recording[:0].copy()  # read to its end: a long corpus must not pile up
+        return SpeechSegment(
+            index=self.len_sample_to_ms(self.step),
+            content=samples,
+            sample_rate=self.rate,
+            finished=self.source_finished_reading,
+            tgt_lang=self.tgt_lang,
+        )
 
     @property
     def sample_rate(self) -> int:
-        return self.audio_info.samplerate
+        return self.rate
 
     @property
     def source_length(self) -> float:
         """Milliseconds."""
-        return 1000 * self.audio_info.frames / self.audio_info.samplerate
-
-    def send_source(self, segment_size: int = 10) -> Segment:
-        segment = super().send_source(segment_size)
-        if segment.finished:
-            self.sample_list = self.sample_list[:0]  # read to its end: a long corpus must not pile up
-            self.step_total = self.step
-        return segment
+        return self.len_sample_to_ms(self.sample_count)
 
     def receive_prediction(self, segment: Segment) -> None:
-        """Take one piece of output. Words come in ``segment.config["words"]`` and are timed by the speech they are in.
+        """Take one piece of output. Text comes in ``segment.config["pieces"]`` and is timed by the speech that follows.
 
-        Words whose audio is not there yet wait for the next piece that has audio.
+        A piece with a leading space starts a word. Text whose audio is not there yet waits for the next speech.
         """
         self.compute_ms = 1000 * (time.time() - self.start_time)
         self.finish_prediction = segment.finished
-        self.waiting += segment.config.get("words", [])
+        self.waiting += segment.config.get("pieces", [])
         self.source_text = segment.config.get("source_text", self.source_text)
         if isinstance(segment, SpeechSegment) and len(segment.content) > 0:
             if self.target_sample_rate < 0:
@@ -118,10 +128,17 @@ class SpeechInstance(SpeechToSpeechInstance):
 
     def _give_out_words(self) -> None:
         delay = self.len_sample_to_ms(self.step)
-        self.words += [
-            {"text": word, "delay": delay, "elapsed": delay + self.compute_ms, "piece": len(self.delays) - 1}
-            for word in self.waiting
-        ]
+        timing = {"delay": delay, "elapsed": delay + self.compute_ms, "segment": len(self.delays) - 1}
+        for piece in self.waiting:
+            for i, part in enumerate(piece.split()):
+                if i or self.gap or piece[0].isspace() or not self.words:
+                    self.words.append({"text": part, **timing})
+                else:
+                    word = self.words[-1]
+                    word["text"] += part
+                    if any(c.isalnum() for c in part):  # a full stop that follows later makes no sound
+                        word.update(timing)
+            self.gap = piece[-1:].isspace() or (self.gap and not piece)
         self.waiting = []
 
     def summarize(self) -> dict[str, Any]:
@@ -377,4 +394,4 @@ def _version(package: str) -> str:
     return version(package)
 
 
-__all__ = ["EchoStreamError", "SpeechDataloader", "SpeechInstance", "register", "spoken_text", "transcribe"]
+__all__ = ["SpeechDataloader", "SpeechInstance", "register", "spoken_text", "transcribe"]

@@ -1,0 +1,134 @@
+"""Running SimulEval over a list of recordings, in one process or several, and scoring its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from echostream.errors import EchoStreamError, require
+
+QUALITY = ("BLEU", "ASR_BLEU", "ASR_WER")
+LATENCY = ("StartOffset", "EndOffset", "AL", "LAAL")
+PLAIN_ONLY = ("RTF",)  # made of computing time alone
+
+
+def simulate(
+    sources: Sequence[str | Path],
+    references: Sequence[str],
+    output: str | Path,
+    agent: str | Path,
+    options: Mapping[str, Any],
+    jobs: int = 1,
+) -> list[dict[str, Any]]:
+    """Run ``simuleval --agent`` over recordings and return the lines of ``instances.log``, in order.
+
+    Args:
+        sources, references: recordings and their translations, one line of text each.
+        output: directory for ``instances.log`` and ``wavs/``; with several jobs also one directory for each.
+        agent: the agent's file.
+        options: options of simuleval and of the agent; None leaves an option out.
+        jobs: processes side by side. More than one falsifies the computation-aware figures.
+
+    Raises:
+        EchoStreamError: there is nothing to do, or simuleval failed (it has said why).
+    """
+    require("simuleval", "simuleval")
+    if not sources or len(sources) != len(references):
+        raise EchoStreamError(f"{len(sources)} recordings and {len(references)} references cannot be paired")
+    output = Path(output).resolve()
+    bounds = [round(i * len(sources) / jobs) for i in range(jobs + 1)]
+    parts = [(start, stop) for start, stop in zip(bounds, bounds[1:]) if stop > start]
+    folders = [output] if len(parts) == 1 else [output / f"part{i}" for i in range(len(parts))]
+    processes = []
+    for (start, stop), folder in zip(parts, folders, strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        # SimulEval reads one item a line
+        lists = {"source": [str(Path(s).resolve()) for s in sources[start:stop]], "target": references[start:stop]}
+        for name, lines in lists.items():
+            text = "".join(f"{' '.join(line.split()) if name == 'target' else line}\n" for line in lines)
+            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "simuleval.cli", "--agent", str(agent), "--no-scoring"]
+        command += ["--source", str(folder / "source.txt"), "--target", str(folder / "target.txt")]
+        command += ["--output", str(folder)]
+        for name, value in options.items():
+            if value is not None:
+                command += [f"--{name.replace('_', '-')}", str(value)]
+        processes.append(subprocess.Popen(command, env=_environment()))
+    statuses = [_wait(process) for process in processes]
+    if any(statuses):
+        raise EchoStreamError(f"simuleval ended with status {next(filter(None, statuses))}; its message is above")
+    lines = []
+    for (start, _), folder in zip(parts, folders, strict=True):
+        for line in read_log(folder):
+            lines.append({**line, "index": start + line["index"]})
+    if len(folders) > 1:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (output / "instances.log").write_text(text, encoding="utf-8")
+    return lines
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of ``instances.log``.
+
+    Raises:
+        EchoStreamError: the file is missing, or a line is not JSON.
+    """
+    path = Path(folder) / "instances.log"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise EchoStreamError(f"{path} does not exist; has simuleval run with --output {folder}?") from None
+    except ValueError as error:
+        raise EchoStreamError(f"{path} is damaged: {error}") from None
+
+
+def score(folder: str | Path, asr: str = "auto", quality: Sequence[str] = QUALITY) -> dict[str, float]:
+    """All figures of a finished run by the scorers of ``echostream.evaluation.simul``; also kept in ``scores.json``.
+
+    Latencies are in ms, computation-aware ones end in ``_CA``.
+    """
+    from simuleval.evaluator.instance import LogInstance
+
+    from echostream.evaluation import simul
+
+    instances = {line["index"]: LogInstance(json.dumps(line)) for line in read_log(folder)}
+    if not instances:
+        raise EchoStreamError(f"{folder}/instances.log is empty: there is nothing to score")
+    args = Namespace(asr=asr, no_use_ref_len=False, computation_aware=True)
+    figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in quality}
+    scorers = {scorer.name: scorer for scorer in simul.LATENCY_SCORERS}
+    for name in (*LATENCY, *PLAIN_ONLY):
+        figures[name] = scorers[name].from_args(args)(instances)
+    for name in LATENCY:
+        figures[f"{name}_CA"] = scorers[name](computation_aware=True)(instances)
+    (Path(folder) / "scores.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def recogniser_name(folder: str | Path) -> str:
+    """Which recogniser the ASR figures of a scored run rest on."""
+    path = Path(folder) / "asr.txt"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "no ASR"
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, with this very package importable."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+
+
+def _wait(process: subprocess.Popen) -> int:
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        time.sleep(0.1)
+        raise

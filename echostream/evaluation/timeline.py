@@ -1,0 +1,78 @@
+"""A picture of one simultaneous translation: what was said, what came out, and when."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echostream.audio.io import read_audio
+from echostream.errors import require
+
+SOURCE_COLOUR, TARGET_COLOUR, WORD_COLOUR = "#4c72b0", "#55a868", "#c44e52"
+
+
+def draw_timeline(log: dict[str, Any], path: str | Path, source_text: str = "", reference: str = "") -> None:
+    """Write a PNG for a line of ``instances.log``: source waveform, words at the time they came, output waveform.
+
+    Args:
+        log: as ``echostream.evaluation.simul`` writes it, times in ms.
+        path: of the picture.
+        source_text, reference: for the titles; without a source text, what the model heard.
+
+    Raises:
+        AudioError: a recording cannot be read.
+        MissingExtraError: matplotlib is not installed.
+    """
+    require("matplotlib", "simuleval")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: no display, no global state
+    from matplotlib.figure import Figure
+
+    source, source_rate = read_audio(log["source"])
+    end = max([len(source) / source_rate, *(sum(interval) / 1000 for interval in log["intervals"])])
+    figure = Figure(figsize=(max(8.0, 2.2 * end), 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[1, 0.9, 1])
+
+    _waveform(top, source, source_rate, 0.0, SOURCE_COLOUR)
+    top.set_title(f"source: {source_text or log.get('source_text', '')}", loc="left", fontsize=10)
+    if log["intervals"]:
+        output, rate = read_audio(log["prediction"])
+        _waveform(bottom, output, rate, log["intervals"][0][0] / 1000, TARGET_COLOUR)
+    for start, duration in log["intervals"]:
+        bottom.axvspan(start / 1000, (start + duration) / 1000, color=TARGET_COLOUR, alpha=0.12, linewidth=0)
+    title = f"output: {log['text'] or '(nothing)'}" + (f"\nreference: {reference}" if reference else "")
+    bottom.set_title(title, loc="left", fontsize=10)
+
+    middle.set_title("words, when the speech that holds them was handed out", loc="left", fontsize=10)
+    middle.set_yticks([])
+    middle.set_ylim(0, 1)
+    for i, (delay, words) in enumerate(groupby(log["words"], key=lambda word: word["delay"])):
+        for axis in (top, middle, bottom):
+            axis.axvline(delay / 1000, color=WORD_COLOUR, linewidth=0.8, alpha=0.6)
+        height = (0.78, 0.5, 0.22)[i % 3]  # neighbours would cover each other on one line
+        text = " ".join(word["text"] for word in words)
+        middle.text(delay / 1000, height, f" {text}", color=WORD_COLOUR, fontsize=9, va="center")
+    for axis in (top, bottom):
+        axis.set_ylim(-1.05, 1.05)
+        axis.set_yticks([])
+    for axis in (top, middle, bottom):
+        axis.axvline(len(source) / source_rate, color="black", linewidth=0.8, linestyle=":")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    bottom.set_xlim(0, end * 1.05)
+    bottom.set_xlabel("seconds (dotted: the speaker has finished)")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _waveform(axis: Any, samples: np.ndarray, rate: int, start: float, colour: str) -> None:
+    """Draw the envelope in 5 ms steps: at this size single samples only cost time."""
+    step = max(1, rate // 200)
+    frames = samples[: len(samples) // step * step].reshape(-1, step)
+    if not len(frames):
+        return
+    times = start + (np.arange(len(frames)) + 0.5) * step / rate
+    peak = max(float(np.abs(samples).max()), 1e-3)
+    axis.fill_between(times, frames.min(axis=1) / peak, frames.max(axis=1) / peak, color=colour, linewidth=0)
