@@ -30,6 +30,10 @@ class UnitError(EchoStreamError):
     """A unit sequence is empty, or holds an id, duration or speaker that the vocoder does not know."""
 
 
+class SessionError(EchoStreamError):
+    """A streaming session was asked for something out of turn, or a saved one does not fit."""
+
+
 class MissingExtraError(EchoStreamError, ImportError):
     """A package of an optional extra is not installed."""
 

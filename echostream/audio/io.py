@@ -74,5 +74,5 @@ def check_finite(samples: np.ndarray, name: str) -> None:
         first = int(np.argmin(finite))
         raise AudioError(
             f"{name} has {int((~finite).sum())} NaN or infinite samples, the first at position {first}; "
-            "repair or leave out the recording"
+            "repair it or leave it out"
         )

@@ -53,9 +53,8 @@ class Resampler:
     """
 
     def __init__(self, source_rate: int, target_rate: int):
-        for rate in (source_rate, target_rate):
-            if isinstance(rate, bool) or not float(rate).is_integer() or not MIN_RATE <= rate <= MAX_RATE:
-                raise AudioError(f"sample rate {rate} is not a whole number from {MIN_RATE} to {MAX_RATE} Hz")
+        check_rate(source_rate)
+        check_rate(target_rate)
         self.source_rate, self.target_rate = int(source_rate), int(target_rate)
         divisor = math.gcd(self.source_rate, self.target_rate)
         self.up, self.down = self.target_rate // divisor, self.source_rate // divisor
@@ -119,6 +118,16 @@ class Resampler:
                 "nt,nt->n", windows[places // self.up], self.filters[places % self.up], out=out[begin : begin + 1024]
             )
         return out
+
+
+def check_rate(rate: int) -> None:
+    """Refuse a rate that cannot be one.
+
+    Raises:
+        AudioError: it is not a whole number between 1 kHz and 768 kHz.
+    """
+    if isinstance(rate, bool) or not float(rate).is_integer() or not MIN_RATE <= rate <= MAX_RATE:
+        raise AudioError(f"sample rate {rate} is not a whole number from {MIN_RATE} to {MAX_RATE} Hz")
 
 
 @functools.lru_cache(maxsize=8)

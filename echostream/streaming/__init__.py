@@ -1,0 +1,37 @@
+"""The streaming engine: samples in, events out, at a constant cost per chunk for streams without end.
+
+``session`` holds what users call. One stream's logic is in ``engine`` (no torch), which asks the model for its next step
+through the requests of ``stages``; ``torch_stages`` answers them. ``policy`` says when to write, ``segmenter`` where
+sentences end, ``events`` what comes out.
+"""
+
+from echostream.streaming.events import (
+    Event,
+    LagStatistics,
+    SentenceEnd,
+    SourceText,
+    TargetText,
+    TargetUnits,
+    Waveform,
+)
+from echostream.streaming.policy import CTCCountPolicy, Policy, WaitForSentenceEnd, make_policy
+from echostream.streaming.segmenter import NoSegmenter, PunctuationSegmenter, Segmenter
+from echostream.streaming.session import StreamingSession
+
+__all__ = [
+    "CTCCountPolicy",
+    "Event",
+    "LagStatistics",
+    "NoSegmenter",
+    "Policy",
+    "PunctuationSegmenter",
+    "Segmenter",
+    "SentenceEnd",
+    "SourceText",
+    "StreamingSession",
+    "TargetText",
+    "TargetUnits",
+    "WaitForSentenceEnd",
+    "Waveform",
+    "make_policy",
+]

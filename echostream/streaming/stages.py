@@ -1,0 +1,98 @@
+"""What the engine asks of a model, as values: a backend (torch, or any other) answers these requests.
+
+Every request belongs to one stream, a *row* of the backend. Requests of one kind from many streams can be answered
+together, which is how sessions share a batch. Arrays are numpy. Letters: T feature frames (10 ms), N new encoder frames
+(40 ms), D widths, V target vocabulary, P inputs of the unit decoder, R its upsampling ratio.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Sequence
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Encode normalised features [T, 80]; with ``finished`` give out the rest and be ready for a new stream."""
+
+    features: np.ndarray
+    finished: bool
+
+
+class Heard(NamedTuple):
+    """Answer to ``Listen``: encoder frames [N, D], and the best symbol of each for the ASR and the ST CTC head [N]."""
+
+    frames: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+
+
+@dataclass(frozen=True)
+class NewSentence:
+    """Start the MT and the unit decoder anew. Answer: None."""
+
+
+@dataclass(frozen=True)
+class Extend:
+    """Let the MT and the unit decoder see these encoder frames [N, D] too. Answer: None."""
+
+    frames: np.ndarray
+
+
+@dataclass(frozen=True)
+class Write:
+    """Feed the MT decoder one token at the next position. Answer: ``Written``."""
+
+    token: int
+
+
+class Written(NamedTuple):
+    """Scores of the next token [V], and the hidden state [D] they come from."""
+
+    scores: np.ndarray
+    hidden: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """Forget the MT decoder's positions from ``positions`` on: a draft was not committed. Answer: None."""
+
+    positions: int
+
+
+@dataclass(frozen=True)
+class ReadUnits:
+    """Feed the unit decoder inputs [P, D]. Answer: the best symbol of each position, int64 [P * R]."""
+
+    inputs: np.ndarray
+
+
+@dataclass(frozen=True)
+class Speak:
+    """Feed the vocoder units [U]; with ``finished`` flush it. Answer: samples, float32 [M]."""
+
+    units: np.ndarray
+    finished: bool
+
+
+Request = Listen | NewSentence | Extend | Write | Rewind | ReadUnits | Speak
+
+# Under which name the time of each kind of request is booked.
+STAGE_NAMES: dict[type, str] = {
+    Listen: "encoder",
+    NewSentence: "text",
+    Extend: "text",
+    Write: "text",
+    Rewind: "text",
+    ReadUnits: "units",
+    Speak: "vocoder",
+}
+
+
+class Stages(Protocol):
+    """A model that serves rows of streams."""
+
+    def run(self, requests: Sequence[tuple[int, Request]]) -> list:
+        """Answer (row, request) pairs, all of one kind and of different rows, in their order."""

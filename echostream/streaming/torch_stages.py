@@ -1,0 +1,222 @@
+"""The torch model behind the streaming engine: rows of streams stepping together.
+
+The rows' state lives here, in buffers of fixed size that the decoders write in place (they are handed out by nobody);
+``snapshot`` and ``restore`` turn a row into plain arrays and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echostream.models.decoders.layers import DecoderState
+from echostream.models.state import State
+from echostream.streaming.stages import Extend, Heard, Listen, NewSentence, ReadUnits, Request, Rewind, Speak, Write, Written
+
+if TYPE_CHECKING:
+    from echostream.checkpoint import Bundle
+
+
+@dataclass(frozen=True)
+class ModelState(State):
+    """All stages' states, each with the stream as its first dimension. ``vocoder`` is empty where there is none."""
+
+    encoder: State
+    st: State
+    mt: DecoderState
+    unit: tuple[DecoderState, ...]
+    vocoder: tuple[State, ...]
+
+
+class TorchStages:
+    """Answers the engine's requests for ``rows`` streams.
+
+    Args:
+        bundle: a loaded checkpoint; its model runs on whatever device and dtype it is in.
+        rows: how many streams.
+        speech: without, the unit decoder and the vocoder take no room and are never called.
+    """
+
+    def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True):
+        self.model = bundle.model
+        self.vocoder = bundle.vocoder if speech else None
+        self.speech = speech
+        weight = self.model.asr_head.output.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.state = self.init_state(rows)
+
+    @torch.inference_mode()
+    def init_state(self, rows: int) -> ModelState:
+        model = self.model
+        return ModelState(
+            encoder=model.encoder.init_state(rows),
+            st=model.st_decoder.init_state(rows),
+            mt=model.mt_decoder.init_state(rows),
+            unit=(model.unit_decoder.init_state(rows),) if self.speech else (),
+            vocoder=(self.vocoder.init_state(rows),) if self.vocoder is not None else (),
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.state.mt.positions.shape[0]
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[tuple[int, Request]]) -> list[Any]:
+        """See ``Stages.run``."""
+        rows = [row for row, _ in requests]
+        values = [request for _, request in requests]
+        return self._ANSWERS[type(values[0])](self, rows, values)
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def _listen(self, rows: list[int], requests: list[Listen]) -> list[Heard]:
+        features, lengths = self._pad(rows, [r.features for r in requests])
+        finished = self._flags(rows, [r.finished for r in requests])
+        state = self.state
+        frames, counts, encoder = self.model.encoder.step(features, lengths, state.encoder, finished)
+        st = state.st
+        if frames.shape[1]:
+            source = self.model.asr_head(frames).argmax(-1)
+            scores, _, st = self.model.st_decoder.step(frames, counts, st)
+            target = scores.argmax(-1)
+        else:
+            source = target = counts.new_zeros(len(counts), 0)
+        if bool(finished.any()):
+            st = st.restart(finished)
+        self._replace(encoder=encoder, st=st)
+        frames, source, target, sizes = (_numpy(t) for t in (frames, source, target, counts))
+        return [Heard(frames[r, : sizes[r]], source[r, : sizes[r]], target[r, : sizes[r]]) for r in rows]
+
+    def _new_sentence(self, rows: list[int], requests: list[NewSentence]) -> list[None]:
+        chosen = self._flags(rows, [True] * len(rows))
+        self._replace(mt=self.state.mt.restart(chosen), unit=tuple(u.restart(chosen) for u in self.state.unit))
+        return [None] * len(rows)
+
+    def _extend(self, rows: list[int], requests: list[Extend]) -> list[None]:
+        frames, lengths = self._pad(rows, [r.frames for r in requests])
+        mt = self.model.mt_decoder.extend(frames, lengths, self.state.mt, in_place=True)
+        unit = tuple(
+            self.model.unit_decoder.extend(frames, lengths, state, in_place=True) for state in self.state.unit
+        )
+        self._replace(mt=mt, unit=unit)
+        return [None] * len(rows)
+
+    def _write(self, rows: list[int], requests: list[Write]) -> list[Written]:
+        tokens = torch.zeros(self.rows, 1, dtype=torch.long)
+        tokens[rows, 0] = torch.tensor([r.token for r in requests])
+        active = self._flags(rows, [True] * len(rows))
+        scores, hidden, mt = self.model.mt_decoder.step(tokens.to(self.device), active, self.state.mt, in_place=True)
+        self._replace(mt=mt)
+        scores, hidden = _numpy(scores), _numpy(hidden)
+        return [Written(scores[r, 0], hidden[r, 0]) for r in rows]
+
+    def _rewind(self, rows: list[int], requests: list[Rewind]) -> list[None]:
+        positions = self.state.mt.positions.clone()
+        positions[rows] = torch.tensor([r.positions for r in requests], device=self.device)
+        self._replace(mt=dataclasses.replace(self.state.mt, positions=positions))
+        return [None] * len(rows)
+
+    def _read_units(self, rows: list[int], requests: list[ReadUnits]) -> list[np.ndarray]:
+        inputs, lengths = self._pad(rows, [r.inputs for r in requests])
+        scores, counts, unit = self.model.unit_decoder.step(inputs, lengths, self.state.unit[0], in_place=True)
+        self._replace(unit=(unit,))
+        symbols, sizes = _numpy(scores.argmax(-1)), _numpy(counts)
+        return [symbols[r, : sizes[r]] for r in rows]
+
+    def _speak(self, rows: list[int], requests: list[Speak]) -> list[np.ndarray]:
+        longest = max(len(r.units) for r in requests)
+        units = torch.zeros(self.rows, longest, dtype=torch.long)
+        lengths = torch.zeros(self.rows, dtype=torch.long)
+        for row, request in zip(rows, requests):
+            units[row, : len(request.units)] = torch.from_numpy(np.asarray(request.units, dtype=np.int64))
+            lengths[row] = len(request.units)
+        finished = self._flags(rows, [r.finished for r in requests])
+        waveform, sizes, state = self.vocoder.step(
+            units.to(self.device), lengths.to(self.device), self.state.vocoder[0], finished
+        )
+        self._replace(vocoder=(state,))
+        samples, counts = _numpy(waveform.float()), _numpy(sizes)
+        return [samples[r, : counts[r]].copy() for r in rows]
+
+    _ANSWERS = {
+        Listen: _listen,
+        NewSentence: _new_sentence,
+        Extend: _extend,
+        Write: _write,
+        Rewind: _rewind,
+        ReadUnits: _read_units,
+        Speak: _speak,
+    }
+
+    # ---- rows --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def reset(self, row: int) -> None:
+        """A new stream in ``row``."""
+        if self.rows == 1:
+            self.state = self.init_state(1)
+            return
+        chosen = self._flags([row], [True])
+        self.state = self.init_state(self.rows).where(chosen, self.state)
+
+    @torch.inference_mode()
+    def snapshot(self, row: int) -> dict[str, np.ndarray]:
+        """The state of ``row`` as named arrays [1, ...]; what they hold is copied."""
+        chosen = torch.tensor([row], device=self.device)
+        return self.state.index_select(chosen).arrays()
+
+    @torch.inference_mode()
+    def restore(self, row: int, arrays: dict[str, np.ndarray]) -> None:
+        """Put what ``snapshot`` gave into ``row``.
+
+        Raises:
+            KeyError, ValueError: the arrays are of another model.
+        """
+        state = self.init_state(1).from_arrays(arrays)
+        if self.rows == 1:
+            self.state = state
+            return
+        others = torch.arange(self.rows, device=self.device)
+        at = torch.where(others == row, self.rows, others)
+        self.state = State.stack([self.state, state]).index_select(at)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows' states; they never change."""
+        return self.state.nbytes
+
+    # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _replace(self, **changes: Any) -> None:
+        self.state = dataclasses.replace(self.state, **changes)
+
+    def _pad(self, rows: list[int], arrays: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Arrays [n, D] of some rows as one tensor [rows, N, D] and its lengths; the other rows bring nothing."""
+        lengths = torch.zeros(self.rows, dtype=torch.long)
+        lengths[rows] = torch.tensor([len(a) for a in arrays])
+        if self.rows == 1:
+            padded = torch.from_numpy(np.array(arrays[0]))[None]  # a copy: the array may be read-only
+        else:
+            padded = torch.zeros(self.rows, int(lengths.max()), arrays[0].shape[1], dtype=_DTYPES[arrays[0].dtype.name])
+            for row, array in zip(rows, arrays):
+                padded[row, : len(array)] = torch.from_numpy(np.array(array))
+        return padded.to(device=self.device, dtype=self.dtype), lengths.to(self.device)
+
+    def _flags(self, rows: list[int], values: list[bool]) -> Tensor:
+        flags = torch.zeros(self.rows, dtype=torch.bool)
+        flags[rows] = torch.tensor(values, dtype=torch.bool)
+        return flags.to(self.device)
+
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return tensor.cpu().numpy()
