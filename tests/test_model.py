@@ -212,6 +212,23 @@ def test_vocoder_of_too_few_units_is_refused():
         build_echostream_model(EchoStreamConfig(**TINY), vocoder=speaker(8))
 
 
+@pytest.mark.parametrize("source", ["encoder", "mt"])
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16 weights"])
+def test_bfloat16_trains_decodes_and_streams(source, kind):
+    torch.manual_seed(0)
+    model = build_echostream_model(EchoStreamConfig(**{**TINY, "unit_decoder_input": source}))
+    x, lengths = speech(70, 50)
+    model, x = (model, x.float()) if kind == "autocast" else (model.bfloat16(), x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        out = model(x, lengths, targets(4, 3))
+        sum(out[f"{part}_logits"].float().square().mean() for part in ("asr", "st", "mt", "unit")).backward()
+        model.eval()
+        assert model(x, lengths)["unit_logits"].isfinite().all()
+        model.reset_cache()
+        assert model(x, lengths, finished=True)["st_logits"].isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 # ---- streaming ---------------------------------------------------------------------------------------------------
 
 

@@ -234,7 +234,8 @@ class _Append:
             if self.uniform:
                 buffer[:, self.start : self.start + self.count] = new[:, : self.count]
             else:
-                buffer[self.rows, self.places] = new[self.rows, self.items]
+                # under autocast the projections are narrower than the buffers
+                buffer[self.rows, self.places] = new[self.rows, self.items].to(buffer.dtype)
         return KeyValues(*buffers)
 
 
