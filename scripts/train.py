@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""Train from a YAML file of fairseq-train's flags: ``scripts/train.py --config configs/train_es-en_small.yaml``.
+
+Each ``key: value`` of the file is the flag ``--key value``; ``true`` gives the bare flag, ``false`` and ``null`` leave it
+out, a list is joined by commas. ``data`` is the data directory. Flags on the command line override the file's:
+
+    scripts/train.py --config configs/train_es-en_small.yaml --data data/es-en --max-update 100
+
+The equivalent fairseq-train command is printed first. Several processes without GPUs (gloo):
+
+    torchrun --nproc_per_node 2 scripts/train.py --config configs/train_es-en_small.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
+
+PACKAGE = Path(__file__).resolve().parents[1] / "echostream"
+ALWAYS = {"task": "echostream_s2st", "criterion": "echostream_multitask"}
+
+
+def read_flags(path: str | Path) -> dict[str, Any]:
+    """The flat ``key: value`` pairs of a YAML file, keys with hyphens.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds nested values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration file {path} holds {type(values).__name__}, not key: value lines")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            raise ConfigError(f"configuration file {path}: {key} is nested; every key is one flag of fairseq-train")
+    return {str(key).replace("_", "-"): value for key, value in values.items()}
+
+
+def command(flags: dict[str, Any], overrides: Sequence[str] = (), data: str | None = None) -> list[str]:
+    """fairseq-train's arguments, without the program's name.
+
+    Raises:
+        ConfigError: no data directory is named.
+    """
+    flags = {**ALWAYS, **flags}
+    data = data or flags.get("data")
+    if not data:
+        raise ConfigError("no data directory: give --data, or the key data in the configuration file")
+    arguments = [str(data), "--user-dir", os.path.relpath(PACKAGE)]
+    overridden = {word.split("=")[0] for word in overrides if word.startswith("--")}
+    for key, value in flags.items():
+        name = f"--{key}"
+        if key == "data" or name in overridden or value is None or value is False:
+            continue
+        arguments.append(name)
+        if isinstance(value, list):
+            arguments.append(",".join(map(str, value)))
+        elif value is not True:
+            arguments.append(str(value))
+    return [*arguments, *overrides]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of fairseq-train's flags")
+    parser.add_argument("--data", help="data directory, instead of the file's")
+    parser.add_argument("--dry-run", action="store_true", help="print the fairseq-train command and stop")
+    args, overrides = parser.parse_known_args(argv)
+    try:
+        arguments = command(read_flags(args.config), overrides, args.data)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            arguments += distributed_flags(arguments)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fairseq-train {shlex.join(arguments)}", flush=True)
+        if args.dry_run:
+            return
+        run_fairseq("train", arguments)
+    except EchoStreamError as error:
+        sys.exit(f"error: {error}")
+
+
+def distributed_flags(arguments: Sequence[str]) -> list[str]:
+    """What fairseq needs under torchrun where there is no GPU: gloo, and no processes of its own."""
+    import torch
+
+    if torch.cuda.is_available() and "--cpu" not in arguments:
+        return []
+    wanted = {"--cpu": None, "--distributed-no-spawn": None, "--distributed-backend": "gloo", "--ddp-backend": "legacy_ddp"}
+    flags = []
+    for name, value in wanted.items():
+        if name not in arguments:
+            flags += [name] if value is None else [name, value]
+    return flags
+
+
+def run_fairseq(tool: str, arguments: Sequence[str]) -> None:
+    """Run ``fairseq-<tool>`` in this process, with EchoStream registered.
+
+    Raises:
+        MissingExtraError: fairseq is not installed.
+    """
+    import importlib
+
+    from echostream.compat import register_with_fairseq
+
+    register_with_fairseq()
+    before = sys.argv
+    sys.argv = [f"fairseq-{tool}", *arguments]
+    try:
+        importlib.import_module(f"fairseq_cli.{tool}").cli_main()
+    finally:
+        sys.argv = before
+
+
+if __name__ == "__main__":
+    main()
