@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ def simulate(
 
     Args:
         sources, references: recordings and their translations, one line of text each.
-        output: directory for ``instances.log`` and ``wavs/``; with several jobs also one directory for each.
+        output: directory for ``instances.log`` and ``wavs/``.
         agent: the agent's file.
         options: options of simuleval and of the agent; None leaves an option out.
         jobs: processes side by side. More than one falsifies the computation-aware figures.
@@ -64,14 +65,22 @@ def simulate(
     statuses = [_wait(process) for process in processes]
     if any(statuses):
         raise EchoStreamError(f"simuleval ended with status {next(filter(None, statuses))}; its message is above")
-    lines = []
-    for (start, _), folder in zip(parts, folders, strict=True):
-        for line in read_log(folder):
-            lines.append({**line, "index": start + line["index"]})
-    if len(folders) > 1:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (output / "instances.log").write_text(text, encoding="utf-8")
-    return lines
+    if len(parts) > 1:
+        _join(output, folders, [start for start, _ in parts])
+    return read_log(output)
+
+
+def _join(output: Path, folders: Sequence[Path], starts: Sequence[int]) -> None:
+    """Make the results of several processes look like those of one."""
+    (output / "wavs").mkdir(exist_ok=True)
+    with (output / "instances.log").open("w", encoding="utf-8") as log:
+        for folder, start in zip(folders, starts, strict=True):
+            for line in read_log(folder):
+                line["index"] += start
+                wav = output / "wavs" / f"{line['index']}_pred.wav"
+                Path(line["prediction"]).replace(wav)
+                log.write(json.dumps({**line, "prediction": wav.as_posix()}) + "\n")
+            shutil.rmtree(folder)
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:

@@ -54,7 +54,8 @@ def draw_timeline(log: dict[str, Any], path: str | Path, source_text: str = "", 
             axis.axvline(delay / 1000, color=WORD_COLOUR, linewidth=0.8, alpha=0.6)
         height = (0.78, 0.5, 0.22)[i % 3]  # neighbours would cover each other on one line
         text = " ".join(word["text"] for word in words)
-        middle.text(delay / 1000, height, f" {text}", color=WORD_COLOUR, fontsize=9, va="center")
+        side = "right" if delay / 1000 > 0.7 * end else "left"  # near the edge a label would be cut off
+        middle.text(delay / 1000, height, f" {text} ", color=WORD_COLOUR, fontsize=9, va="center", ha=side)
     for axis in (top, bottom):
         axis.set_ylim(-1.05, 1.05)
         axis.set_yticks([])
