@@ -16,6 +16,7 @@ from echostream.config import EchoStreamConfig
 from echostream.models import emformer_layer
 from echostream.models.dropout import dropout, relu_dropout
 from echostream.models.echostream_encoder import EchoStreamEncoder, EncoderState
+from echostream.models.gather import GatherBlocks
 
 BINS = 12
 TINY = EchoStreamConfig(
@@ -284,6 +285,18 @@ def test_every_parameter_gets_a_gradient(right: int, changes: dict) -> None:
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
         assert bool((parameter.grad != 0).any()), name
+
+
+@pytest.mark.parametrize("right", [0, 2])
+@pytest.mark.parametrize("memory", [0, 2, 8])
+@pytest.mark.parametrize("left", [0, 5, 30])
+def test_gathering_has_the_right_gradient(left: int, memory: int, right: int) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 3, 2, 4 + right, 12).double().requires_grad_(True)
+    summary = torch.randn(2, 3, 2, 8).double().requires_grad_(True) if memory else None
+    assert torch.autograd.gradcheck(
+        lambda qkv, summary: GatherBlocks.apply(qkv, summary, 4, left, memory, 2), (qkv, summary), fast_mode=True
+    )
 
 
 def test_padding_gets_no_gradient() -> None:

@@ -87,17 +87,16 @@ class EchoStreamEncoder(nn.Module):
         batch, time, _ = x.shape
         if time == 0:
             return x
-        segments = -(-time // self.segment_length)
-        block = min(self.block_segments, segments)
-        blocks = -(-segments // block)
+        block = self._choose_block(-(-time // self.segment_length))
+        blocks = -(-time // (block * self.segment_length))
         before = torch.arange(blocks, device=x.device) * block
         frames = lengths[:, None] - before * self.segment_length
         mask = self._mask(before.expand(batch, -1).flatten(), frames.flatten(), block, x.dtype)
         padding = torch.arange(time, device=x.device) >= lengths[:, None]
-        h = self._split(x, segments)
+        h = self._split(x, blocks * block).unflatten(1, (blocks, block))
         for layer in self.layers:
-            h = layer(h, mask, block)
-        y = h[:, :, : self.segment_length].flatten(1, 2)[:, :time]
+            h = layer(h, mask)
+        y = h[..., : self.segment_length, :].flatten(1, 3)[:, :time]
         return y.masked_fill(padding[:, :, None], 0.0)
 
     def init_state(
@@ -186,6 +185,14 @@ class EchoStreamEncoder(nn.Module):
             h, left_behind = layer.step(h, mask, before, done)
             after.append(left_behind)
         return h[:, :, : self.segment_length].flatten(1, 2), tuple(after)
+
+    def _choose_block(self, segments: int) -> int:
+        """The segments in a block, near ``block_segments``, that leave the least padding behind the last one."""
+        wanted = self.block_segments
+        if segments <= wanted:
+            return segments
+        candidates = range(max(1, wanted * 3 // 4), wanted * 3 // 2 + 1)
+        return min(candidates, key=lambda block: (-segments % block, abs(block - wanted)))
 
     def _split(self, x: Tensor, segments: int) -> Tensor:
         """The first n segments of ``x`` [B, T', D], each with a copy of its right context: [B, n, W, D]."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.models.dropout import dropout, relu_dropout
+from echostream.models.gather import GatherBlocks
 from echostream.models.state import State
 from echostream.models.subsampler import take_rows
 
@@ -92,37 +93,22 @@ class EmformerLayer(nn.Module):
                 nn.init.zeros_(linear.bias)
         nn.init.zeros_(self.qkv_proj.bias)
 
-    def forward(self, x: Tensor, mask: Tensor, block: int) -> Tensor:
-        """Compute whole utterances, which begin with segment 0.
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Compute whole utterances, which begin with the first block.
 
         Args:
-            x: [B, n, W, D] segments, each followed by its right context.
-            mask: [B N, 1, G W, K] from ``attention_mask``, N = ceil(n / G).
-            block: G, the segments in a block.
+            x: [B, N, G, W, D] segments, each followed by its right context.
+            mask: [B N, 1, G W, K] from ``attention_mask``.
 
         Returns:
-            [B, n, W, D].
+            [B, N, G, W, D].
         """
-        batch, segments, width, dim = x.shape
-        h = self.attention_norm(x) if self.normalize_before else x
-        qkv = self.qkv_proj(h)
-        blocks = -(-segments // block)
-        padding = blocks * block - segments
-        if padding:
-            qkv = F.pad(qkv, (0, 0, 0, 0, 0, padding))
-        query = qkv[..., :dim].reshape(batch * blocks, block * width, dim)
-        own = qkv[..., dim:]
-        frames = own[:, :, : self.segment_length].reshape(batch, blocks, block * self.segment_length, 2 * dim)
-        parts = [_previous(frames, self.left_context_length), own.reshape(batch, blocks, block * width, 2 * dim)]
-        if self.summary_proj is not None:
-            summary = self._summary_kv(x)
-            if padding:
-                summary = F.pad(summary, (0, 0, 0, padding))
-            summary = summary.view(batch, blocks, block, 2 * dim)
-            parts = [_previous(summary, self.memory_size), summary[:, :, : block - 1], *parts]
-        kv = torch.cat(parts, dim=2).flatten(0, 1)
-        attended = self._attend(query, kv, mask).view(batch, blocks * block, width, dim)
-        return self._finish(x, attended[:, :segments])
+        qkv = self.qkv_proj(self.attention_norm(x) if self.normalize_before else x)
+        summary = self._summary_kv(x) if self.summary_proj is not None else None
+        query, key, value = GatherBlocks.apply(
+            qkv, summary, self.segment_length, self.left_context_length, self.memory_size, self.num_heads
+        )
+        return self._finish(x, self._attend(query, key, value, mask).view_as(x))
 
     def step(
         self, x: Tensor, mask: Tensor, state: EmformerLayerState, done: Tensor
@@ -149,7 +135,9 @@ class EmformerLayer(nn.Module):
             bank = torch.cat([memory.to(qkv.dtype), self._summary_kv(x)], dim=1)
             parts = [bank[:, : self.memory_size + block - 1], *parts]
             memory = take_rows(bank, done, self.memory_size).to(memory.dtype)
-        attended = self._attend(query, torch.cat(parts, dim=1), mask).view(batch, block, width, dim)
+        kv = torch.cat(parts, dim=1).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query = query.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        attended = self._attend(query, kv[0], kv[1], mask).view_as(x)
         frames = own if width == self.segment_length else qkv[:, :, : self.segment_length, dim:].flatten(1, 2)
         left = take_rows(torch.cat([left, frames], dim=1), done * self.segment_length, self.left_context_length)
         return self._finish(x, attended), EmformerLayerState(left.to(state.left.dtype), memory)
@@ -167,20 +155,19 @@ class EmformerLayer(nn.Module):
         )
 
     def _summary_kv(self, x: Tensor) -> Tensor:
-        """Keys and values [B, n, 2 D] of the summaries of the segments ``x`` [B, n, W, D]."""
+        """Keys and values [..., n, 2 D] of the summaries of the segments ``x`` [..., n, W, D]."""
         dim = x.shape[-1]
-        summary = self.summary_proj(x[:, :, : self.segment_length].mean(dim=2))
+        summary = self.summary_proj(x[..., : self.segment_length, :].mean(dim=-2))
         return F.linear(summary, self.qkv_proj.weight[dim:], self.qkv_proj.bias[dim:])
 
-    def _attend(self, query: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
-        """Masked attention of ``query`` [N, Q, D] over keys and values ``kv`` [N, K, 2 D] -> [N, Q, D]."""
-        key, value = kv.chunk(2, dim=2)
-        query, key, value = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Attention of queries [N, H, Q, d] over keys and values [N, H, K, d] under ``mask`` -> [N, Q, D]."""
         p = self.attention_dropout if self.training else 0.0
         if p and query.device.type == "cpu":
             # torch has no fused kernel for this case; its composite one is slower by what a cheap dropout saves.
-            scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)).add_(mask.to(query.dtype))
-            out = torch.matmul(dropout(scores.softmax(dim=-1), p, True), value)
+            scores = torch.matmul(query, key.transpose(2, 3))
+            weights = torch.add(mask, scores, alpha=query.shape[-1] ** -0.5).softmax(dim=-1)
+            out = torch.matmul(dropout(weights, p, True), value)
         else:
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p)
         return out.transpose(1, 2).flatten(2)
@@ -233,15 +220,3 @@ def attention_mask(
         parts.insert(0, sees_bank & (bank >= -before[:, None])[:, None])
     allowed = torch.cat(parts, dim=2)[:, None]
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
-
-
-def _previous(items: Tensor, size: int) -> Tensor:
-    """For every block the ``size`` items before it: [B, N, n, D] -> [B, N, size, D], zero before the first."""
-    _, blocks, count, _ = items.shape
-    shifts = -(-size // count)
-    padded = F.pad(items, (0, 0, 0, 0, shifts, 0))
-    parts = [padded[:, i : i + blocks] for i in range(shifts)]
-    if not parts:
-        return items[:, :, :0]
-    parts[0] = parts[0][:, :, shifts * count - size :]
-    return torch.cat(parts, dim=2) if shifts > 1 else parts[0]
