@@ -10,15 +10,19 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Callable, Iterable
 
-from echostream.data.corpus import sources, speech, tts
+from echostream.constants import SAMPLE_RATE
+from echostream.data.corpus import manifests, sources, speech, target_units, tts
 from echostream.data.corpus.normalize import count_words
-from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, write_rows
-from echostream.data.corpus.subwords import train_subwords
+from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
+from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
 from echostream.errors import EchoStreamError, ManifestError, require
+from echostream.units.features import build_features
+from echostream.units.kmeans import load_kmeans
 
 PACKAGES = ("echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2")
 
@@ -38,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     step("text", run_text, "read the pairs, normalise, split, train SentencePiece", _text_options)
     step("speech", run_speech, "record one set of source speech", _speech_options, _shard_options)
     step("target", run_target, "record the target speech of the sets", _target_options, _shard_options)
+    step("units", run_units, "fit k-means and turn the target speech into units", _units_options, _shard_options)
+    step("manifests", run_manifests, "write manifests, CMVN, config.yaml and corpus.json", _manifest_options)
     return parser
 
 
@@ -81,7 +87,28 @@ def _speech_options(parser: argparse.ArgumentParser) -> None:
 
 def _target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sets", nargs="*", help="sets of source speech whose targets are wanted (default: all)")
-    parser.add_argument("--engine", choices=("hibari", "none"), default="hibari")
+    parser.add_argument("--target-engine", choices=("hibari", "none"), default="hibari")
+    parser.add_argument("--sample", type=int, default=0, metavar="N",
+                        help="also the targets of N train pairs of 6 to 12 words, drawn by hash, to fit k-means on")
+
+
+def _units_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--features", choices=("whisper", "hubert", "mfcc"), default="whisper")
+    parser.add_argument("--features-model", type=Path, help="CTranslate2 Whisper directory, or HuBERT checkpoint")
+    parser.add_argument("--layer", type=int, default=11, help="HuBERT layer, from 1")
+    parser.add_argument("--compute-type", default="int8", help="of CTranslate2: int8, float32 ...")
+    parser.add_argument("--kmeans", type=Path, help="use these centroids (npz, or joblib as HuBERT's) and fit none")
+    parser.add_argument("--num-units", type=int, default=1000)
+    parser.add_argument("--fit-frames", type=int, default=300_000, help="frames to fit k-means on, 50 a second")
+    parser.add_argument("--positions", type=int, default=16,
+                        help="position-dependent directions to take out of the features (0: none)")
+
+
+def _manifest_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", nargs="*", default=[], metavar="NAME=SET,SET",
+                        help="which sets go into which manifest (default: each set into the manifest of its split)")
+    parser.add_argument("--without-units", action="store_true", help="keep pairs whose target has no units yet")
+    parser.add_argument("--cmvn-utterances", type=int, default=3000, help="of the train manifest; 0 keeps gcmvn.npz")
 
 
 def run_text(args: argparse.Namespace) -> None:
@@ -130,13 +157,114 @@ def run_target(args: argparse.Namespace) -> None:
     names = args.sets or speech_sets(args.output)
     wanted = [rows[line["row"]] for name in names for line in speech_ledger(args.output, name).values()]
     wanted.sort(key=lambda row: ("test", "dev", "train").index(row.split))
-    engine = tts.Hibari() if args.engine == "hibari" and any(not row.tgt_audio for row in wanted) else None
+    if args.sample:
+        wanted += speech.Selection("train", 6, 12, limit=args.sample, order="hash").choose(rows.values())
+    engine = tts.Hibari() if args.target_engine == "hibari" and any(not row.tgt_audio for row in wanted) else None
     counts = speech.target_speech(
         args.output, wanted, engine, args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
         args.num_shards, progress=progress_bar("target"),
     )
     note_step(args, "target", counts=dict(counts), engine_version=getattr(engine, "version", None))
     print(f"target: {dict(counts)}")
+
+
+def run_units(args: argparse.Namespace) -> None:
+    rows = read_rows(args.output / "rows.tsv")
+    recordings = Ledger(args.output / "target", "speech", speech.TARGET_COLUMNS).read()
+    if not recordings:
+        raise ManifestError(f"{args.output / 'target'} has no recordings; run the step 'target' first")
+    features = build_features(args.features, args.features_model, args.layer, args.compute_type)
+    if args.kmeans:
+        model = load_kmeans(args.kmeans)
+    else:
+        model = target_units.existing_kmeans(args.output, features, args.num_units)
+    if model is None:
+        if args.shard:
+            raise ManifestError("k-means has not been fitted; run shard 0 first, the others when it says 'fitted'")
+        train = {row.target for row in rows if row.split == "train"}
+        paths = [args.output / "target" / line["audio"] for name, line in recordings.items() if name in train]
+        model = target_units.fit_units(
+            args.output, features, paths, args.num_units, args.fit_frames, args.positions, args.seed,
+            progress_bar("k-means"),
+        )
+        print(f"units: k-means fitted, {len(model)} units of {features.name}", flush=True)
+    counts = target_units.assign_units(
+        args.output, features, model, list(recordings), args.shard, args.num_shards, progress_bar("units")
+    )
+    note_step(args, "units", counts=counts, features=features.name, num_units=len(model),
+              ledger=target_units.units_ledger(args.output, model).name)
+    print(f"units: {counts}")
+
+
+def run_manifests(args: argparse.Namespace) -> None:
+    rows = {row.row: row for row in read_rows(args.output / "rows.tsv")}
+    text, units_note = _read_note(args.output, "text"), _read_note(args.output, "units")
+    units = {line["id"]: line for line in read_table(args.output / "target" / "units.tsv", target_units.UNIT_COLUMNS)}
+    by_set = {name: list(speech_ledger(args.output, name).values()) for name in speech_sets(args.output)}
+    plan: dict[str, list[str]] = {}
+    for entry in args.manifest:
+        name, _, sets = entry.partition("=")
+        plan[name] = [part for part in sets.split(",") if part]
+    if not plan:
+        for name, lines in by_set.items():
+            if lines:
+                plan.setdefault(lines[0]["split"], []).append(name)
+    counts, ctc = {}, {}
+    for name, sets in plan.items():
+        unknown = [part for part in sets if part not in by_set]
+        if unknown:
+            raise ManifestError(f"--manifest {name}: no set {unknown[0]!r}; there are: {', '.join(by_set) or 'none'}")
+        lines = [line for part in sets for line in by_set[part]]
+        path = args.output / f"{name}.tsv"
+        tally = manifests.write_manifest(path, lines, rows, units, args.without_units)
+        counts[name] = {
+            "sets": sets, "utterances": tally["written"], "without_units": tally["no units"],
+            "source_hours": round(tally["samples"] / SAMPLE_RATE / 3600, 3),
+            "voices": dict(Counter(_speaker(line["voice"]) for line in lines).most_common()),
+        }
+        ctc[name] = manifests.ctc_figures(path, args.output / "spm.tgt.model", args.output / "spm.src.model")
+    write_unit_dictionary(args.output / "dict.unit.txt", units_note["num_units"])
+    frames = 0
+    train = next((name for name in plan if name == "train" or name.startswith("train")), None)
+    if args.cmvn_utterances and train:
+        frames = manifests.write_cmvn(args.output / "gcmvn.npz", args.output / f"{train}.tsv", args.output,
+                                      args.cmvn_utterances, args.seed, progress_bar("cmvn"))
+    languages = text["settings"]["source_lang"], text["settings"]["target_lang"]
+    manifests.write_config(args.output / "config.yaml", *languages, units_note["num_units"])
+    skipped = [list(line.values()) for path in sorted((args.output / "skipped").glob("*.tsv"))
+               for line in read_table(path, Skipped.COLUMNS)]
+    write_table(args.output / "skipped.tsv", Skipped.COLUMNS, skipped)
+    targets = Ledger(args.output / "target", "speech", speech.TARGET_COLUMNS).read()
+    note_step(args, "manifests", cmvn_frames=frames)
+    corpus = {
+        "languages": languages, "pairs": text["pairs"], "manifests": counts,
+        "target": {
+            "recordings": len(targets), "with_units": len(units), "num_units": units_note["num_units"],
+            "hours": round(sum(int(line["samples"]) for line in targets.values()) / SAMPLE_RATE / 3600, 3),
+        },
+        "ctc": ctc,
+        "skipped": dict(Counter(f"{step}: {reason}" for step, _, reason, _ in skipped)),
+        "steps": {path.stem: json.loads(path.read_text(encoding="utf-8"))
+                  for path in sorted((args.output / "steps").glob("*.json"))},
+    }
+    (args.output / "corpus.json").write_text(json.dumps(corpus, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, facts in counts.items():
+        print(f"{name}: {facts['utterances']} utterances, {facts['source_hours']} h, "
+              f"{facts['without_units']} without units")
+    print(f"skipped: {len(skipped)} (skipped.tsv)")
+
+
+def _speaker(voice: str) -> str:
+    """A voice without its speed and pitch, espeak-ng's variants taken together."""
+    name = voice.split(" ")[0]
+    return f"espeak-ng {name.split('+')[0]}" if "+" in name else name
+
+
+def _read_note(output: Path, step: str) -> dict:
+    path = output / "steps" / f"{step}.json"
+    if not path.is_file():
+        raise ManifestError(f"{path} does not exist; run the step {step!r} first")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _source_engine(args: argparse.Namespace) -> tts.Engine | None:
@@ -151,8 +279,7 @@ def _source_engine(args: argparse.Namespace) -> tts.Engine | None:
 
 
 def _language(output: Path) -> str:
-    note = output / "steps" / "text.json"
-    return json.loads(note.read_text(encoding="utf-8"))["settings"]["source_lang"] if note.is_file() else "es"
+    return _read_note(output, "text")["settings"]["source_lang"]
 
 
 def speech_ledger(output: Path, name: str) -> dict[str, dict[str, str]]:

@@ -145,7 +145,8 @@ class ReadySpeech:
         for number, line in enumerate(lines, 2):
             missing = [name for name in ("row", "audio", "voice") if not line.get(name)]
             if missing or not line["row"].isdigit():
-                raise ManifestError(f"ready speech {path}: manifest line {number} has no usable {(missing or ['row'])[0]}")
+                column = (missing or ["row"])[0]
+                raise ManifestError(f"ready speech {path}: manifest line {number} has no usable {column!r}")
             self.entries[f"{int(line['row']):06d}"] = line
 
     def load(self, row: str) -> np.ndarray:
@@ -179,7 +180,7 @@ def _read_pairs(path: Path, columns: tuple[str, str] | None) -> Iterator[tuple[s
             wanted = columns or (header[0], header[1])
             for name in wanted:
                 if name not in header:
-                    raise ManifestError(f"text file {path} has no column {name!r}; its columns are: {', '.join(header)}")
+                    raise ManifestError(f"text file {path} has no column {name!r}; it has: {', '.join(header)}")
             source, target = (header.index(name) for name in wanted)
             for line in file:
                 # A line with too few columns keeps its number and is skipped later as empty text.

@@ -130,9 +130,10 @@ def target_speech(
     output: Path, rows: list[Row], engine: Engine | None, seed: int = 1, max_seconds: float = 30.0,
     suffix: str = ".wav", shard: int = 0, num_shards: int = 1, progress: Callable[[Iterable], Iterable] = iter,
 ) -> Counter:
-    """Record the target text of ``rows``, each text once, into ``target/<target>.wav``; counts as for ``speech_set``.
+    """Record the target text of ``rows``, each text once and in their order, into ``target/<target>.wav``.
 
-    Recordings of a corpus that has its own target speech are converted; otherwise ``engine`` speaks.
+    Counts as for ``speech_set``. Recordings of a corpus that has its own target speech are converted; otherwise
+    ``engine`` speaks.
     """
     unique: dict[str, Row] = {}
     for row in rows:

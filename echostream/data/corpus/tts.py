@@ -35,7 +35,7 @@ ESPEAK_VOICES = tuple(
 )
 _KOKORO_RATE = 24_000
 _KOKORO_LONGEST = 508  # phonemes; a voice file has 510 style vectors, by length
-# Kokoro writes affricates and diphthongs as one letter each (the conventions of its grapheme-to-phoneme package misaki).
+# Kokoro writes affricates and diphthongs as one letter each (as its grapheme-to-phoneme package misaki does).
 _LETTERS = {
     "t^ʃ": "ʧ", "d^ʒ": "ʤ", "t^s": "ʦ", "d^z": "ʣ",
     "a^ɪ": "I", "a^ʊ": "W", "e^ɪ": "A", "o^ʊ": "O", "ə^ʊ": "Q", "ɔ^ɪ": "Y",
@@ -181,7 +181,8 @@ class Hibari:
 
 def espeak_version() -> str:
     """``eSpeak NG 1.51`` and the like. Raises MissingExtraError when the program is not installed."""
-    return _espeak(["--version"], "").decode("utf-8", "replace").split("Data at")[0].replace("text-to-speech: ", "").strip()
+    answer = _espeak(["--version"], "").decode("utf-8", "replace")
+    return answer.split("Data at")[0].replace("text-to-speech: ", "").strip()
 
 
 def phonemes(text: str, language: str = "es") -> str:
@@ -220,7 +221,7 @@ def load_style(directory: Path, name: str) -> np.ndarray:
 
 
 def trim_silence(samples: np.ndarray, threshold: float = 0.01, lead: float = 0.15, tail: float = 0.2) -> np.ndarray:
-    """Cut silence down to at most ``lead`` seconds before and ``tail`` seconds after the speech; float32 [N] at 16 kHz."""
+    """Leave at most ``lead`` seconds of silence before and ``tail`` after the speech; float32 [N] at 16 kHz."""
     loud = np.flatnonzero(np.abs(samples) > threshold)
     if not len(loud):
         return samples

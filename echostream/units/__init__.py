@@ -1,0 +1,1 @@
+"""Discrete units of the target speech: features at 50 Hz, k-means, deduplication."""
