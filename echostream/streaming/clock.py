@@ -1,7 +1,8 @@
 """The audio clock: samples of any rate in, the features of one decision's chunk out.
 
-Decisions fall every ``chunk_ms`` of source audio, however the samples were pushed. Samples wait until their chunk is full
-and are then processed at once, which makes everything behind this file identical for all ways of cutting a recording.
+Decisions fall every ``chunk_ms`` of source audio, however the samples were pushed. Samples wait until their chunk is
+full and are then processed at once, so that everything behind this file is identical for all ways of cutting a
+recording.
 """
 
 from __future__ import annotations

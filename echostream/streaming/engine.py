@@ -1,16 +1,16 @@
 """The logic of one stream, without a model: what happens at each decision on the audio clock.
 
-``Engine.decide`` is a generator. It yields requests (see ``stages``), is sent their answers, and returns events; whoever
-drives it may serve many streams at once. In order, at every decision:
+``Engine.decide`` is a generator. It yields requests (see ``stages``), is sent their answers, and returns events;
+whoever drives it may serve many streams at once. In order, at every decision:
 
 1. Listen: the new features become encoder frames and, of each, the best symbol of both CTC heads.
-2. Where does the current sentence end, if it does? By the segmenter; at the end of the stream; or at the maximum length.
-3. Extend: the decoders see the sentence's new frames. A sentence found to end at frame f sees ``tail_frames`` more at most,
-   so that it never reads far into the next one.
+2. Where does the current sentence end, if it does? By the segmenter, or with the stream, or at the maximum length.
+3. Extend: the decoders see the sentence's new frames. A sentence found to end at frame f sees ``tail_frames`` more at
+   most, so that it never reads far into the next one.
 4. Write text: as much as the policy allows, or, at a sentence's end, up to ``</s>``.
 5. Write units, then speech, likewise.
-6. At an end: the vocoder is flushed, the sentence given out whole, and the next one begins at the frame of the old one's
-   last CTC token. The decoders see the frames from there on again, from a buffer of recent frames.
+6. At an end: the vocoder is flushed, the sentence given out whole, and the next one begins at the frame of the old
+   one's last CTC token. The decoders see the frames from there on again, from a buffer of recent frames.
 """
 
 from __future__ import annotations
@@ -272,9 +272,10 @@ class Engine:
     def _write_text(self, sentence: Sentence, events: list[Event], closes: bool, now: float) -> Work:
         """Draft tokens with the MT decoder and commit what may be committed.
 
-        A word is known to be whole when the token after it starts another one, or is ``</s>``: one token more than
-        allowed is drafted to see that. What is drafted but not committed is forgotten and written anew later, with
-        more of the source in view.
+        A word is known to be whole when the token after it starts another one: one token more than allowed is drafted
+        to see that. (``</s>`` does not tell: with half of the source in view, so does a decoder that has closed the
+        sentence too early, full stop included.) What is drafted but not committed is forgotten and written anew later,
+        with more of the source in view.
         """
         committed, vocabulary = len(sentence.tokens), self.target_dict
         room = min(self.config.max_target_tokens - 1, BASE_TOKENS + int(TOKENS_PER_SECOND * sentence.visible * FRAME_S))
@@ -296,7 +297,7 @@ class Engine:
             hidden.append(written.hidden)
             if token == EOS or (closes and len(draft) >= wanted):
                 # Out of room at a sentence's end: this position stands for </s>.
-                keep, ended = len(draft), closes
+                ended = closes
                 break
             if words and vocabulary.starts_word(token):
                 keep = len(draft)

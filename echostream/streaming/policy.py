@@ -1,9 +1,9 @@
 """When to write: policies that trade latency for quality. They decide on the audio clock, once per chunk.
 
-A policy is a value without memory of its own; what it must remember of a sentence is a tuple of whole numbers that the
-session carries (and saves). It says how many target tokens and how many unit-decoder inputs the sentence may have *in
-all*; the session writes what is missing and never takes anything back. Once a sentence has ended no policy is asked: the
-rest is written.
+A policy is a value without memory of its own; what it must remember of a sentence is a tuple of whole numbers that
+the session carries (and saves). It says how many target tokens and how many unit-decoder inputs the sentence may have
+*in all*; the session writes what is missing and never takes anything back. Once a sentence has ended no policy is
+asked: the rest is written.
 """
 
 from __future__ import annotations

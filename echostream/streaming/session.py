@@ -18,7 +18,6 @@ from echostream.streaming.events import Event
 from echostream.streaming.policy import CTCCountPolicy, Policy, make_policy
 from echostream.streaming.segmenter import NoSegmenter, PunctuationSegmenter, Segmenter
 from echostream.streaming.stages import STAGE_NAMES, Request
-from echostream.streaming.torch_stages import TorchStages
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
@@ -58,6 +57,8 @@ class StreamingSession:
         self.settings = replace(settings, **options)
         self.engine = make_engine(bundle, policy, segmenter, self.settings)
         self.clock = AudioClock(self.settings.chunk_ms)
+        from echostream.streaming.torch_stages import TorchStages  # so that events and policies need no torch
+
         self.stages = TorchStages(bundle, rows=1, speech=self.settings.speech)
         self._start()
 

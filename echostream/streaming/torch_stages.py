@@ -16,7 +16,18 @@ from torch import Tensor
 
 from echostream.models.decoders.layers import DecoderState
 from echostream.models.state import State
-from echostream.streaming.stages import Extend, Heard, Listen, NewSentence, ReadUnits, Request, Rewind, Speak, Write, Written
+from echostream.streaming.stages import (
+    Extend,
+    Heard,
+    Listen,
+    NewSentence,
+    ReadUnits,
+    Request,
+    Rewind,
+    Speak,
+    Write,
+    Written,
+)
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle

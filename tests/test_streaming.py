@@ -1,0 +1,553 @@
+"""The streaming session: the audio clock, parity with itself and with the training forward, sentences, bad input."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from echostream.audio.cmvn import GlobalCMVN
+from echostream.audio.fbank import fbank
+from echostream.audio.resample import Resampler
+from echostream.constants import BLANK, EOS, NUM_SPECIALS
+from echostream.errors import AudioError, ConfigError, SessionError
+from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
+from echostream.models.echostream_model import build_echostream_model
+from echostream.streaming import (
+    CTCCountPolicy,
+    SentenceEnd,
+    SourceText,
+    StreamingSession,
+    TargetText,
+    TargetUnits,
+    WaitForSentenceEnd,
+    Waveform,
+    make_policy,
+)
+from echostream.streaming.engine import loop_length
+from echostream.streaming.policy import Progress
+from echostream.text import Vocabulary
+from tests.conftest import NUM_UNITS, tiny_config
+
+PIECES = [".", "?", ",", *(("▁" if i % 2 else "") + "bdfgklmnprst"[i % 12] + "aeiou"[i % 5] for i in range(28))]
+VOCABULARY = Vocabulary(PIECES)
+
+
+def speech(seconds: float, rate: int = 16000, seed: int = 0) -> np.ndarray:
+    """Sounds of changing pitch, loudness and colour."""
+    rng = np.random.default_rng(seed)
+    steps = int(seconds * 8) + 2
+    t = np.arange(int(seconds * rate)) / rate
+    pitch = np.interp(t * 8, np.arange(steps), rng.uniform(90, 280, steps))
+    loud = np.interp(t * 8, np.arange(steps), rng.uniform(0, 1, steps) ** 2)
+    phase = 2 * np.pi * np.cumsum(pitch) / rate
+    tones = [np.sin(k * phase) * np.interp(t * 8, np.arange(steps), rng.uniform(0, 1, steps)) / k for k in range(1, 9)]
+    wave = np.sum(tones, axis=0)
+    return (0.2 * loud * wave + 0.002 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+def tune(head: torch.nn.Linear, inputs: torch.Tensor, blank: float | None = None) -> None:
+    """Give a random head outputs of mean 0 and deviation 1 over ``inputs`` [T, D], so that its best symbol changes."""
+    head.weight.normal_()
+    head.bias.zero_()
+    scores = head(inputs)
+    head.weight.div_(scores.std(0)[:, None])
+    head.bias.sub_(scores.mean(0) / scores.std(0))
+    for symbol in range(NUM_SPECIALS):
+        if symbol != EOS or blank is not None:
+            head.bias[symbol] -= 50
+    if blank is not None:
+        head.bias[BLANK] += 50 + blank
+
+
+def make_bundle(unit_input: str = "mt", seed: int = 0, voice: bool = True, **changes) -> SimpleNamespace:
+    """A tiny random model in fp64 whose heads are tuned to say a word now and then, and to end sentences."""
+    torch.manual_seed(seed)
+    size = len(VOCABULARY)
+    values = dict(asr_vocab_size=size, st_vocab_size=size, mt_vocab_size=size, unit_decoder_input=unit_input)
+    config = tiny_config(**{**values, **changes})
+    model = build_echostream_model(config).double().eval()
+    cmvn = GlobalCMVN(np.full(80, 8.0, np.float32), np.full(80, 4.0, np.float32))
+    with torch.no_grad():
+        for layer in [*model.mt_decoder.layers, *model.unit_decoder.layers]:
+            layer.cross_attention.q.weight.mul_(4)  # so that what is visible matters
+            layer.cross_attention.out.weight.mul_(4)
+        features = torch.from_numpy(cmvn.apply(fbank(speech(12.0, seed=99)))).double()[None]
+        x, lengths = model.encoder(features, torch.tensor([features.shape[1]]))
+        tune(model.asr_head.output, x[0], blank=2.2)
+        hidden = x
+        for layer in model.st_decoder.layers:
+            hidden = layer(hidden)
+        tune(model.st_decoder.head.output, hidden[0], blank=2.2)
+        model.st_decoder.head.output.bias[NUM_SPECIALS : NUM_SPECIALS + 2] -= 0.2  # "." and "?"
+        prev = torch.randint(NUM_SPECIALS, size, (1, 30))
+        _, hidden = model.mt_decoder(prev, x[:, :100], torch.tensor([100]))
+        tune(model.mt_decoder.output, hidden[0])
+        model.mt_decoder.output.bias[EOS] += 0.5
+        inputs = model.unit_decoder.upsample(hidden if unit_input == "mt" else x[:, :100])
+        hidden = model.unit_decoder.run(inputs, x[:, :100], torch.tensor([100]), None)
+        tune(model.unit_decoder.output, hidden[0], blank=1.0)
+    vocoder = None
+    if voice:
+        vocoder = CodeHiFiGAN(
+            VocoderConfig.preset(
+                "small",
+                num_embeddings=NUM_UNITS,
+                upsample_initial_channel=16,
+                upsample_channels=[16, 8, 8, 4],
+                embedding_dim=16,
+                dur_predictor_params=dict(
+                    encoder_embed_dim=16, var_pred_hidden_dim=16, var_pred_kernel_size=3, var_pred_dropout=0.2
+                ),
+            )
+        )
+        vocoder = vocoder.double().eval()
+    return SimpleNamespace(
+        config=config,
+        model=model,
+        source_dict=VOCABULARY,
+        target_dict=VOCABULARY,
+        unit_count=NUM_UNITS,
+        cmvn=cmvn,
+        vocoder=vocoder,
+        policy={},
+        digest=f"tiny-{seed}-{unit_input}",
+    )
+
+
+BUNDLES = {"mt": make_bundle("mt"), "encoder": make_bundle("encoder", ctc_upsample_ratio=2)}
+
+
+def translate(bundle, samples, splits=None, rate=16000, **options) -> list:
+    options.setdefault("policy", CTCCountPolicy(1, 1))
+    session = StreamingSession(bundle, **options)
+    events, at = [], 0
+    for size in splits or [len(samples)]:
+        events += session.push(samples[at : at + size], rate)
+        at += size
+    assert at >= len(samples)
+    return events + session.finish()
+
+
+def cut(total: int, rng: np.random.Generator, largest: int) -> list[int]:
+    sizes = []
+    while sum(sizes) < total:
+        sizes.append(int(rng.integers(0, largest + 1)))
+    return sizes
+
+
+def of(kind, events):
+    return [event for event in events if isinstance(event, kind)]
+
+
+def assert_same(left: list, right: list) -> None:
+    """Events equal, waveforms to 1e-4."""
+    assert [type(e) for e in left] == [type(e) for e in right]
+    for a, b in zip(left, right):
+        if isinstance(a, Waveform):
+            assert (a.sentence, a.source_time_s) == (b.sentence, b.source_time_s)
+            np.testing.assert_allclose(a.samples, b.samples, atol=1e-4)
+        elif isinstance(a, SentenceEnd):
+            for name in ("reason", "text", "tokens", "frames", "units", "source_text", "start_s", "end_s"):
+                assert getattr(a, name) == getattr(b, name)
+            np.testing.assert_allclose(a.waveform, b.waveform, atol=1e-4)
+        else:
+            assert a == b
+
+
+# ------------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+@pytest.mark.parametrize("rate", [16000, 8000, 44100])
+def test_any_split_gives_the_same_events(unit_input, rate):
+    samples = speech(6.0, rate, seed=9)
+    reference = translate(BUNDLES[unit_input], samples, rate=rate)
+    assert len(of(SentenceEnd, reference)) >= (1 if rate == 8000 else 2)
+    assert of(Waveform, reference) and of(SourceText, reference)
+    rng = np.random.default_rng(rate)
+    for largest in (300, 9000):
+        assert_same(translate(BUNDLES[unit_input], samples, cut(len(samples), rng, largest), rate), reference)
+
+
+def test_single_samples_give_the_same_events():
+    samples = speech(0.9, seed=3)
+    assert_same(translate(BUNDLES["mt"], samples, [1] * len(samples)), translate(BUNDLES["mt"], samples))
+
+
+def recorded(bundle, monkeypatch):
+    """What the decoders computed in streaming: MT scores and unit scores, every call."""
+    mt, units = [], []
+    mt_step, unit_step = bundle.model.mt_decoder.step, bundle.model.unit_decoder.step
+
+    def step_mt(tokens, active, state, **kwargs):
+        out = mt_step(tokens, active, state, **kwargs)
+        mt.append((int(state.positions[0]), out[0][0, 0].clone()))
+        return out
+
+    def step_units(inputs, lengths, state, **kwargs):
+        out = unit_step(inputs, lengths, state, **kwargs)
+        units.append((int(state.positions[0]), out[0][0].clone()))
+        return out
+
+    monkeypatch.setattr(bundle.model.mt_decoder, "step", step_mt)
+    monkeypatch.setattr(bundle.model.unit_decoder, "step", step_units)
+    return mt, units
+
+
+@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+@pytest.mark.parametrize("whole_words", [True, False])
+def test_streamed_scores_are_those_of_the_masked_training_forward(unit_input, whole_words, monkeypatch):
+    """Spec, reading 3: teacher forcing with cross-attention limited to g gives the streamed MT and unit scores."""
+    bundle = BUNDLES[unit_input]
+    samples = speech(6.0, seed=9)
+    mt_calls, unit_calls = recorded(bundle, monkeypatch)
+    session = StreamingSession(bundle, policy=CTCCountPolicy(1, 2), whole_words=whole_words)
+    sentences, marks = [], []
+    close = session.engine._close
+
+    def remember(sentence, reason, now):
+        sentences.append(sentence)
+        marks.append((len(mt_calls), len(unit_calls)))
+        return close(sentence, reason, now)
+
+    monkeypatch.setattr(session.engine, "_close", remember)
+    session.push(samples)
+    session.finish()
+    monkeypatch.undo()
+    assert len(sentences) >= 2 and any(len(s.tokens) > 3 and len(set(s.frames)) > 1 for s in sentences)
+
+    features = torch.from_numpy(bundle.cmvn.apply(fbank(samples))).double()[None]
+    with torch.no_grad():
+        frames, lengths = bundle.model.encoder(features, torch.tensor([features.shape[1]]))
+    begin = (0, 0)
+    for sentence, mark in zip(sentences, marks):
+        calls = dict(mt_calls[begin[0] : mark[0]])  # of every position, the last call: the one that was committed
+        unit_scores = torch.cat([scores for _, scores in unit_calls[begin[1] : mark[1]]])
+        begin = mark
+        window = frames[:, sentence.start : sentence.extended]
+        size = torch.tensor([window.shape[1]])
+        prev = torch.tensor([[EOS, *sentence.tokens]])
+        visible = torch.tensor([[*sentence.frames, sentence.visible]])
+        with torch.no_grad():
+            scores, hidden = bundle.model.mt_decoder(prev, window, size, visible)
+            for i in range(prev.shape[1]):
+                torch.testing.assert_close(calls[i], scores[0, i], atol=1e-9, rtol=0)
+            inputs = hidden if unit_input == "mt" else window
+            unit_visible = torch.tensor([sentence.unit_frames])
+            assert unit_visible.shape[1] == inputs.shape[1]
+            expected = bundle.model.unit_decoder(inputs, torch.tensor([inputs.shape[1]]), window, size, unit_visible)
+        torch.testing.assert_close(unit_scores, expected[0], atol=1e-9, rtol=0)
+
+
+def test_streamed_ctc_tokens_are_the_offline_ones():
+    bundle = BUNDLES["mt"]
+    samples = speech(5.0, seed=7)
+    events = translate(bundle, samples, segmenter="none")
+    features = torch.from_numpy(bundle.cmvn.apply(fbank(samples))).double()[None]
+    with torch.no_grad():
+        out = bundle.model(features, torch.tensor([features.shape[1]]), prev_output_tokens=torch.tensor([[EOS]]))
+    symbols = out["asr_logits"][0].argmax(-1).tolist()
+    expected = [s for s, before in zip(symbols, [BLANK, *symbols]) if s != before and s != BLANK]
+    while VOCABULARY[expected[0]] in ".?":
+        expected = expected[1:]  # a sentence does not open with the end of one
+    assert [t for e in of(SourceText, events) for t in e.tokens] == expected
+
+
+def test_waveform_is_that_of_the_units_spoken_at_once():
+    bundle = BUNDLES["mt"]
+    events = translate(bundle, speech(7.0))
+    for end in of(SentenceEnd, events):
+        mine = [e for e in events if e.sentence == end.sentence]
+        np.testing.assert_array_equal(np.concatenate([e.samples for e in of(Waveform, mine)]), end.waveform)
+        assert tuple(u for e in of(TargetUnits, mine) for u in e.units) == end.units
+        with torch.no_grad():
+            whole, _ = bundle.vocoder(torch.tensor([end.units]), torch.tensor([len(end.units)]))
+        np.testing.assert_allclose(end.waveform, whole[0].numpy(), atol=1e-4)
+
+
+def test_wait_for_sentence_end_is_offline_decoding():
+    bundle = BUNDLES["mt"]
+    samples = speech(3.0, seed=9)
+    end = of(SentenceEnd, translate(bundle, samples, policy="sentence", segmenter="none"))[0]
+    features = torch.from_numpy(bundle.cmvn.apply(fbank(samples))).double()[None]
+    with torch.no_grad():
+        x, lengths = bundle.model.encoder(features, torch.tensor([features.shape[1]]))
+        window = x[:, round(end.start_s * 25) :]
+        tokens, _, count = bundle.model.mt_decoder.greedy(window, torch.tensor([window.shape[1]]))
+    assert end.tokens == tuple(tokens[0, : len(end.tokens)].tolist())
+    assert tokens[0, len(end.tokens)] == EOS or loop_length(tokens[0].tolist()) or count[0] > len(end.tokens)
+
+
+# --------------------------------------------------------------------------------------- clock, order, sentences
+
+
+def test_decisions_fall_on_the_audio_clock():
+    for rate, chunk_ms in ((16000, 320), (22050, 100), (11025, 333)):
+        session = StreamingSession(BUNDLES["mt"], chunk_ms=chunk_ms)
+        samples = speech(2.0, rate)
+        times = set()
+        for begin in range(0, len(samples), 777):
+            events = session.push(samples[begin : begin + 777], rate)
+            heard = min(begin + 777, len(samples)) / rate
+            for event in events:
+                assert heard - 777 / rate < event.source_time_s <= heard + 1e-9
+                times.add(event.source_time_s)
+        assert all(abs(t * 1000 / chunk_ms - round(t * 1000 / chunk_ms)) < 1e-6 for t in times) and times
+        assert abs(session.source_time_s - 2.0) < 1e-3
+        assert all(e.source_time_s == pytest.approx(2.0, abs=1e-3) for e in session.finish())
+
+
+@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+def test_committed_output_only_grows(unit_input):
+    events = translate(BUNDLES[unit_input], speech(8.0, seed=9))
+    ended = -1
+    for sentence in range(len(of(SentenceEnd, events))):
+        mine = [e for e in events if e.sentence == sentence]
+        assert all(e.sentence > ended for e in mine) and isinstance(mine[-1], SentenceEnd)
+        texts = of(TargetText, mine)
+        for before, after in zip(texts, texts[1:]):
+            assert after.sentence_text == before.sentence_text + after.text
+            assert after.frames[0] >= before.frames[-1] and after.source_time_s >= before.source_time_s
+        end = mine[-1]
+        assert tuple(t for e in texts for t in e.tokens) == end.tokens
+        assert tuple(f for e in texts for f in e.frames) == end.frames
+        assert end.text == "".join(e.text for e in texts)
+        assert [e.final for e in of(SourceText, mine)].count(True) <= 1
+        ended = sentence
+    assert [e.source_time_s for e in events] == sorted(e.source_time_s for e in events)
+
+
+def test_whole_words_only():
+    events = translate(BUNDLES["mt"], speech(8.0, seed=9), whole_words=True)
+    for sentence in range(len(of(SentenceEnd, events))):
+        texts = of(TargetText, [e for e in events if e.sentence == sentence])
+        for after in texts[1:]:
+            assert VOCABULARY.starts_word(after.tokens[0]) or not after.text[0].isalnum() or after is texts[-1]
+
+
+def test_a_sentence_starts_anew():
+    """What follows a sentence does not depend on what the sentence was, only on where it ended."""
+    events = translate(BUNDLES["mt"], speech(8.0, seed=9))
+    ends = of(SentenceEnd, events)
+    assert len(ends) >= 2
+    for before, after in zip(ends, ends[1:]):
+        assert after.start_s <= before.end_s  # the frames behind the closing token are seen again
+        assert after.frames == () or after.frames[0] <= round((after.end_s - after.start_s) * 25)
+        assert after.sentence == before.sentence + 1
+
+
+def test_policies_differ_in_latency_only_at_the_end_of_a_sentence():
+    samples = speech(6.0, seed=5)
+    early = of(SentenceEnd, translate(BUNDLES["mt"], samples, policy=CTCCountPolicy(0, 1)))
+    late = of(SentenceEnd, translate(BUNDLES["mt"], samples, policy=WaitForSentenceEnd()))
+    assert [e.end_s for e in early] == [e.end_s for e in late]
+    assert np.nanmean([e.lag.first_text_s for e in early]) < np.nanmean([e.lag.first_text_s for e in late])
+    for end in late:
+        assert len(set(end.frames)) <= 1
+
+
+def test_maximum_length_ends_a_sentence():
+    bundle = BUNDLES["mt"]
+    events = translate(bundle, speech(9.0, seed=1), segmenter="none", max_sentence_frames=50)
+    ends = of(SentenceEnd, events)
+    assert len(ends) >= 4 and {e.reason for e in ends[:-1]} == {"length"}
+    assert all(e.end_s - e.start_s <= 2.0 + 1e-9 for e in ends)
+    assert_same(translate(bundle, speech(9.0, seed=1), [700] * 206, segmenter="none", max_sentence_frames=50), events)
+
+
+def test_one_enormous_chunk_is_the_same_sentences_as_buffers_allow():
+    events = translate(BUNDLES["mt"], speech(25.0, seed=1), segmenter="none", chunk_ms=60000)
+    ends = of(SentenceEnd, events)
+    assert len(ends) >= 3 and all(e.end_s - e.start_s <= 256 * 0.04 + 1e-9 for e in ends)
+
+
+def test_without_a_voice_units_still_come():
+    bundle = make_bundle("mt", voice=False)
+    events = translate(bundle, speech(4.0))
+    assert of(TargetUnits, events) and not of(Waveform, events)
+    assert all(e.waveform.size == 0 for e in of(SentenceEnd, events))
+
+
+def test_speech_off_writes_the_same_text():
+    with_speech = translate(BUNDLES["mt"], speech(4.0))
+    text_only = translate(BUNDLES["mt"], speech(4.0), speech=False)
+    assert of(TargetText, with_speech) == of(TargetText, text_only)
+    assert not of(TargetUnits, text_only) and not of(Waveform, text_only)
+
+
+def test_reset_begins_a_new_stream():
+    bundle, samples = BUNDLES["mt"], speech(3.0)
+    session = StreamingSession(bundle, policy=CTCCountPolicy(1, 1))
+    session.push(speech(2.2, seed=8))
+    session.reset()
+    assert_same(session.push(samples) + session.finish(), translate(bundle, samples))
+    session.reset()
+    assert_same(session.push(samples) + session.finish(), translate(bundle, samples))
+
+
+def test_sessions_share_a_bundle_without_mixing():
+    bundle, one, two = BUNDLES["mt"], speech(3.0), speech(3.0, seed=4)
+    left, right = (StreamingSession(bundle, policy=CTCCountPolicy(1, 1)) for _ in range(2))
+    got: tuple[list, list] = ([], [])
+    for begin in range(0, 48000, 4000):
+        got[0].extend(left.push(one[begin : begin + 4000]))
+        got[1].extend(right.push(two[begin : begin + 4000]))
+    assert_same(got[0] + left.finish(), translate(bundle, one))
+    assert_same(got[1] + right.finish(), translate(bundle, two))
+
+
+def test_state_does_not_grow():
+    session = StreamingSession(BUNDLES["mt"])
+    size = session.nbytes
+    for i in range(12):
+        session.push(speech(2.0, seed=i))
+        assert session.nbytes == size
+        assert len(session._stream.recent) <= 125 and len(session._clock.samples) < 5120
+    assert session.elapsed_s == pytest.approx(sum(session.stage_seconds.values()), rel=0.5)
+    assert set(session.stage_seconds) == {"features", "encoder", "text", "units", "vocoder"}
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_samples_leave_the_session_usable(bad):
+    bundle, samples = BUNDLES["mt"], speech(2.0)
+    session = StreamingSession(bundle, policy=CTCCountPolicy(1, 1))
+    events = session.push(samples[:7000])
+    broken = samples[7000:20000].copy()
+    broken[100] = bad
+    with pytest.raises(AudioError, match="NaN or infinite samples, the first at position 100") as caught:
+        session.push(broken)
+    assert "\n" not in str(caught.value)
+    assert_same(events + session.push(samples[7000:]) + session.finish(), translate(bundle, samples))
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "message"),
+    [
+        (np.zeros((10, 2)), 16000, "mono"),
+        (np.zeros(10, dtype=np.int32), 16000, "int32"),
+        (np.zeros(10), 0, "sample rate"),
+        (np.array(["a"]), 16000, "float32"),
+    ],
+    ids=["stereo", "int32", "rate", "text"],
+)
+def test_what_is_not_audio_is_refused(samples, rate, message):
+    session = StreamingSession(BUNDLES["mt"])
+    with pytest.raises(AudioError, match=message):
+        session.push(samples, rate)
+    session.push(speech(0.5))
+
+
+def test_push_after_finish():
+    session = StreamingSession(BUNDLES["mt"])
+    session.push(speech(0.5))
+    session.finish()
+    for call in (lambda: session.push(speech(0.1)), session.finish):
+        with pytest.raises(SessionError, match="reset"):
+            call()
+
+
+@pytest.mark.parametrize("length", [0, 1, 399, 400, 1000])
+def test_very_short_streams(length):
+    session = StreamingSession(BUNDLES["mt"])
+    session.push(np.zeros(0, dtype=np.float32))
+    session.push(speech(1.0)[:length])
+    session.push(np.zeros(0, dtype=np.float32), 8000)
+    session.finish()
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [np.zeros(48000, np.float32), np.full(48000, 0.7, np.float32), np.clip(40 * speech(3.0), -1, 1)],
+    ids=["silence", "dc", "clipped"],
+)
+def test_odd_sounds_are_as_deterministic(samples):
+    rng = np.random.default_rng(0)
+    for rate in (16000, 44100):
+        reference = translate(BUNDLES["mt"], samples, rate=rate)
+        assert_same(translate(BUNDLES["mt"], samples, cut(len(samples), rng, 5000), rate), reference)
+        for event in of(Waveform, reference):
+            assert np.isfinite(event.samples).all()
+
+
+def test_the_rate_may_change_midway():
+    """The second half at 48 kHz: decisions stay on the clock, and what is heard is what a resampled stream gives."""
+    bundle = BUNDLES["mt"]
+    first, second = speech(1.5, 16000), speech(1.7, 48000, seed=6)
+    session = StreamingSession(bundle, policy=CTCCountPolicy(1, 1))
+    events = session.push(first, 16000) + session.push(second, 48000)
+    assert session.source_time_s == pytest.approx(3.2)
+    events += session.finish()
+    joined = np.concatenate([first, Resampler(48000, 16000).resample(second)])
+    reference = of(SentenceEnd, translate(bundle, joined))
+    # Up to the resampler's look-ahead at the decisions both hear the same, so that whole sentences agree.
+    assert [e.source_text for e in of(SentenceEnd, events)] == [e.source_text for e in reference]
+    split = StreamingSession(bundle, policy=CTCCountPolicy(1, 1))
+    again = split.push(first[:9999]) + split.push(first[9999:]) + split.push(second[:5], 48000)
+    assert_same(again + split.push(second[5:], 48000) + split.finish(), events)
+
+
+def test_int16_samples():
+    bundle = BUNDLES["mt"]
+    samples = np.round(speech(2.0) * 32768).astype(np.int16)
+    assert_same(translate(bundle, samples), translate(bundle, samples.astype(np.float32) / 32768))
+
+
+# ------------------------------------------------------------------------------------------- policies and knobs
+
+
+def progress(source: int, target: int, written: int = 0, **changes) -> Progress:
+    values = dict(
+        frames=40,
+        source_tokens=source,
+        target_tokens=target,
+        target_token_frames=tuple(3 * i for i in range(target)),
+        written=written,
+        unit_inputs=0,
+        units_read_text=True,
+    )
+    return Progress(**{**values, **changes})
+
+
+def test_ctc_count_policy_counts():
+    policy = CTCCountPolicy(lagging_k1=2, stride_n1=3, lagging_k2=1, stride_n2=2)
+    memory = policy.initial()
+    assert policy.text(progress(2, 9), memory) == (0, memory)  # the source has not grown by 3
+    assert policy.text(progress(9, 2), memory) == (0, memory)
+    allowed, memory = policy.text(progress(4, 8), memory)
+    assert (allowed, memory) == (6, (4, 8))
+    assert policy.text(progress(6, 20), memory) == (0, (4, 8))
+    assert policy.text(progress(7, 11), memory) == (9, (7, 11))
+    assert [policy.units(progress(9, 9, written=w)) for w in range(6)] == [0, 0, 0, 2, 2, 4]
+    assert policy.units(progress(9, 6, units_read_text=False)) == 10  # 4 tokens; the fourth came at frame 9
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: CTCCountPolicy(lagging_k1=-1), "lagging_k1 is -1"),
+        (lambda: CTCCountPolicy(stride_n1=0), "stride_n1 is 0"),
+        (lambda: make_policy("wish"), "unknown policy 'wish'"),
+        (lambda: make_policy("sentence", stride_n1=1), "no knob 'stride_n1'"),
+        (lambda: StreamingSession(BUNDLES["mt"], segmenter="guess"), "unknown segmenter"),
+        (lambda: StreamingSession(BUNDLES["mt"], chunk_ms=0), "chunk_ms is 0"),
+        (lambda: StreamingSession(BUNDLES["mt"], chunk=320), "unknown setting 'chunk'"),
+        (lambda: StreamingSession(BUNDLES["mt"], max_sentence_frames=3), "max_sentence_frames is 3"),
+    ],
+)
+def test_settings_are_checked(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "repeated"),
+    [([5] * 8, 0), ([5] * 9, 8), ([4, 5] * 5, 8), ([1, 2, 3] * 3, 6), ([1, 2, 3] * 2, 0), (list(range(40)), 0)],
+)
+def test_loops_are_noticed(tokens, repeated):
+    assert loop_length(tokens) == repeated
