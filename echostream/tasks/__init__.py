@@ -5,3 +5,4 @@ from echostream import compat
 compat.apply()
 
 from echostream import criterions  # noqa: E402,F401
+from echostream.tasks import echostream_task  # noqa: E402,F401
