@@ -44,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     step("target", run_target, "record the target speech of the sets", _target_options, _shard_options)
     step("units", run_units, "fit k-means and turn the target speech into units", _units_options, _shard_options)
     step("manifests", run_manifests, "write manifests, CMVN, config.yaml and corpus.json", _manifest_options)
+    step("all", run_all, "every step in a row, one set of recordings for each split", _text_options,
+         _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options)
     return parser
 
 
@@ -70,10 +72,8 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _speech_options(parser: argparse.ArgumentParser) -> None:
+    _voice_options(parser)
     parser.add_argument("--set", required=True, metavar="NAME", help="name of the set of recordings")
-    parser.add_argument("--engine", choices=("kokoro", "espeak", "none"), default="none",
-                        help="who speaks what has no recording; none: ready recordings only")
-    parser.add_argument("--ready", type=Path, help="directory or tar of ready speech with a manifest.tsv")
     parser.add_argument("--split", choices=("train", "dev", "test"), default="train")
     parser.add_argument("--min-words", type=int, default=1)
     parser.add_argument("--max-words", type=int, default=40)
@@ -81,8 +81,19 @@ def _speech_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=0, help="at most so many pairs (0: all)")
     parser.add_argument("--order", choices=("file", "rank", "hash"), default="file")
     parser.add_argument("--exclude-set", nargs="*", default=[], metavar="NAME", help="leave out what these sets have")
+
+
+def _voice_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", choices=("kokoro", "espeak", "none"), default="none",
+                        help="who speaks what has no recording; none: ready recordings only")
+    parser.add_argument("--ready", type=Path, help="directory or tar of ready speech with a manifest.tsv")
     parser.add_argument("--voices", nargs="*", help="voices of the engine (default: all that fit the split)")
     parser.add_argument("--kokoro-voices", type=Path, help="directory of Kokoro's voice files (kokoro-js: voices/)")
+
+
+def _all_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train-pairs", type=int, default=0, help="at most so many, frequent words first (0: all)")
+    parser.add_argument("--dev-pairs", type=int, default=300, help="at most so many, drawn by hash (0: all)")
 
 
 def _target_options(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +177,26 @@ def run_target(args: argparse.Namespace) -> None:
     )
     note_step(args, "target", counts=dict(counts), engine_version=getattr(engine, "version", None))
     print(f"target: {dict(counts)}")
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """The steps one after the other; a run that was interrupted starts again with the text, which takes seconds."""
+    if args.num_shards > 1:
+        raise ManifestError("'all' takes one process; with --num-shards run the steps one by one")
+    plans = {"test": (0, "file"), "dev": (args.dev_pairs, "hash"), "train": (args.train_pairs, "rank")}
+    run_text(_of_step(args, "text"))
+    present = {row.split for row in read_rows(args.output / "rows.tsv")}
+    for split, (limit, order) in plans.items():
+        if split in present:
+            run_speech(_of_step(args, "speech", set=split, split=split, min_words=1, max_words=args.max_words,
+                                max_rank=0, limit=limit, order=order, exclude_set=[]))
+    run_target(_of_step(args, "target"))
+    run_units(_of_step(args, "units"))
+    run_manifests(_of_step(args, "manifests"))
+
+
+def _of_step(args: argparse.Namespace, step: str, **settings: object) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), "step": step, **settings})
 
 
 def run_units(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Sequence
@@ -29,8 +30,10 @@ def train_subwords(texts: Sequence[str], model: Path, dictionary: Path, vocab_si
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        limit = re.search(r"value <= (\d+)", str(error))
         raise ManifestError(
-            f"{len(texts)} sentences do not give {vocab_size} SentencePiece pieces: {str(error).splitlines()[0]}"
+            f"{len(texts)} sentences do not give {vocab_size} SentencePiece pieces; "
+            + (f"at most {limit[1]} (--vocab-size)" if limit else str(error).splitlines()[0])
         ) from None
     processor = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
