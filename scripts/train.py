@@ -118,11 +118,12 @@ def run_fairseq(tool: str, arguments: Sequence[str]) -> None:
 
     from echostream.compat import register_with_fairseq
 
+    module = importlib.import_module(f"fairseq_cli.{tool}")  # first: it sets up logging as the command does
     register_with_fairseq()
     before = sys.argv
     sys.argv = [f"fairseq-{tool}", *arguments]
     try:
-        importlib.import_module(f"fairseq_cli.{tool}").cli_main()
+        module.cli_main()
     finally:
         sys.argv = before
 

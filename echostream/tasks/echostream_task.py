@@ -202,7 +202,9 @@ class EchoStreamTask(FairseqTask):
         sentences, counts = x, lengths
         if sample["windows"] is not None:
             sentences, counts = SentenceWindows(**sample["windows"]).gather(x, lengths)
-        tokens, _, _ = model.mt_decoder.greedy(sentences, counts, self.cfg.max_target_positions)
+        # 12 subwords a second are more than anyone speaks; an untrained model would babble on to the very limit.
+        limit = min(self.cfg.max_target_positions, 10 + sentences.shape[1] // 2)
+        tokens, _, _ = model.mt_decoder.greedy(sentences, counts, limit)
         translations = [self.target_text(row) for row in tokens.tolist()]
         references = [self.target_text(row) for row in sample["target"].tolist()]
         if self.cfg.eval_bleu_print_samples:
