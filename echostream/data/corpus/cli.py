@@ -219,11 +219,13 @@ def run_units(args: argparse.Namespace) -> None:
             progress_bar("k-means"),
         )
         print(f"units: k-means fitted, {len(model)} units of {features.name}", flush=True)
+    facts = {"features": features.name, "num_units": len(model),
+             "ledger": target_units.units_ledger(args.output, model).name}
+    note_step(args, "units", **facts)  # already here: manifests can be written while units are being made
     counts = target_units.assign_units(
         args.output, features, model, list(recordings), args.shard, args.num_shards, progress_bar("units")
     )
-    note_step(args, "units", counts=counts, features=features.name, num_units=len(model),
-              ledger=target_units.units_ledger(args.output, model).name)
+    note_step(args, "units", **facts, counts=counts)
     print(f"units: {counts}")
 
 
