@@ -18,6 +18,7 @@ from echostream.models.echostream_model import build_echostream_model
 from echostream.streaming import (
     CTCCountPolicy,
     SentenceEnd,
+    SessionBatch,
     SourceText,
     StreamingSession,
     TargetText,
@@ -405,9 +406,120 @@ def test_state_does_not_grow():
     for i in range(12):
         session.push(speech(2.0, seed=i))
         assert session.nbytes == size
-        assert len(session._stream.recent) <= 125 and len(session._clock.samples) < 5120
+        assert len(session._track.stream.recent) <= 125 and len(session._track.clock.samples) < 5120
     assert session.elapsed_s == pytest.approx(sum(session.stage_seconds.values()), rel=0.5)
     assert set(session.stage_seconds) == {"features", "encoder", "text", "units", "vocoder"}
+
+
+# ------------------------------------------------------------------------------------------- saved and restored
+
+
+@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+def test_a_restored_session_goes_on_identically(unit_input, tmp_path):
+    bundle, samples = BUNDLES[unit_input], speech(5.0, 22050, seed=9)
+    expected = translate(bundle, samples, rate=22050)
+    rng = np.random.default_rng(4)
+    at, events, session = 0, [], StreamingSession(bundle, policy=CTCCountPolicy(1, 1))
+    for i, stop in enumerate([*sorted(rng.integers(0, len(samples), 5)), len(samples)]):
+        events += session.push(samples[at:stop], 22050)
+        at = stop
+        session.save(tmp_path / f"{i}.npz")
+        session = StreamingSession(bundle, policy=CTCCountPolicy(1, 1))
+        session.push(speech(1.0, seed=i))  # what it heard before must not matter
+        session.restore(tmp_path / f"{i}.npz")
+    assert_same(events + session.finish(), expected)
+    session.save(tmp_path / "end.npz")
+    again = StreamingSession(bundle, policy=CTCCountPolicy(1, 1))
+    again.restore(tmp_path / "end.npz")
+    assert again.finished and again.source_time_s == session.source_time_s
+
+
+def test_a_new_session_can_be_saved(tmp_path):
+    bundle = BUNDLES["mt"]
+    session = StreamingSession(bundle, policy=CTCCountPolicy(1, 1))
+    session.save(tmp_path / "new.npz")
+    session.push(speech(1.0))
+    session.restore(tmp_path / "new.npz")
+    assert_same(session.push(speech(2.0)) + session.finish(), translate(bundle, speech(2.0)))
+
+
+def test_saved_sessions_that_do_not_fit(tmp_path):
+    path = tmp_path / "saved.npz"
+    session = StreamingSession(BUNDLES["mt"])
+    session.push(speech(2.0))
+    session.save(path)
+    whole = path.read_bytes()
+    cases = {
+        "does not exist": (StreamingSession(BUNDLES["mt"]), None),
+        "damaged": (StreamingSession(BUNDLES["mt"]), whole[: len(whole) // 2]),
+        "damaged or of": (StreamingSession(BUNDLES["mt"]), b"not an archive"),
+        "made with model": (StreamingSession(BUNDLES["encoder"]), whole),
+        "made with policy": (StreamingSession(BUNDLES["mt"], policy="sentence"), whole),
+        "made with settings": (StreamingSession(BUNDLES["mt"], chunk_ms=640), whole),
+        "made with segmenter": (StreamingSession(BUNDLES["mt"], segmenter="none"), whole),
+    }
+    for message, (other, contents) in cases.items():
+        path.unlink(missing_ok=True)
+        if contents is not None:
+            path.write_bytes(contents)
+        with pytest.raises(SessionError, match=message) as caught:
+            other.restore(path)
+        assert "\n" not in str(caught.value)
+        other.push(speech(0.5))  # still usable
+    np.savez(path, header=np.array([{"run": "me"}], dtype=object))
+    with pytest.raises(SessionError, match="damaged"):
+        session.restore(path)
+
+
+# ------------------------------------------------------------------------------------------------ many in a batch
+
+
+@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+def test_a_batch_gives_each_stream_what_it_gets_alone(unit_input):
+    """Streams of different ages, lengths and paces; places are taken over by later streams."""
+    bundle = BUNDLES[unit_input]
+    rng = np.random.default_rng(1)
+    batch = SessionBatch(bundle, capacity=3, policy=CTCCountPolicy(1, 1))
+    waiting = {i: speech(float(rng.uniform(0.5, 4.0)), seed=9 + i) for i in range(5)}
+    alone = {i: translate(bundle, samples) for i, samples in waiting.items()}
+    got: dict[int, list] = {i: [] for i in waiting}
+    playing: dict[int, list] = {}  # number in the batch -> [which, samples, position]
+    while waiting or playing:
+        if waiting and len(playing) < 3 and (not playing or rng.random() < 0.4):
+            which = min(waiting)
+            playing[batch.join()] = [which, waiting.pop(which), 0]
+        parts = {}
+        for number, entry in playing.items():
+            if rng.random() < 0.7:
+                size = int(rng.integers(0, 9000))
+                parts[number] = entry[1][entry[2] : entry[2] + size]
+                entry[2] += size
+        for number, events in batch.push(parts).items():
+            got[playing[number][0]] += events
+        ended = [number for number, entry in playing.items() if entry[2] >= len(entry[1])]
+        for number, events in batch.finish(*ended).items():
+            got[playing[number][0]] += events
+            batch.leave(number)
+            del playing[number]
+    for which, events in got.items():
+        assert_same(events, alone[which])
+
+
+def test_batch_refusals():
+    batch = SessionBatch(BUNDLES["mt"], capacity=1)
+    number = batch.join()
+    with pytest.raises(SessionError, match="places"):
+        batch.join()
+    with pytest.raises(SessionError, match="no stream 7"):
+        batch.push({7: speech(0.1)})
+    with pytest.raises(AudioError, match="NaN"):
+        batch.push({number: np.array([np.nan])})
+    batch.finish(number)
+    for call in (lambda: batch.finish(number), lambda: batch.push({number: speech(0.1)})):
+        with pytest.raises(SessionError):
+            call()
+    with pytest.raises(ConfigError, match="capacity"):
+        SessionBatch(BUNDLES["mt"], capacity=0)
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

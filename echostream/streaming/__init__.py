@@ -5,6 +5,7 @@ step through the requests of ``stages``; ``torch_stages`` answers them. ``policy
 where sentences end, ``events`` what comes out.
 """
 
+from echostream.streaming.batch import SessionBatch
 from echostream.streaming.events import (
     Event,
     LagStatistics,
@@ -27,6 +28,7 @@ __all__ = [
     "PunctuationSegmenter",
     "Segmenter",
     "SentenceEnd",
+    "SessionBatch",
     "SourceText",
     "StreamingSession",
     "TargetText",

@@ -90,6 +90,8 @@ STAGE_NAMES: dict[type, str] = {
     Speak: "vocoder",
 }
 
+STAGE_ORDER = list(STAGE_NAMES)  # as they follow each other in a decision
+
 
 class Stages(Protocol):
     """A model that serves rows of streams."""

@@ -169,17 +169,24 @@ class TorchStages:
     @torch.inference_mode()
     def reset(self, row: int) -> None:
         """A new stream in ``row``."""
-        if self.rows == 1:
-            self.state = self.init_state(1)
-            return
-        chosen = self._flags([row], [True])
-        self.state = self.init_state(self.rows).where(chosen, self.state)
+        chosen, rows, old = self._flags([row], [True]), self.rows, self.state
+        self.state = ModelState(
+            encoder=self.model.encoder.init_state(rows).where(chosen, old.encoder),
+            st=old.st.restart(chosen),
+            mt=old.mt.restart(chosen),
+            unit=tuple(state.restart(chosen) for state in old.unit),
+            vocoder=tuple(self.vocoder.init_state(rows).where(chosen, state) for state in old.vocoder),
+        )
 
     @torch.inference_mode()
     def snapshot(self, row: int) -> dict[str, np.ndarray]:
-        """The state of ``row`` as named arrays [1, ...]; what they hold is copied."""
+        """The state of ``row`` as named arrays [1, ...], copied; of the decoders' buffers only what is in use."""
         chosen = torch.tensor([row], device=self.device)
-        return self.state.index_select(chosen).arrays()
+        arrays = self.state.index_select(chosen).arrays()
+        for name, array in arrays.items():
+            used = self._used(name, arrays)
+            arrays[name] = array if used is None else array[:, :used].copy()
+        return arrays
 
     @torch.inference_mode()
     def restore(self, row: int, arrays: dict[str, np.ndarray]) -> None:
@@ -188,13 +195,44 @@ class TorchStages:
         Raises:
             KeyError, ValueError: the arrays are of another model.
         """
-        state = self.init_state(1).from_arrays(arrays)
-        if self.rows == 1:
-            self.state = state
-            return
-        others = torch.arange(self.rows, device=self.device)
-        at = torch.where(others == row, self.rows, others)
-        self.state = State.stack([self.state, state]).index_select(at)
+        like = self.init_state(1)
+        full = {}
+        for name, empty in like.arrays().items():
+            used = self._used(name, arrays)
+            full[name] = arrays[name] if used is None else empty
+            if used is not None:
+                full[name][:, :used] = arrays[name]
+        state = like.from_arrays(full)
+        chosen = self._flags([row], [True])
+        every = torch.zeros(self.rows, dtype=torch.long, device=self.device)
+
+        def put(new: State, old: State) -> State:
+            return new.index_select(every).where(chosen, old)
+
+        def put_decoder(new: DecoderState, old: DecoderState) -> DecoderState:
+            # The large buffers are written in place, as the decoders do.
+            for target, source in zip([*old.own, *old.memory], [*new.own, *new.memory], strict=True):
+                target.keys[row], target.values[row] = source.keys[0], source.values[0]
+            positions = torch.where(chosen, new.positions, old.positions)
+            return DecoderState(old.own, old.memory, positions, torch.where(chosen, new.frames, old.frames))
+
+        before = self.state
+        self.state = ModelState(
+            encoder=put(state.encoder, before.encoder),
+            st=put(state.st, before.st),
+            mt=put_decoder(state.mt, before.mt),
+            unit=tuple(put_decoder(*pair) for pair in zip(state.unit, before.unit)),
+            vocoder=tuple(put(*pair) for pair in zip(state.vocoder, before.vocoder)),
+        )
+
+    @staticmethod
+    def _used(name: str, arrays: dict[str, np.ndarray]) -> int | None:
+        """Places in use of a decoder's buffer [1, places, D]; None for all other arrays."""
+        for buffer, count in (("own.", "positions"), ("memory.", "frames")):
+            decoder, found, _ = name.partition(buffer)
+            if found and decoder in ("mt.", "unit.0."):
+                return int(arrays[decoder + count][0])
+        return None
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,161 @@
+"""One stream's whole memory outside the model, and the loop that serves the engine's requests for many of them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Iterator, Sequence
+
+import numpy as np
+
+from echostream.audio.io import check_finite
+from echostream.audio.resample import check_rate
+from echostream.errors import AudioError, SessionError
+from echostream.streaming.clock import AudioClock, ClockState
+from echostream.streaming.engine import Engine, Stream, Work
+from echostream.streaming.events import Event
+from echostream.streaming.stages import STAGE_NAMES, STAGE_ORDER, Request, Stages
+
+
+def _no_time() -> dict[str, float]:
+    return dict.fromkeys(("features", *STAGE_NAMES.values()), 0.0)
+
+
+@dataclass
+class Track:
+    """A stream from its samples to its sentences.
+
+    Attributes:
+        row: its row in the model's stages.
+        clock: what of its audio waits for the next decision.
+        stream: what the engine remembers of it.
+        finished: has its end been heard?
+        seconds: computing time by stage. In a batch a stage's time counts for every stream that waited for it.
+    """
+
+    row: int
+    clock: ClockState
+    stream: Stream = field(default_factory=Stream)
+    finished: bool = False
+    seconds: dict[str, float] = field(default_factory=_no_time)
+    elapsed_s: float = 0.0
+
+    def book(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] += seconds
+        self.elapsed_s += seconds
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A chunk that is ready to be decided on: normalised features [T, 80], and the audio clock in seconds."""
+
+    features: np.ndarray
+    finished: bool
+    now: float
+
+
+class Hearing:
+    """Turns pushes into decisions.
+
+    Args:
+        clock: cuts the audio into chunks.
+        cmvn: normalises their features.
+    """
+
+    def __init__(self, clock: AudioClock, cmvn: Any):
+        self.clock, self.cmvn = clock, cmvn
+
+    def push(self, track: Track, samples: Any, sample_rate: int) -> Iterator[Decision]:
+        """The decisions that these samples make due, each computed when it is asked for.
+
+        Raises:
+            AudioError: before anything was heard; see ``as_samples``. SessionError: the track has been finished.
+        """
+        if track.finished:
+            raise SessionError("push() after finish(): call reset() to start a new stream")
+        samples = as_samples(samples)
+        check_rate(sample_rate)
+        return self._push(track, samples, int(sample_rate))
+
+    def _push(self, track: Track, samples: np.ndarray, rate: int) -> Iterator[Decision]:
+        chunks = self.clock.push(samples, rate, track.clock)
+        while True:
+            started = time.perf_counter()
+            features, track.clock = next(chunks)
+            if features is not None:
+                features = self.cmvn.apply(features)
+            track.book("features", time.perf_counter() - started)
+            if features is None:
+                return
+            yield Decision(features, False, track.clock.decisions * self.clock.chunk_ms / 1000)
+
+    def finish(self, track: Track) -> Decision:
+        """The last decision.
+
+        Raises:
+            SessionError: the track has been finished before.
+        """
+        if track.finished:
+            raise SessionError("finish() was called twice: call reset() to start a new stream")
+        track.finished = True
+        started = time.perf_counter()
+        now = self.clock.seconds(track.clock)
+        features, track.clock = self.clock.finish(track.clock)
+        features = self.cmvn.apply(features)
+        track.book("features", time.perf_counter() - started)
+        return Decision(features, True, now)
+
+
+def decide(engine: Engine, stages: Stages, jobs: Sequence[tuple[Track, Decision]]) -> list[list[Event]]:
+    """Take one decision on each of several tracks, their requests of one kind answered together.
+
+    Of the kinds waiting the one that comes first in the chain is served, so that streams that are behind catch up and
+    the later stages see as many rows as possible. What a stream gets does not depend on its neighbours.
+    """
+    works = [engine.decide(t.stream, d.features, d.finished, d.now) for t, d in jobs]
+    events: list[list[Event]] = [[] for _ in jobs]
+    waiting: dict[int, Request] = {}
+
+    def advance(i: int, work: Work, answer: Any) -> None:
+        started = time.perf_counter()
+        try:
+            waiting[i] = work.send(answer)
+        except StopIteration as stop:
+            events[i] = stop.value
+        jobs[i][0].elapsed_s += time.perf_counter() - started
+
+    for i, work in enumerate(works):
+        advance(i, work, None)
+    while waiting:
+        kind = min((type(request) for request in waiting.values()), key=STAGE_ORDER.index)
+        served = [i for i, request in waiting.items() if type(request) is kind]
+        requests = [(jobs[i][0].row, waiting.pop(i)) for i in served]
+        started = time.perf_counter()
+        answers = stages.run(requests)
+        seconds = time.perf_counter() - started
+        for i in range(len(jobs)):
+            if i in served:
+                jobs[i][0].book(STAGE_NAMES[kind], seconds)
+            elif i in waiting:
+                jobs[i][0].elapsed_s += seconds
+        for i, answer in zip(served, answers):
+            advance(i, works[i], answer)
+    return [[replace(e, elapsed_s=t.elapsed_s) for e in found] for (t, _), found in zip(jobs, events)]
+
+
+def as_samples(samples: Any) -> np.ndarray:
+    """Samples as float32 [N], full scale 1.
+
+    Raises:
+        AudioError: not a one-dimensional array of floats or int16, or NaN or infinite samples among them.
+    """
+    array = np.asarray(samples)
+    if array.ndim != 1:
+        raise AudioError(f"pushed samples have shape {list(array.shape)}; push mono, one dimension")
+    if array.dtype == np.int16:
+        return array.astype(np.float32) / 32768
+    if array.size and array.dtype.kind != "f":
+        raise AudioError(f"pushed samples are {array.dtype}; push float32 with full scale 1, or int16")
+    array = array.astype(np.float32)
+    check_finite(array, "the push")
+    return array
