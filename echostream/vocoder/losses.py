@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from echostream.constants import SAMPLE_RATE, UNIT_HOP
 
-FLOOR = 1e-5  # magnitude below which logarithms are cut
+FLOOR = 5e-3  # magnitudes below (about 80 dB under speech) count as silence: their logarithms would rule the gradient
 
 
 def mel_filters(n_fft: int, n_mels: int = 80, low: float = 0.0, high: float = SAMPLE_RATE / 2) -> Tensor:
@@ -31,7 +31,7 @@ def mel_filters(n_fft: int, n_mels: int = 80, low: float = 0.0, high: float = SA
 def magnitude(wav: Tensor, n_fft: int, hop: int, window: Tensor) -> Tensor:
     """STFT magnitudes of wav [B, T]: [B, bins, frames]; the square root is smoothed at 0 for its gradient."""
     spectrum = torch.stft(wav, n_fft, hop, window=window, center=True, return_complex=True, pad_mode="constant")
-    return torch.sqrt(spectrum.real**2 + spectrum.imag**2 + 1e-9)
+    return torch.sqrt(spectrum.real**2 + spectrum.imag**2 + 1e-7)
 
 
 class SpectralLoss(nn.Module):

@@ -47,9 +47,10 @@ class TrainerOptions:
     stft_weight: float = 5.0
     feature_weight: float = 2.0
     duration_weight: float = 1.0
-    frame_mel_weight: float = 10.0  # a linear read-out of the frame features learns the mel spectrogram, in training only
+    frame_mel_weight: float = 10.0  # a linear read-out of the frame features, for training alone
     gan_start: int = 20000
     discriminators: str = "tiny"
+    gan_pieces: int = 0  # pieces of a batch that the discriminators hear; 0: all
     ema: float = 0.999
     clip: float = 50.0
     bf16: bool = False
@@ -93,7 +94,7 @@ class Trainer:
         self.step = 0
         self.minutes = 0.0
 
-    # ------------------------------------------------------------------------------------------------- start and resume
+    # ----------------------------------------------------------------------------------------------- start and resume
     def initialize(self, checkpoint: Path) -> None:
         """Start from a generator's weights (``--init``): any ``{"generator": ...}`` file of the same shape."""
         state = load_generator_state(checkpoint)
@@ -182,7 +183,7 @@ class Trainer:
             self.discriminators.parameters(), lr=self.options.learning_rate_discriminators, betas=(0.8, 0.99)
         )
 
-    # ------------------------------------------------------------------------------------------------------------ a step
+    # --------------------------------------------------------------------------------------------------------- a step
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
 
@@ -238,9 +239,10 @@ class Trainer:
         if self.discriminators is not None:
             for group in self.optimizer_d.param_groups:
                 group["lr"] = options.learning_rate_discriminators * rate
+            heard = options.gan_pieces or len(fake)
             with self._autocast():
-                real_scores, _ = self.discriminators(batch.wav)
-                fake_scores, _ = self.discriminators(fake.detach())
+                real_scores, real_features = self.discriminators(batch.wav[:heard])
+                fake_scores, _ = self.discriminators(fake[:heard].detach())
             loss_d = discriminator_loss(real_scores, fake_scores)
             self.optimizer_d.zero_grad(set_to_none=True)
             loss_d.backward()
@@ -248,17 +250,16 @@ class Trainer:
             logs["discriminator"] = loss_d.item()
         mel, stft = self.spectral(fake, batch.wav)
         duration = duration_loss(log_durations, batch.durations, batch.lengths)
-        heard = torch.arange(frame_mel.shape[2], device=self.device) < batch.valid[:, None]
-        frame_loss = (frame_mel - self.spectral.frame_mel(batch.wav)).abs().mean(1)[heard].mean()
+        spoken = torch.arange(frame_mel.shape[2], device=self.device) < batch.valid[:, None]
+        frame_loss = (frame_mel - self.spectral.frame_mel(batch.wav)).abs().mean(1)[spoken].mean()
         loss = options.mel_weight * mel + options.stft_weight * stft + options.frame_mel_weight * frame_loss
         if self.model.dur_predictor is not None:
             loss = loss + options.duration_weight * duration
         if self.discriminators is not None:
             self.discriminators.requires_grad_(False)
             with self._autocast():
-                with torch.no_grad():
-                    _, real_features = self.discriminators(batch.wav)
-                fake_scores, fake_features = self.discriminators(fake)
+                fake_scores, fake_features = self.discriminators(fake[:heard])
+            # The real features are those of before the discriminators' update: a pass saved, a step's difference.
             adversarial = generator_loss(fake_scores)
             matching = feature_loss(real_features, fake_features)
             loss = loss + adversarial + options.feature_weight * matching
@@ -272,7 +273,8 @@ class Trainer:
         self.step += 1
         if self.step % 10 == 0:
             self._average(10)
-        logs.update(frame_mel=frame_loss.item(), mel=mel.item(), stft=stft.item(), duration=duration.item(), norm=norm.item())
+        losses = dict(mel=mel, stft=stft, frame_mel=frame_loss, duration=duration, norm=norm)
+        logs.update({name: value.item() for name, value in losses.items()})
         return logs
 
     @torch.no_grad()
@@ -290,7 +292,7 @@ class Trainer:
             if nn.utils.parametrize.is_parametrized(module) and module.bias is not None:
                 target[f"{name}.bias"].lerp_(module.bias, 1 - decay)
 
-    # ---------------------------------------------------------------------------------------------------------- the loop
+    # ------------------------------------------------------------------------------------------------------- the loop
     def run(
         self,
         max_steps: int | None,
@@ -334,7 +336,7 @@ class Trainer:
             bar.close()
         self.save()
 
-    # -------------------------------------------------------------------------------------------------------- validation
+    # ----------------------------------------------------------------------------------------------------- validation
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mel L1 with true durations, error of the predicted durations; EMA weights, held-out utterances."""

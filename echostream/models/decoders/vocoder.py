@@ -86,7 +86,7 @@ class VocoderConfig:
                 "they need one each per upsampling"
             )
         if len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes) or not self.resblock_kernel_sizes:
-            raise ConfigError("resblock_kernel_sizes and resblock_dilation_sizes need one entry each per residual block")
+            raise ConfigError("resblock_kernel_sizes and resblock_dilation_sizes need one entry each per block")
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
@@ -253,7 +253,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------ how a convolution sees time
+# ---------------------------------------------------------------------------------------- how a convolution sees time
 class _Whole:
     """Offline: the whole sequence is there; before and behind it a convolution sees zeros.
 
@@ -417,7 +417,7 @@ class DurationPredictor(nn.Module):
         return self.conv1[0].right + self.conv2[0].right
 
 
-# ---------------------------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------------------------- state
 @dataclass(frozen=True)
 class VocoderState(State):
     """A stream of a causal generator: what each convolution keeps of its input.
@@ -449,7 +449,7 @@ class WindowState(State):
     frame_done: Tensor
 
 
-# ------------------------------------------------------------------------------------------------------------ generator
+# ---------------------------------------------------------------------------------------------------------- generator
 class CodeHiFiGAN(nn.Module):
     """Units to waveform.
 
@@ -554,7 +554,7 @@ class CodeHiFiGAN(nn.Module):
         """``lookahead_units`` in ms of speech at one frame per unit."""
         return 1000.0 * self.lookahead_units * self.hop / self.config.sampling_rate
 
-    # --------------------------------------------------------------------------------------------------------- the parts
+    # ------------------------------------------------------------------------------------------------------ the parts
     def check_units(self, units: Tensor, lengths: Tensor) -> Tensor:
         """``units`` [B, U] with padding set to 0.
 
@@ -643,7 +643,7 @@ class CodeHiFiGAN(nn.Module):
                 x = sum(block(x, flow) for block in blocks) / kernels
         return torch.tanh(self.conv_post(F.leaky_relu(x), flow)).squeeze(1)
 
-    # ----------------------------------------------------------------------------------------------------------- offline
+    # -------------------------------------------------------------------------------------------------------- offline
     def forward(
         self,
         units: Tensor,
@@ -704,7 +704,7 @@ class CodeHiFiGAN(nn.Module):
             raise UnitError(f"a length of {int(lengths.max())} is more than the {units.shape[1]} units given")
         return self.check_units(units.long(), lengths), lengths
 
-    # --------------------------------------------------------------------------------------------------------- streaming
+    # ------------------------------------------------------------------------------------------------------ streaming
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> VocoderState | WindowState:
@@ -854,7 +854,7 @@ class CodeHiFiGAN(nn.Module):
             ),
         )
 
-    # ------------------------------------------------------------------------------------------------------- weight norm
+    # ---------------------------------------------------------------------------------------------------- weight norm
     def add_weight_norm(self) -> "CodeHiFiGAN":
         """Put weight norm on the parts that have it in the field's checkpoints; for training."""
         for name, module in self.named_modules():
@@ -892,7 +892,7 @@ def _fit(x: Tensor, width: int) -> Tensor:
     return F.pad(x[:, :width], (0, max(width - x.shape[1], 0)))
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------------------------- checkpoints
 def _field_layout(model: CodeHiFiGAN) -> dict[str, Tensor]:
     """The weights as the field stores them: weight norm as ``weight_g`` and ``weight_v``."""
     state: dict[str, Tensor] = {}
