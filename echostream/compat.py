@@ -5,6 +5,7 @@ What is here:
 * ``import_torchaudio``: torchaudio on a CPU-only torch.
 * ``apply``: fairseq checkpoints under ``weights_only=True``.
 * ``register_with_fairseq``: a plugin that was imported before fairseq looked for it.
+* ``bf16_without_tpu``: ``--bf16`` where there is no TPU.
 
 SimulEval's defects for speech output are worked around beside its scorers, in ``echostream.evaluation.simul``.
 """
@@ -124,3 +125,17 @@ def register_with_fairseq() -> None:
     apply()
     importlib.import_module("echostream.tasks")
     importlib.import_module("echostream.models.fairseq_model")
+
+
+def bf16_without_tpu(args: argparse.Namespace) -> None:
+    """Let ``--bf16`` train on a CPU or a GPU; called by the architectures, the last to see fairseq's arguments.
+
+    For ve-fairseq 0.12.3 and fairseq-fixed 0.12.3.1: ``parse_args_and_arch`` takes ``--bf16`` to mean a TPU and sets
+    ``args.tpu``, whereupon the trainer asks for torch_xla.
+
+    Can go when ``fairseq-train --bf16`` gets past building the trainer without torch_xla.
+    """
+    import importlib.util
+
+    if getattr(args, "bf16", False) and importlib.util.find_spec("torch_xla") is None:
+        args.tpu = False

@@ -9,9 +9,10 @@ would, and long sentences count as they do in ordinary translation training.
 
 # No postponed annotations here: fairseq reads the types of the dataclass's fields.
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
-import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from echostream.constants import BLANK, NUM_SPECIALS, PAD, SUBSAMPLING
 from echostream.criterions.edit_distance import edit_distance
+from echostream.criterions.visibility import draw_chunk, heard_when_due
 from echostream.errors import ConfigError, ManifestError
 from echostream.models.echostream_model import SentenceWindows
 from echostream.text import collapse_ctc
@@ -50,6 +52,13 @@ class MultitaskCriterionConfig(FairseqDataclass):
         default="ctc",
         metadata={"help": "ctc: CTC over the upsampled positions; ce: cross-entropy, the units spread over them evenly"},
     )
+    mt_visible: ChoiceEnum(["full", "ctc"]) = field(
+        default="full",
+        metadata={
+            "help": "what the MT decoder attends in training: full, the whole sentence; ctc, what has been heard when the "
+            "ST CTC's expected counts say that a token is due"
+        },
+    )
     sentence_avg: bool = II("optimization.sentence_avg")
 
 
@@ -70,6 +79,7 @@ class MultitaskCriterion(FairseqCriterion):
         unit_weight: float = 0.2,
         label_smoothing: float = 0.1,
         unit_loss: str = "ctc",
+        mt_visible: str = "full",
         sentence_avg: bool = False,
     ):
         super().__init__(task)
@@ -83,6 +93,9 @@ class MultitaskCriterion(FairseqCriterion):
             raise ConfigError(f"--label-smoothing is {label_smoothing}; it must lie in [0, 1)")
         self.label_smoothing = label_smoothing
         self.unit_loss = str(getattr(unit_loss, "value", unit_loss))
+        self.mt_visible = str(getattr(mt_visible, "value", mt_visible))
+        if self.mt_visible == "ctc" and not st_weight:
+            raise ConfigError("--mt-visible ctc follows the ST CTC; give it a --st-weight above 0")
         self.sentence_avg = sentence_avg
         self._too_long: deque[tuple[int, int]] = deque()
 
@@ -100,8 +113,10 @@ class MultitaskCriterion(FairseqCriterion):
         windows = sample["windows"]
         if windows is not None:
             windows = SentenceWindows(windows["row"], windows["start"], windows["end"])
-        visible = self.task.mt_visible(model, sample) if self.training and hasattr(self.task, "mt_visible") else None
-        out = model(**sample["net_input"], windows=windows, visible=visible)
+        visible = None
+        if self.training and self.mt_visible == "ctc" and self.parts & {"mt", "unit"}:
+            visible = partial(heard_when_due, sample=sample, windows=windows, chunk=draw_chunk())
+        out = model(**sample["net_input"], windows=windows, visible=visible, parts=self.parts)
         frames = -(-sample["net_input"]["src_lengths"] // SUBSAMPLING)
         row_of, rows = sample["sentence_row"], len(frames)
         # Weight of each sentence, and of each row: a joined row weighs as much as its sentences do together.

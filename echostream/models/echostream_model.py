@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Collection, Mapping, NamedTuple
+from typing import Any, Callable, Collection, Mapping, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class EchoStreamModel(nn.Module):
         src_lengths: Tensor,
         prev_output_tokens: Tensor | None = None,
         windows: SentenceWindows | None = None,
-        visible: Tensor | None = None,
+        visible: Tensor | Callable[[Tensor], Tensor] | None = None,
         unit_visible: Tensor | None = None,
         finished: bool | Tensor = False,
         parts: Collection[str] = PARTS,
@@ -111,7 +111,8 @@ class EchoStreamModel(nn.Module):
             src_tokens: features [B, T, 80]. src_lengths: [B], feature frames (10 ms) of each row.
             prev_output_tokens: [S, U], target sentences, ``</s>`` first, padding behind: teacher forcing.
             windows: the sentences of joined utterances. Default: one sentence per row, over all its frames.
-            visible: [S, U], g(i): how many encoder frames of its sentence target position i may attend.
+            visible: [S, U], g(i): how many encoder frames of its sentence target position i may attend; or a function
+                that tells it from ``st_logits`` (training under a policy that follows the ST CTC).
             unit_visible: the same for the unit decoder's inputs, [S, U] (``mt``; default ``visible``) or [S, W]
                 (``encoder``; default: all).
             parts: offline only; which of ``asr``, ``st``, ``mt`` and ``unit`` to compute, for training some alone.
@@ -141,6 +142,8 @@ class EchoStreamModel(nn.Module):
             out["st_logits"] = self.st_decoder(x, lengths)
         if windows is not None:
             x, lengths = SentenceWindows(*windows).gather(x, lengths)
+        if callable(visible):
+            visible = visible(out["st_logits"])
         if prev_output_tokens is not None and ("mt" in parts or "unit" in parts and self._units_read_text):
             out["mt_logits"], out["mt_hidden"] = self.mt_decoder(prev_output_tokens, x, lengths, visible)
         if "unit" in parts:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from echostream.checkpoint import read_fairseq_checkpoint
+from echostream import compat
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
 from echostream.errors import CheckpointError, ManifestError, require
@@ -122,9 +123,11 @@ def _fill(args: argparse.Namespace, values: dict[str, Any]) -> None:
 def echostream(args: argparse.Namespace) -> None:
     """The design's configuration (34.2 M parameters)."""
     _fill(args, EchoStreamConfig().to_dict())
+    compat.bf16_without_tpu(args)
 
 
 @register_model_architecture("echostream", "echostream_small")
 def echostream_small(args: argparse.Namespace) -> None:
     """About a quarter of the compute, for training on CPUs."""
     _fill(args, EchoStreamConfig.small().to_dict())
+    compat.bf16_without_tpu(args)

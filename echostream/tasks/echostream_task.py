@@ -59,13 +59,6 @@ class EchoStreamTaskConfig(FairseqDataclass):
     noise_db: Optional[float] = field(
         default=None, metadata={"help": "add white noise to training speech, down from this level (dBFS, such as -40)"}
     )
-    mt_visible: ChoiceEnum(["full", "ctc"]) = field(
-        default="full",
-        metadata={
-            "help": "what the MT decoder attends in training: the whole sentence, or what the ST CTC's expected counts "
-            "say was heard when a token is due (StreamSpeech's mask)"
-        },
-    )
     autocast: ChoiceEnum(["none", "bfloat16", "float16"]) = field(
         default="none", metadata={"help": "mixed precision in training that works without a GPU too (bfloat16)"}
     )
