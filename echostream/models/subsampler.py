@@ -58,8 +58,8 @@ class Subsampler(nn.Module):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
         nn.init.xavier_uniform_(self.proj.weight)
-        # Not zero: masked-out input (SpecAugment) would give frames of exact zeros, and every LayerNorm behind them would
-        # multiply the gradient by 1 / sqrt(eps), until it overflows.
+        # Not zero: masked-out input (SpecAugment) would give frames of exact zeros, and every LayerNorm behind them
+        # would multiply the gradient by 1 / sqrt(eps), until it overflows.
         nn.init.normal_(self.proj.bias, std=0.1)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,16 +138,25 @@ class Subsampler(nn.Module):
         batch, size, _ = window.shape
         time = torch.arange(-CONTEXT, size - CONTEXT, device=window.device)
         x = window.masked_fill((time >= lengths[:, None])[:, :, None], 0.0)
-        # [B, T, channel x bin] -> [B, channel, T, bin]
-        x = x.view(batch, size, self.in_channels, -1).transpose(1, 2)
+        x = x.view(batch, size, self.in_channels, -1).transpose(1, 2)  # [B, channel, T, bin]
+        if _is_half(x):
+            # Channels last in memory: a third less time in bf16, but more than the plain order in fp32 (CPU).
+            x = x.clone(memory_format=torch.channels_last)  # contiguous() keeps the strides of a single channel
         x = F.relu(self.conv1(x))
         time = torch.arange(-1, x.shape[2] - 1, device=window.device)
-        outside = (time >= -(-lengths[:, None] // 2)) | ((time < 0) & first[:, None])
-        x = x.masked_fill(outside[:, None, :, None], 0.0)
+        inside = (time < -(-lengths[:, None] // 2)) & ~((time < 0) & first[:, None])
+        x = x * inside.to(x.dtype)[:, None, :, None]  # a product, because masked_fill is far slower on a CPU
         x = F.relu(self.conv2(x))
         x = self.proj(x.permute(0, 2, 3, 1).flatten(2))  # [B, C, N, bin] -> [B, N, bin x C]
         time = torch.arange(x.shape[1], device=window.device)
         return x.masked_fill((time >= out_lengths[:, None])[:, :, None], 0.0)
+
+
+def _is_half(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` will run in a 16-bit type, by its own or by autocast."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype.itemsize == 2
 
 
 def append_rows(old: Tensor, old_lengths: Tensor, new: Tensor, new_lengths: Tensor) -> tuple[Tensor, Tensor]:
