@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from echostream.audio.cmvn import GlobalCMVN
 from echostream.audio.fbank import fbank
@@ -608,6 +610,32 @@ def test_int16_samples():
     bundle = BUNDLES["mt"]
     samples = np.round(speech(2.0) * 32768).astype(np.int16)
     assert_same(translate(bundle, samples), translate(bundle, samples.astype(np.float32) / 32768))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    rate=st.sampled_from([8000, 11025, 16000, 22050, 48000]),
+    chunk_ms=st.sampled_from([40, 160, 333, 960]),
+    kind=st.sampled_from(["speech", "silence", "dc", "clipped", "noise"]),
+    seconds=st.floats(0.0, 1.5),
+    seed=st.integers(0, 2**16),
+)
+def test_whatever_is_heard_however_it_is_cut(rate, chunk_ms, kind, seconds, seed):
+    rng = np.random.default_rng(seed)
+    count = int(seconds * rate)
+    samples = {
+        "speech": lambda: speech(seconds, rate, seed),
+        "silence": lambda: np.zeros(count, np.float32),
+        "dc": lambda: np.full(count, rng.uniform(-1, 1), np.float32),
+        "clipped": lambda: np.clip(30 * speech(seconds, rate, seed), -1, 1),
+        "noise": lambda: rng.uniform(-1, 1, count).astype(np.float32),
+    }[kind]()
+    whole = translate(BUNDLES["mt"], samples, rate=rate, chunk_ms=chunk_ms)
+    cuts = cut(len(samples), rng, int(rng.integers(1, rate)))[:400]
+    cuts.append(len(samples))
+    assert_same(translate(BUNDLES["mt"], samples, cuts, rate, chunk_ms=chunk_ms), whole)
+    for event in of(Waveform, whole):
+        assert len(event.samples) and np.abs(event.samples).max() <= 1
 
 
 # ------------------------------------------------------------------------------------------- policies and knobs
