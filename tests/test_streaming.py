@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from echostream.audio.cmvn import GlobalCMVN
 from echostream.audio.fbank import fbank
 from echostream.audio.resample import Resampler
+from echostream.checkpoint import load_bundle
 from echostream.constants import BLANK, EOS, NUM_SPECIALS
 from echostream.errors import AudioError, ConfigError, SessionError
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
@@ -636,6 +639,20 @@ def test_whatever_is_heard_however_it_is_cut(rate, chunk_ms, kind, seconds, seed
     assert_same(translate(BUNDLES["mt"], samples, cuts, rate, chunk_ms=chunk_ms), whole)
     for event in of(Waveform, whole):
         assert len(event.samples) and np.abs(event.samples).max() <= 1
+
+
+def test_a_loaded_checkpoint_directory_streams(tiny_bundle):
+    session = StreamingSession(load_bundle(tiny_bundle))
+    assert session.settings.chunk_ms == 320
+    samples = speech(2.0)
+    events = session.push(samples) + session.finish()
+    session.reset()
+    assert_same([e for part in np.split(samples, 4) for e in session.push(part)] + session.finish(), events)
+
+
+def test_policies_and_events_need_no_torch():
+    check = "import sys, echostream.streaming, echostream.streaming.engine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
 # ------------------------------------------------------------------------------------------- policies and knobs
