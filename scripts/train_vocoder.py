@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from echostream.models.decoders.vocoder import PRESETS, VocoderConfig
 from echostream.vocoder.dataset import hold_out, read_units
 from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS
 from echostream.vocoder.intelligibility import whisper, word_error_rate
-from echostream.vocoder.trainer import Trainer, TrainerOptions, mel_config_error, picture, tensorboard_writer
+from echostream.vocoder.trainer import Trainer, TrainerOptions, picture, tensorboard_writer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,7 +79,6 @@ def main(arguments: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     options = TrainerOptions(**{f.name: getattr(args, f.name) for f in fields(TrainerOptions)})
-    mel_config_error(options)
     path = args.data if args.data.is_file() else args.data / "target" / "units.tsv"
     items = read_units(path)
     largest = max(int(item.units.max()) for item in items)
@@ -154,7 +154,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"wrote {args.save_dir / 'vocoder.pt'} and {args.save_dir / 'vocoder.json'}")
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # a polite kill saves the run, like Ctrl-C
     try:
         main()
     except EchoStreamError as error:

@@ -11,11 +11,10 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from echostream.constants import SAMPLE_RATE, UNIT_HOP
+from echostream.constants import UNIT_HOP
 from echostream.errors import CheckpointError, ConfigError
 from echostream.models.decoders.vocoder import (
     CodeHiFiGAN,
@@ -26,8 +25,16 @@ from echostream.models.decoders.vocoder import (
     save_vocoder,
 )
 from echostream.vocoder.dataset import Batch, PieceSampler, Utterance, read_samples
-from echostream.vocoder.discriminators import build_discriminators
-from echostream.vocoder.losses import SpectralLoss, discriminator_loss, duration_loss, feature_loss, generator_loss
+from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS, build_discriminators
+from echostream.vocoder.losses import (
+    SpectralLoss,
+    discriminator_loss,
+    duration_loss,
+    feature_loss,
+    generator_loss,
+    magnitude,
+    mel_filters,
+)
 
 FORMAT = "echostream-vocoder-training/1"
 
@@ -56,6 +63,17 @@ class TrainerOptions:
     bf16: bool = False
     weight_norm: bool = True
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "learning_rate", "learning_rate_warmup", "half_life"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.piece_frames * UNIT_HOP < 1024:
+            raise ConfigError(f"piece_frames is {self.piece_frames}; it must be at least 4 (1280 samples)")
+        if self.discriminators not in DISCRIMINATOR_PRESETS:
+            raise ConfigError(
+                f"discriminators is {self.discriminators!r}; there are {', '.join(DISCRIMINATOR_PRESETS)}"
+            )
 
 
 class Trainer:
@@ -332,6 +350,8 @@ class Trainer:
                     validated = time.monotonic()
                 if max_minutes is not None and now - begin > max_minutes * 60:
                     break
+        except KeyboardInterrupt:
+            bar.write(f"interrupted at step {self.step}; call again to go on")
         finally:
             bar.close()
         self.save()
@@ -385,20 +405,8 @@ def tensorboard_writer(directory: Path) -> Any | None:
 
 def picture(wav: np.ndarray) -> Tensor:
     """Log-mel spectrogram of wav [T] as an image [1, 80, frames] in [0, 1], low frequencies at the bottom."""
-    from echostream.vocoder.losses import magnitude, mel_filters
-
     size = 1024
     spectrum = magnitude(torch.from_numpy(wav).unsqueeze(0), size, 256, torch.hann_window(size))
     mel = (mel_filters(size) @ spectrum).clamp(min=1e-4).log10()[0]
     return ((mel + 4) / 4).clamp(0, 1).flip(0).unsqueeze(0)
 
-
-def mel_config_error(options: TrainerOptions) -> None:
-    if (options.piece_frames + options.warmup_frames) * UNIT_HOP < 1024:
-        raise ConfigError(
-            f"piece_frames is {options.piece_frames}; pieces of less than 1024 samples ({1024 / SAMPLE_RATE:.3f} s) "
-            "hold no spectrum"
-        )
-
-
-__all__ = ["F", "Trainer", "TrainerOptions", "mel_config_error", "picture", "tensorboard_writer"]
