@@ -1,0 +1,330 @@
+"""Manifests, sources, augmentation, joined items and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fairseq")
+
+from echostream.audio.fbank import fbank
+from echostream.audio.io import load_audio, write_audio
+from echostream.constants import EOS, NUM_SPECIALS, PAD
+from echostream.data.augment import SpecAugment, change_speed, parse_speeds, perturbed_frames
+from echostream.data.config import DataConfig
+from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
+from echostream.data.joining import Item, JoinPolicy, plan_epoch
+from echostream.data.manifest import COLUMNS, read_manifest, write_manifest
+from echostream.data.source import load_features
+from echostream.errors import AudioError, ConfigError, ManifestError
+from tests.training_data import make_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def dataset(corpus: Path, split: str = "train", **augmentation) -> SpeechToSpeechDataset:
+    chosen = Augmentation(**augmentation) if augmentation else None
+    return SpeechToSpeechDataset(corpus / f"{split}.tsv", DataConfig.load(corpus), chosen, seed=3)
+
+
+def edit(corpus: Path, target: Path, change) -> Path:
+    """A copy of the training manifest with ``change`` applied to its lines."""
+    lines = (corpus / "train.tsv").read_text(encoding="utf-8").splitlines()
+    path = target / "train.tsv"
+    path.write_text("\n".join(change(lines)) + "\n", encoding="utf-8")
+    return path
+
+
+# --- manifests
+
+
+def test_manifest_round_trip(corpus, tmp_path):
+    rows = read_manifest(corpus / "train.tsv")
+    write_manifest(tmp_path / "again.tsv", [dataclasses.replace(r, extra={"voice": "x"}) for r in rows])
+    again = read_manifest(tmp_path / "again.tsv")
+    assert [r.id for r in again] == [r.id for r in rows] and again[0].extra == {"voice": "x"}
+    assert all((a.units == b.units).all() for a, b in zip(again, rows))
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_missing_column_is_named(corpus, tmp_path, column):
+    path = edit(corpus, tmp_path, lambda lines: [lines[0].replace(column, "x" + column[3:]), *lines[1:]])
+    with pytest.raises(ManifestError, match=f"{path} has no column '{column}'"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("cell", "value", "message"),
+    [
+        (2, "many", "src_n_frames is 'many'"),
+        (2, "0", "src_n_frames is '0'"),
+        (3, " ", "src_text is empty"),
+        (5, "1 two", "is not a list of unit numbers"),
+        (5, "1 -2", "is not a list of unit numbers"),
+        (6, "99", "tgt_n_frames is 99, but tgt_audio lists"),
+    ],
+)
+def test_bad_row_names_line_and_value(corpus, tmp_path, cell, value, message):
+    def change(lines):
+        cells = lines[3].split("\t")
+        cells[cell] = value
+        return [*lines[:3], "\t".join(cells), *lines[4:]]
+
+    with pytest.raises(ManifestError, match=f"line 4: .*{message}"):
+        read_manifest(edit(corpus, tmp_path, change))
+
+
+def test_manifest_missing_short_or_double(corpus, tmp_path):
+    with pytest.raises(ManifestError, match="none.tsv does not exist"):
+        read_manifest(tmp_path / "none.tsv")
+    with pytest.raises(ManifestError, match="appears twice"):
+        read_manifest(edit(corpus, tmp_path, lambda lines: [*lines, lines[1]]))
+    with pytest.raises(ManifestError, match="5 cells where the header has 7"):
+        read_manifest(edit(corpus, tmp_path, lambda lines: [*lines, "a\tb\tc\td\te"]))
+    with pytest.raises(ManifestError, match="has no rows"):
+        read_manifest(edit(corpus, tmp_path, lambda lines: lines[:1]))
+    (tmp_path / "train.tsv").write_bytes(b"id\xff\xfe")
+    with pytest.raises(ManifestError, match="not UTF-8"):
+        read_manifest(tmp_path / "train.tsv")
+
+
+# --- the data directory
+
+
+def test_dictionary_that_does_not_fit_the_subwords(corpus, tmp_path):
+    other = make_corpus(tmp_path / "other")
+    lines = (other / "dict.tgt.txt").read_text(encoding="utf-8").splitlines()
+    (other / "dict.tgt.txt").write_text("\n".join(lines[:-3]) + "\n", encoding="utf-8")
+    with pytest.raises(ManifestError, match="lacks 3 of the .* pieces of spm.tgt.model"):
+        DataConfig.load(other).target
+    (other / "dict.unit.txt").write_text("0 1\n2 1\n")
+    with pytest.raises(ManifestError, match="lists 2 units, but num_units is 20"):
+        DataConfig.load(other).check_units()
+    (other / "spm.src.model").write_text("no model")
+    with pytest.raises(ManifestError, match="is not a SentencePiece model"):
+        DataConfig.load(other).source
+    (other / "gcmvn.npz").unlink()
+    with pytest.raises(ManifestError, match="gcmvn.npz does not exist"):
+        DataConfig.load(other).cmvn
+
+
+def test_config_errors(tmp_path):
+    with pytest.raises(ManifestError, match="data directory .* does not exist"):
+        DataConfig.load(tmp_path / "none")
+    with pytest.raises(ConfigError, match="config.yaml does not exist"):
+        DataConfig.load(tmp_path)
+    for text, message in (
+        ("num_units: many", "num_units is 'many'"),
+        ("sample_rate: 8000", "sample_rate is 8000"),
+        ("- a", "holds list"),
+        ("a: [", "is not YAML"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            DataConfig.load(tmp_path)
+
+
+# --- sources
+
+
+@pytest.mark.parametrize("form", ["flac", "ogg", "npy", "zip"])
+def test_every_kind_of_source_gives_the_same_features(corpus, tmp_path, form):
+    samples = load_audio(corpus / "audio/train0.wav")
+    features = fbank(samples)
+    if form == "npy":
+        np.save(tmp_path / "a.npy", features)
+        audio = "a.npy"
+    elif form == "zip":
+        np.save(tmp_path / "a.npy", features)
+        with zipfile.ZipFile(tmp_path / "features.zip", "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("other.npy", b"x" * 100)
+            archive.write(tmp_path / "a.npy", "a.npy")
+            at = archive.getinfo("a.npy").header_offset + 30 + len("a.npy")
+            audio = f"features.zip:{at}:{archive.getinfo('a.npy').file_size}"
+    else:
+        import soundfile
+
+        audio = f"a.{form}"
+        soundfile.write(tmp_path / audio, samples, 16000)
+    found = load_features(tmp_path, audio)
+    assert found.shape == features.shape and found.dtype == np.float32
+    loud = features > features.max() - 6  # a lossy codec keeps what can be heard
+    assert np.abs(found - features)[loud].mean() < (0.5 if form == "ogg" else 1e-3)
+
+
+def test_bad_sources_name_the_file(corpus, tmp_path):
+    (tmp_path / "text.wav").write_text("this is no audio")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    np.save(tmp_path / "shape.npy", np.zeros((3, 4)))
+    np.save(tmp_path / "object.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "nan.npy", np.full((4, 80), np.nan))
+    (tmp_path / "short.zip").write_bytes(b"abc")
+    for audio in ("text.wav", "empty.wav", "none.wav", "shape.npy", "object.npy", "nan.npy", "none.npy"):
+        with pytest.raises(AudioError, match=audio):
+            load_features(tmp_path, audio)
+    for audio in ("short.zip:0:3", "short.zip:0:99", "short.zip:a:b", "none.zip:0:3"):
+        with pytest.raises(AudioError, match=audio.partition(":")[0]):
+            load_features(tmp_path, audio)
+
+
+def test_dataset_names_the_bad_recording_and_the_wrong_length(corpus, tmp_path):
+    other = make_corpus(tmp_path / "other", train=3)
+    samples = load_audio(other / "audio/train1.wav")
+    write_audio(other / "audio/train1.wav", np.concatenate([samples, samples]))
+    (other / "audio/train2.wav").write_text("no audio")
+    items = dataset(other)
+    items[0]
+    with pytest.raises(ManifestError, match=r"row 'train1' says \d+ frames of 10 ms, but .*train1.wav has \d+"):
+        items[1]
+    with pytest.raises(AudioError, match="train2.wav"):
+        items[2]
+
+
+# --- augmentation
+
+
+def test_spec_augment_policies():
+    assert SpecAugment.parse("none") is None and SpecAugment.parse("LD") == SpecAugment()
+    policy = SpecAugment.parse("freq_masks=1, freq_width=10,time_masks=3,time_width=5")
+    rng = np.random.default_rng(0)
+    masked = policy(np.ones((200, 80), dtype=np.float32), rng)
+    assert (masked == 0).any(axis=0).all() or (masked == 0).any()
+    assert (masked == 0).all(axis=1).sum() <= 15 and (masked == 0).all(axis=0).sum() <= 10
+    for text in ("xx", "time_masks=x", "freq_width=-1", "what=3"):
+        with pytest.raises(ConfigError, match="SpecAugment"):
+            SpecAugment.parse(text)
+
+
+def test_speeds():
+    assert parse_speeds("") == (1.0,) and parse_speeds("0.9,1.1") == (0.9, 1.1)
+    for text in ("fast", "3"):
+        with pytest.raises(ConfigError, match="speed factor"):
+            parse_speeds(text)
+    samples = np.sin(np.arange(16000) * 0.1).astype(np.float32)
+    for speed in (0.9, 1.1):
+        changed = change_speed(samples, speed)
+        assert abs(len(changed) - 16000 / speed) <= 1
+        assert abs(perturbed_frames(98, speed) - (1 + (len(changed) - 400) // 160)) <= 1
+
+
+# --- joined items
+
+
+def test_plan_is_reproducible_complete_and_bounded():
+    frames = np.random.default_rng(0).integers(50, 400, 500)
+    policy = JoinPolicy(max_frames=900)
+
+    def draw(epoch):
+        return plan_epoch(frames, [False] * 500, (0.9, 1.0, 1.1), policy, np.random.default_rng([1, epoch]))
+
+    items = draw(1)
+    assert items == draw(1) and items != draw(2)
+    assert sorted(u for item in items for u in item.utterances) == list(range(500))
+    joined = [item for item in items if len(item.utterances) > 1]
+    assert all(item.n_frames <= 900 for item in joined) and max(len(item.utterances) for item in joined) <= 6
+    assert 0.35 < len(joined) / len(items) < 0.6
+    assert all(10 <= pause <= 100 for item in joined for pause in item.pauses)
+
+
+def test_windows_follow_the_speech():
+    item = Item((0, 1, 2), (1.0,) * 3, (100, 120, 80), (20, 60))
+    assert item.speech() == [(0, 102), (122, 244), (304, 386)]
+    assert item.n_frames == 384
+    assert item.windows() == [(0, 26), (26, 61), (61, 96)]
+    for seed in range(50):
+        windows = item.windows(np.random.default_rng(seed))
+        assert windows[0][0] == 0 and windows[-1][1] == 96
+        for (start, end), (first, last) in zip(windows, item.speech()):
+            assert start <= first // 4 + 3 and end >= last // 4 and end > start
+
+
+def test_joined_item_is_its_parts(corpus):
+    joined = dataset(corpus, join=JoinPolicy(probability=1.0, max_frames=2000), jitter=False)
+    single = dataset(corpus)
+    assert all(len(item.utterances) > 1 for item in joined.items[:-1])
+    sample = joined[0]
+    item = joined.items[0]
+    assert len(sample["source"]) == item.n_frames == joined.num_tokens(0)
+    assert sample["src_text"] == [t for u in item.utterances for t in single.src_ids[u]]
+    for u, (start, _) in zip(item.utterances, item.speech()):
+        part = single[u]["source"]
+        np.testing.assert_allclose(sample["source"][start : start + len(part)], part, atol=2e-2)
+
+
+@pytest.mark.parametrize("speeds", [(1.0,), (0.9, 1.1)], ids=["plain", "speed"])
+@pytest.mark.parametrize("join", [None, JoinPolicy(max_frames=600)], ids=["single", "joined"])
+def test_num_tokens_are_the_true_frame_counts(corpus, speeds, join):
+    items = dataset(corpus, join=join, speeds=speeds, noise_db=-40.0, gain_db=3.0, spec_augment=SpecAugment())
+    for epoch in (1, 2):
+        items.set_epoch(epoch)
+        for i in range(len(items)):
+            sample = items[i]
+            assert len(sample["source"]) == items.num_tokens(i) == items.size(i)[0]
+            assert np.isfinite(sample["source"]).all()
+    batches = items.batch_by_size(items.ordered_indices(), max_tokens=600)
+    for batch in batches:
+        sizes = [items.num_tokens(i) for i in batch]
+        assert len(batch) == 1 or max(sizes) * len(batch) <= 600
+
+
+def test_items_depend_on_seed_epoch_and_index_only(corpus):
+    options = dict(join=JoinPolicy(), speeds=(0.9, 1.1), noise_db=-40.0, spec_augment=SpecAugment())
+    first, again = dataset(corpus, **options), dataset(corpus, **options)
+    first.set_epoch(5)
+    _ = [first[i] for i in range(len(first))]
+    first.set_epoch(2)
+    again.set_epoch(2)
+    assert all((first[i]["source"] == again[i]["source"]).all() for i in range(len(first)))
+    again.set_epoch(3)
+    assert first.items != again.items
+
+
+def test_ready_features_join_too(corpus, tmp_path):
+    other = make_corpus(tmp_path / "other", train=6)
+    rows = []
+    for row in read_manifest(other / "train.tsv"):
+        np.save(other / f"{row.id}.npy", fbank(load_audio(other / row.audio)))
+        rows.append(dataclasses.replace(row, audio=f"{row.id}.npy"))
+    write_manifest(other / "train.tsv", rows)
+    items = dataset(other, join=JoinPolicy(probability=1.0), speeds=(0.9, 1.1), jitter=False)
+    plain = dataset(other)
+    for i, item in enumerate(items.items):
+        sample = items[i]
+        assert len(sample["source"]) == item.n_frames and set(item.speeds) == {1.0}
+        for u, (start, _) in zip(item.utterances, item.speech()):
+            part = plain[u]["source"]
+            np.testing.assert_allclose(sample["source"][start : start + len(part)], part, rtol=1e-6)
+
+
+def test_batches(corpus):
+    items = dataset(corpus, join=JoinPolicy(), jitter=False)
+    samples = [items[i] for i in range(len(items))]
+    batch = items.collater(samples)
+    sentences = [u for item in items.items for u in item.utterances]
+    assert batch["net_input"]["src_tokens"].shape[0] == len(items)
+    assert batch["nsentences"] == len(sentences) == len(batch["target"]) == len(batch["windows"]["row"])
+    for row, u in zip(range(len(sentences)), sentences):
+        tokens = items.tgt_ids[u]
+        assert batch["target"][row, : len(tokens) + 1].tolist() == [*tokens, EOS]
+        assert batch["net_input"]["prev_output_tokens"][row, : len(tokens) + 1].tolist() == [EOS, *tokens]
+        assert (batch["target"][row, len(tokens) + 1 :] == PAD).all()
+        units = batch["units"][row, : batch["unit_lengths"][row]] - NUM_SPECIALS
+        assert units.tolist() == items.utterances[u].units.tolist()
+    assert (batch["windows"]["end"] <= -(-batch["net_input"]["src_lengths"] // 4)[batch["windows"]["row"]]).all()
+    assert dataset(corpus).collater([dataset(corpus)[0]])["windows"] is None
+    assert items.collater([]) == {}
+
+
+def test_limits_part_the_indices(corpus):
+    items = dataset(corpus)
+    limit = int(np.median(items.sizes))
+    kept, dropped = items.filter_indices_by_size(items.ordered_indices(), (limit, 100))
+    assert all(items.sizes[kept] <= limit) and all(items.sizes[dropped] > limit)
+    assert len(items.filter_indices_by_size(items.ordered_indices(), (10_000, 2))[0]) == 0
