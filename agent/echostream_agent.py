@@ -82,10 +82,14 @@ class EchoStreamAgent(SpeechToSpeechAgent):
         self.bundle = load_bundle(args.checkpoint_dir, args.device)
         if self.bundle.vocoder is None:
             raise EchoStreamError(f"checkpoint directory {args.checkpoint_dir} has no vocoder; this agent speaks")
-        asked = {name: getattr(args, name) for name in (*KNOBS, "chunk_ms")}
+        asked = {name: getattr(args, name) for name in (*KNOBS, "chunk_ms", "segmenter")}
         chosen = {**self.bundle.policy, **{name: value for name, value in asked.items() if value is not None}}
         policy = make_policy("ctc", **{knob: chosen[knob] for knob in KNOBS if knob in chosen})
-        self.options = {"policy": policy, "chunk_ms": chosen.get("chunk_ms", CHUNK_MS)}
+        self.options = {
+            "policy": policy,
+            "chunk_ms": chosen.get("chunk_ms", CHUNK_MS),
+            "segmenter": chosen.get("segmenter", "punctuation"),
+        }
         super().__init__(args)
 
     def build_states(self) -> SessionStates:
@@ -145,6 +149,11 @@ class EchoStreamAgent(SpeechToSpeechAgent):
             parser.add_argument(f"--{knob.replace('_', '-')}", type=int, help=f"{text} (default: the checkpoint's)")
         parser.add_argument(
             "--chunk-ms", type=int, help=f"source audio from one decision to the next (default: {CHUNK_MS})"
+        )
+        parser.add_argument(
+            "--segmenter",
+            choices=("punctuation", "none"),
+            help="where sentences end: at the model's punctuation (default), or with the recording only",
         )
         parser.set_defaults(source_segment_size=SEGMENT_MS)
 

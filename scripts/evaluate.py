@@ -44,6 +44,7 @@ def main() -> None:
     simul.add_argument("--chunk-ms", type=int, nargs="+", default=[320, 960], help="one run for each")
     for knob in KNOBS:
         simul.add_argument(f"--{knob.replace('_', '-')}", type=int, help="of the policy (default: the checkpoint's)")
+    simul.add_argument("--segmenter", choices=("punctuation", "none"), help="none: one sentence a recording")
     simul.add_argument("--device", default="cpu")
     simul.add_argument("--limit", type=int, help="only the first N recordings")
     simul.add_argument("--jobs", type=int, default=1, help="processes; more than one falsifies computation-aware times")
@@ -129,7 +130,7 @@ def simultaneous_table(args: argparse.Namespace) -> None:
         folder = args.output / f"chunk{chunk}"
         print(f"chunk {chunk} ms: {len(sources)} recordings", file=sys.stderr)
         options = {"checkpoint_dir": args.checkpoint_dir, "chunk_ms": chunk, "device": args.device}
-        options |= {knob: getattr(args, knob) for knob in KNOBS}
+        options |= {name: getattr(args, name) for name in (*KNOBS, "segmenter")}
         run.simulate(sources, references, folder, ROOT / "agent" / "echostream_agent.py", options, args.jobs)
         results[chunk] = run.score(folder, args.asr)
     listener = run.recogniser_name(args.output / f"chunk{args.chunk_ms[-1]}")

@@ -104,8 +104,10 @@ def test_segments_can_be_sent_over_the_wire(agent: EchoStreamAgent) -> None:
 
 def test_knobs_come_from_checkpoint_and_command_line(tiny_bundle: Path) -> None:
     assert make_agent(tiny_bundle).options["chunk_ms"] == 320
-    options = make_agent(tiny_bundle, "--chunk-ms", "640", "--lagging-k1", "3", "--stride-n2", "2").options
-    assert options["chunk_ms"] == 640
+    options = make_agent(
+        tiny_bundle, "--chunk-ms", "640", "--lagging-k1", "3", "--stride-n2", "2", "--segmenter", "none"
+    ).options
+    assert options["chunk_ms"] == 640 and options["segmenter"] == "none"
     assert (options["policy"].lagging_k1, options["policy"].stride_n2) == (3, 2)
 
 
