@@ -248,3 +248,50 @@ def test_directory_without_whisper(tmp_path: Path) -> None:
 def test_missing_hubert(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="HuBERT checkpoint .* does not exist"):
         build_features("hubert", tmp_path / "none.pt")
+
+
+def tiny_hubert(path: Path) -> None:
+    """A HuBERT checkpoint as fairseq writes them, two random layers of width 16."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("fairseq")
+    from fairseq.data import Dictionary
+    from fairseq.models.hubert import HubertConfig, HubertModel
+    from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig
+    from omegaconf import OmegaConf
+
+    model_config = HubertConfig(
+        _name="hubert", label_rate=50, encoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=32,
+        encoder_attention_heads=2, final_dim=8, conv_pos=16, conv_pos_groups=4,
+        conv_feature_layers="[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
+    )
+    task_config = HubertPretrainingConfig(
+        _name="hubert_pretraining", data="/nowhere", label_dir="/nowhere", labels=["km"], label_rate=50, normalize=True
+    )
+    labels = Dictionary()
+    for unit in range(5):
+        labels.add_symbol(str(unit))
+    torch.manual_seed(0)
+    model = HubertModel(model_config, task_config, [labels])
+    config = OmegaConf.create({"model": vars(model_config), "task": vars(task_config), "common": {}})
+    torch.save(
+        {"args": None, "cfg": config, "model": model.state_dict(), "task_state": {"dictionaries": [labels]},
+         "optimizer_history": [{"num_updates": 1, "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}],
+         "extra_state": {}}, path,
+    )
+
+
+def test_hubert_layers(tmp_path: Path) -> None:
+    tiny_hubert(tmp_path / "hubert.pt")
+    features = build_features("hubert", tmp_path / "hubert.pt", layer=2)
+    assert (features.name, features.dim) == ("hubert-hubert-layer2", 16)
+    rng = np.random.default_rng(0)
+    sounds = [rng.normal(size=n).astype(np.float32) * 0.1 for n in (16000, 7777)]
+    first, second = features.extract(sounds)
+    assert first.shape == (50, 16) and second.shape == (24, 16) and np.isfinite(first).all()
+    (other,) = build_features("hubert", tmp_path / "hubert.pt", layer=1).extract(sounds[:1])
+    assert np.abs(other - first).max() > 1e-3
+    with pytest.raises(ConfigError, match="layer 3 of hubert.pt: it has layers 1 to 2"):
+        build_features("hubert", tmp_path / "hubert.pt", layer=3)
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "hubert.pt").read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="cut.pt cannot be loaded as HuBERT"):
+        build_features("hubert", tmp_path / "cut.pt", layer=1)

@@ -17,8 +17,8 @@ from echostream.units.features import UnitFeatures
 from echostream.units.kmeans import KMeans, Projection, fit_kmeans, load_kmeans
 
 UNIT_COLUMNS = ("id", "audio", "units", "durations")
-_BATCH = 64  # recordings taken through the extractor at once
-_REFRESH = 8  # batches between two versions of target/units.tsv
+_BATCH = 128  # recordings taken through the extractor at once
+_REFRESH = 4  # batches between two versions of target/units.tsv
 
 
 def fit_units(
