@@ -288,10 +288,13 @@ def test_kokoro_styles_blend(tmp_path: Path) -> None:
         np.full(510 * 256, value + 1, np.float32).tofile(tmp_path / f"{name}.bin")
     style = tts.load_style(tmp_path, "a:.25,b:.75")
     assert style.shape == (510, 256) and np.allclose(style, 1.75)
-    with pytest.raises(EchoStreamError, match="c.bin does not exist"):
+    with pytest.raises(EchoStreamError, match="has no Kokoro voice c.bin"):
         tts.load_style(tmp_path, "c")
+    with tarfile.open(tmp_path / "kokoro-js.tgz", "w:gz") as tar:
+        tar.add(tmp_path / "a.bin", "package/voices/a.bin")
+    assert np.allclose(tts.load_style(tmp_path / "kokoro-js.tgz", "a"), 1.0)
     (tmp_path / "d.bin").write_bytes(b"1234")
-    with pytest.raises(EchoStreamError, match="has 1 numbers"):
+    with pytest.raises(EchoStreamError, match="d.bin has 4 bytes"):
         tts.load_style(tmp_path, "d")
 
 

@@ -235,7 +235,7 @@ def test_mel_filters_are_whispers() -> None:
 def test_unknown_features_and_missing_models(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'wav2vec' are not one of whisper, hubert, mfcc"):
         build_features("wav2vec")
-    with pytest.raises(ConfigError, match="need a model path"):
+    with pytest.raises(ConfigError, match="'hubert' need a model path"):
         build_features("hubert")
 
 

