@@ -445,5 +445,7 @@ def test_text_step_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     dictionary = (tmp_path / "o" / "dict.tgt.txt").read_text(encoding="utf-8").splitlines()
     assert len(dictionary) == 42 and all(line.rsplit(" ", 1)[1].isdigit() for line in dictionary)
     assert "<unk>" not in "".join(dictionary)
+    assert main(["speech", "--output", str(tmp_path / "o"), "--set", "s"]) == 1
+    assert "the pairs have no recordings: give --engine" in capsys.readouterr().err
     assert main(["text", "--output", str(tmp_path / "o"), "--pairs", str(path), "--vocab-size", "5000"]) == 1
     assert "do not give 5000 SentencePiece pieces; at most" in capsys.readouterr().err

@@ -154,6 +154,8 @@ def run_speech(args: argparse.Namespace) -> None:
         args.split, args.min_words, args.max_words, args.max_rank, args.limit, args.order, frozenset(exclude)
     )
     ready = sources.ReadySpeech(args.ready) if args.ready else None
+    if args.engine == "none" and ready is None and not any(row.src_audio for row in rows):
+        raise ManifestError("the pairs have no recordings: give --engine kokoro or espeak, or --ready recordings")
     engine = _source_engine(args)
     counts = speech.speech_set(
         args.output, args.set, rows, selection, engine, ready, args.seed, args.max_seconds, f".{args.audio_format}",
