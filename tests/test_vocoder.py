@@ -147,7 +147,7 @@ def assert_same(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e
         assert (a - b).abs().max() < tolerance, f"row {i}"
 
 
-# ------------------------------------------------------------------------------------------------------------- streaming
+# ---------------------------------------------------------------------------------------------------------- streaming
 def test_streamed_equals_offline(model):
     rows = sequences(6, seed=1)
     expected = alone(model, rows)
@@ -260,7 +260,7 @@ def test_samples_beyond_the_lookahead_do_not_depend_on_what_follows():
     assert (one[same : same + 320] - two[same : same + 320]).abs().max() > 1e-3
 
 
-# --------------------------------------------------------------------------------------------------------- compatibility
+# ------------------------------------------------------------------------------------------------------ compatibility
 @pytest.fixture(params=["durations", "frames", "speakers"])
 def field_vocoder(request, tmp_path):
     """A random checkpoint in fairseq's layout and fairseq's own vocoder reading it."""
@@ -339,7 +339,7 @@ def test_layouts_of_weight_norm(tmp_path, layout):
         assert (wav - expected).abs().max() < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------------------- bad input
 class Malicious:
     def __reduce__(self):
         return (open, ("echostream-was-here", "w"))

@@ -8,6 +8,7 @@ from typing import Callable, Iterable
 
 import numpy as np
 
+from echostream.constants import SAMPLE_RATE
 from echostream.errors import require
 
 
@@ -49,8 +50,14 @@ def whisper(model: str | Path | None = None, threads: int = 1) -> Callable[[np.n
     recogniser = faster_whisper.WhisperModel(str(model), device="cpu", compute_type="int8", cpu_threads=threads)
 
     def transcribe(samples: np.ndarray) -> str:
+        # Noise makes Whisper repeat itself for ever; nobody says more than 8 subwords a second.
         segments, _ = recogniser.transcribe(
-            samples.astype(np.float32), language="en", beam_size=1, temperature=0.0, condition_on_previous_text=False
+            samples.astype(np.float32),
+            language="en",
+            beam_size=1,
+            temperature=0.0,
+            condition_on_previous_text=False,
+            max_new_tokens=10 + 8 * len(samples) // SAMPLE_RATE,
         )
         return " ".join(segment.text.strip() for segment in segments)
 

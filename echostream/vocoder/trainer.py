@@ -95,6 +95,8 @@ class Trainer:
         directory: Path,
         device: str = "cpu",
     ):
+        if config.multispkr:
+            raise ConfigError("multispkr is set; units.tsv names no speakers, train one vocoder per voice")
         torch.manual_seed(options.seed)
         self.config, self.options, self.directory, self.device = config, options, directory, torch.device(device)
         self.train_items, self.held_out = train, held_out
@@ -223,7 +225,6 @@ class Trainer:
                 model.predict_log_durations(x, flow) if model.dur_predictor is not None else x.new_zeros(x.shape[:2])
             )
             frames, frame_lengths = model.stretch(x, batch.durations, batch.lengths)
-            frames = model._with_speaker(frames, torch.zeros_like(batch.lengths))
             # Only the frames that the piece can depend on, aligned at the piece's end; zeros stand before frame 0 and
             # behind an utterance's end, as they do in the generator itself.
             reach = model.conv_pre.left + sum(c.left for m in getattr(model, "frame_layers", ()) for c in m.convs)
