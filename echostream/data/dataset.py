@@ -64,7 +64,6 @@ class SpeechToSpeechDataset(FairseqDataset):
         config: the data directory's files.
         augmentation: what to do in training; None (validation, test) gives every utterance as it is, in file order.
         seed: of all random choices.
-        max_target_positions: joined items take no sentence with more MT target tokens than this.
 
     Raises:
         ManifestError: a row cannot be used, or a unit is beyond the unit dictionary.
@@ -149,6 +148,20 @@ class SpeechToSpeechDataset(FairseqDataset):
         limits = [float("inf") if limit is None else limit for limit in max_sizes]
         fits = np.array([all(n <= limit for n, limit in zip(self.size(i), limits)) for i in indices], dtype=bool)
         return indices[fits], indices[~fits].tolist()
+
+    def batch_by_size(
+        self,
+        indices: np.ndarray,
+        max_tokens: int | None = None,
+        max_sentences: int | None = None,
+        required_batch_size_multiple: int = 1,
+    ) -> list[np.ndarray]:
+        """Batches of neighbouring ``indices`` with at most ``max_tokens`` frames, padding included.
+
+        ``--required-batch-size-multiple`` is not heeded: fairseq's default of 8 leaves a last batch of another size
+        out, in validation and generation too.
+        """
+        return super().batch_by_size(indices, max_tokens, max_sentences, required_batch_size_multiple=1)
 
     # --- items
 
