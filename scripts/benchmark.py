@@ -160,12 +160,12 @@ def get_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="training cost of the Emformer layers against torchaudio's")
     train.add_argument("--layers", type=int, default=16, help="Emformer layers (default: 16)")
-    train.add_argument("--batch", type=int, default=1, help="utterances in a batch (default: 1)")
+    train.add_argument("--batch", type=int, default=4, help="utterances in a batch (default: 4)")
     train.add_argument("--seconds", type=float, nargs="+", default=[30.0, 120.0], help="utterance lengths")
     train.add_argument(
         "--torchaudio-seconds", type=float, nargs="*", default=[30.0], help="lengths torchaudio is timed at, too"
     )
-    train.add_argument("--repeats", type=int, default=5, help="measured rounds (default: 5)")
+    train.add_argument("--repeats", type=int, default=3, help="measured rounds (default: 3)")
     train.add_argument("--dropout", type=float, default=0.1, help="every dropout probability, in both models")
     train.add_argument("--memory-size", type=int, default=8)
     train.add_argument("--right-context-length", type=int, default=0)
