@@ -256,7 +256,7 @@ def run_manifests(args: argparse.Namespace) -> None:
         counts[name] = {
             "sets": sets, "utterances": tally["written"], "without_units": tally["no units"],
             "source_hours": round(tally["samples"] / SAMPLE_RATE / 3600, 3),
-            "voices": dict(Counter(_speaker(line["voice"]) for line in lines).most_common()),
+            "voices": dict(Counter(_speaker(line["voice"]) for line in read_table(path)).most_common()),
         }
         ctc[name] = manifests.ctc_figures(path, args.output / "spm.tgt.model", args.output / "spm.src.model")
     write_unit_dictionary(args.output / "dict.unit.txt", units_note["num_units"])
