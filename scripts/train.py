@@ -95,12 +95,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def distributed_flags(arguments: Sequence[str]) -> list[str]:
-    """What fairseq needs under torchrun where there is no GPU: gloo, and no processes of its own."""
+    """What fairseq needs under torchrun where there is no GPU.
+
+    Left to itself it counts GPUs to find its world size, and without any every process trains alone: gloo, the world
+    and its own place in it have to be said, and that it need not start processes itself.
+    """
     import torch
 
     if torch.cuda.is_available() and "--cpu" not in arguments:
         return []
-    wanted = {"--cpu": None, "--distributed-no-spawn": None, "--distributed-backend": "gloo", "--ddp-backend": "legacy_ddp"}
+    wanted = {
+        "--cpu": None,
+        "--distributed-no-spawn": None,
+        "--distributed-backend": "gloo",
+        "--ddp-backend": "legacy_ddp",
+        "--distributed-init-method": "env://",
+        "--distributed-world-size": os.environ["WORLD_SIZE"],
+        "--distributed-rank": os.environ["RANK"],
+    }
     flags = []
     for name, value in wanted.items():
         if name not in arguments:
