@@ -2,7 +2,7 @@
 
 ``session`` holds what users call. One stream's logic is in ``engine`` (no torch), which asks the model for its next
 step through the requests of ``stages``; ``torch_stages`` answers them. ``policy`` says when to write, ``segmenter``
-where sentences end, ``events`` what comes out.
+(with ``punctuation`` and ``pause``) where sentences end, ``events`` what comes out.
 """
 
 from echostream.streaming.batch import SessionBatch
@@ -15,14 +15,24 @@ from echostream.streaming.events import (
     TargetUnits,
     Waveform,
 )
-from echostream.streaming.policy import CTCCountPolicy, Policy, WaitForSentenceEnd, make_policy
-from echostream.streaming.segmenter import NoSegmenter, PunctuationSegmenter, Segmenter
+from echostream.streaming.policy import (
+    AlignAttPolicy,
+    CTCCountPolicy,
+    LocalAgreementPolicy,
+    Policy,
+    WaitForSentenceEnd,
+    WaitKPolicy,
+    make_policy,
+)
+from echostream.streaming.segmenter import NoSegmenter, PunctuationSegmenter, Segmenter, make_segmenter
 from echostream.streaming.session import StreamingSession
 
 __all__ = [
+    "AlignAttPolicy",
     "CTCCountPolicy",
     "Event",
     "LagStatistics",
+    "LocalAgreementPolicy",
     "NoSegmenter",
     "Policy",
     "PunctuationSegmenter",
@@ -34,6 +44,8 @@ __all__ = [
     "TargetText",
     "TargetUnits",
     "WaitForSentenceEnd",
+    "WaitKPolicy",
     "Waveform",
     "make_policy",
+    "make_segmenter",
 ]

@@ -22,7 +22,7 @@ from echostream.streaming.track import Track
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
 
-FORMAT = "echostream-session/1"
+FORMAT = "echostream-session/2"
 _SENTENCE_LISTS = {"tokens": "i8", "frames": "i8", "times": "f8", "unit_frames": "i8", "units": "i8"}
 _SENTENCE_NUMBERS = (
     "index", "start", "extended", "begun", "source_told", "inputs_read", "last_symbol", "first_audio_s",
@@ -57,6 +57,8 @@ def write(path: str | Path, engine: Engine, bundle: Bundle, track: Track, model:
         "clock.features": clock.features,
         "clock.resample": clock.resample.samples,
         "clock.fbank": clock.fbank.samples,
+        "clock.heard": clock.heard,
+        **{f"audio.{name}": array for name, array in (stream.audio or {}).items()},
     }
     if sentence is not None:
         values["sentence"] = {name: getattr(sentence, name) for name in _SENTENCE_NUMBERS}
@@ -106,6 +108,7 @@ def _track(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> Track:
         ResampleState(arrays["clock.resample"], resample_count, phase),
         FbankState(arrays["clock.fbank"], fbank_count),
         arrays["clock.features"],
+        arrays["clock.heard"],
     )
     frames, source_symbol, target_symbol = values["stream"]
     stream = Stream(frames, None, source_symbol, target_symbol)
@@ -115,8 +118,10 @@ def _track(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> Track:
         spoken = {
             name: tuple(Spoken(*pair) for pair in arrays[f"sentence.{name}"].tolist()) for name in ("source", "target")
         }
+        audio = {name.removeprefix("audio."): array for name, array in arrays.items() if name.startswith("audio.")}
         stream = replace(
             stream,
+            audio=audio,
             recent=arrays["stream.recent"],
             sentence=Sentence(
                 memory=tuple(values["memory"]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class ClockState:
         resample: of the resampler from ``rate`` to 16 kHz.
         fbank: samples waiting for their feature frame.
         features: float32 [T, 80], frames of the chunk that are computed already (after a change of rate).
+        heard: float32 [M] at 16 kHz, the samples these came from.
     """
 
     rate: int
@@ -39,6 +40,14 @@ class ClockState:
     resample: ResampleState
     fbank: FbankState
     features: np.ndarray
+    heard: np.ndarray
+
+
+class Chunk(NamedTuple):
+    """What a decision hears: features [T, 80], and the samples that arrived since the last one, float32 [M], 16 kHz."""
+
+    features: np.ndarray
+    samples: np.ndarray
 
 
 class AudioClock:
@@ -54,7 +63,7 @@ class AudioClock:
     def init_state(self) -> ClockState:
         none = np.zeros(0, dtype=np.float32)
         no_features = np.zeros((0, NUM_MEL_BINS), dtype=np.float32)
-        return ClockState(0, 0, 0, none, ResampleState(none, 0, 0), init_fbank_state(), no_features)
+        return ClockState(0, 0, 0, none, ResampleState(none, 0, 0), init_fbank_state(), no_features, none)
 
     def seconds(self, state: ClockState) -> float:
         """Source audio of which ``state`` has heard, chunk in the making included."""
@@ -62,8 +71,8 @@ class AudioClock:
             return 0.0
         return (state.decisions + 1) * self.chunk_ms / 1000 - state.due / 1000 / state.rate
 
-    def push(self, samples: np.ndarray, rate: int, state: ClockState) -> Iterator[tuple[np.ndarray | None, ClockState]]:
-        """Yield (features [T, 80], state) at every decision, and last (None, state) with what is left over.
+    def push(self, samples: np.ndarray, rate: int, state: ClockState) -> Iterator[tuple[Chunk | None, ClockState]]:
+        """Yield (chunk, state) at every decision, and last (None, state) with what is left over.
 
         Args:
             samples: float32 [N] at ``rate`` samples per second.
@@ -82,26 +91,33 @@ class AudioClock:
                 decisions=state.decisions + 1,
             )
             samples = samples[count:]
-            features, state = self._process(state)
-            yield features, state
+            chunk, state = self._process(state)
+            yield chunk, state
         state = replace(
             state, samples=np.concatenate([state.samples, samples]), due=state.due - 1000 * len(samples)
         )
         yield None, state
 
-    def finish(self, state: ClockState) -> tuple[np.ndarray, ClockState]:
-        """The features [T, 80] of the last, partial chunk, the resampler flushed."""
+    def finish(self, state: ClockState) -> tuple[Chunk, ClockState]:
+        """The last, partial chunk, the resampler flushed."""
         return self._process(state, flush=True)
 
-    def _process(self, state: ClockState, flush: bool = False) -> tuple[np.ndarray, ClockState]:
+    def _process(self, state: ClockState, flush: bool = False) -> tuple[Chunk, ClockState]:
         samples, resample = state.samples, state.resample
         if state.rate:
             samples, resample = Resampler(state.rate, SAMPLE_RATE).step(samples, resample, finished=flush)
         features, fbank = fbank_step(samples, state.fbank)
         if len(state.features):
             features = np.concatenate([state.features, features])
-        return features, replace(
-            state, samples=state.samples[:0], resample=resample, fbank=fbank, features=state.features[:0]
+        if len(state.heard):
+            samples = np.concatenate([state.heard, samples])
+        return Chunk(features, samples), replace(
+            state,
+            samples=state.samples[:0],
+            resample=resample,
+            fbank=fbank,
+            features=state.features[:0],
+            heard=state.heard[:0],
         )
 
     def _change_rate(self, rate: int, state: ClockState) -> ClockState:
@@ -109,6 +125,6 @@ class AudioClock:
         resample = Resampler(rate, SAMPLE_RATE).init_state()
         if state.rate == 0:
             return replace(state, rate=rate, due=self.chunk_ms * rate, resample=resample)
-        features, state = self._process(state, flush=True)
+        (features, heard), state = self._process(state, flush=True)
         due = math.ceil(state.due * rate / state.rate)
-        return replace(state, rate=rate, due=due, resample=resample, features=features)
+        return replace(state, rate=rate, due=due, resample=resample, features=features, heard=heard)

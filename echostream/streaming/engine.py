@@ -24,8 +24,8 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, BOS, EOS, NUM_SPECIALS, PAD
 from echostream.errors import ConfigError
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
-from echostream.streaming.policy import Policy, Progress
-from echostream.streaming.segmenter import Segmenter, Spoken, has_letters
+from echostream.streaming.policy import Draft, Policy, Progress
+from echostream.streaming.segmenter import AudioMemory, Segmenter, Spoken, has_letters
 from echostream.streaming.sentence import FRAME_S, Sentence
 from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Request, Rewind, Speak, Write
 from echostream.text import WORD_START, Vocabulary
@@ -82,6 +82,7 @@ class Stream:
         recent: [K, D] the last K of them, all that no sentence has seen yet among them.
         source_symbol, target_symbol: last raw symbols of the two CTC heads.
         sentence: the current one; None before the first decision.
+        audio: what the segmenter remembers of the sound; None before the first decision.
     """
 
     frames: int = 0
@@ -89,6 +90,7 @@ class Stream:
     source_symbol: int = BLANK
     target_symbol: int = BLANK
     sentence: Sentence | None = None
+    audio: AudioMemory | None = None
 
 
 class End(NamedTuple):
@@ -129,10 +131,17 @@ class Engine:
         self.max_frames = min(settings.max_sentence_frames or config.max_sentence_frames, config.max_sentence_frames)
         # A forced end must leave the next sentence room to grow before it, too, is full.
         self.lookback = min(settings.lookback_frames, self.max_frames // 2)
+        layer = policy.attention_layer
+        if layer is not None and not -config.mt_decoder_layers <= layer < config.mt_decoder_layers:
+            raise ConfigError(
+                f"the policy reads attention of layer {layer}, but the MT decoder has {config.mt_decoder_layers} layers"
+            )
 
     # ---- one decision ------------------------------------------------------------------------------------------
 
-    def decide(self, stream: Stream, features: np.ndarray, finished: bool, now: float) -> Work:
+    def decide(
+        self, stream: Stream, features: np.ndarray, finished: bool, now: float, samples: np.ndarray | None = None
+    ) -> Work:
         """Take what has been heard since the last decision and write what can be written.
 
         Args:
@@ -140,10 +149,15 @@ class Engine:
             features: float32 [T, 80], normalised.
             finished: the stream ends here.
             now: the audio clock, in seconds.
+            samples: float32 [N] at 16 kHz, the sound itself, for a segmenter that listens.
 
         Returns:
             The events, as the generator's value.
         """
+        if stream.audio is None:
+            stream.audio = self.segmenter.init_audio()
+        if self.segmenter.listens and samples is not None:
+            stream.audio = self.segmenter.hear(samples, stream.audio)
         heard = yield Listen(features, finished)
         if stream.sentence is None:
             yield NewSentence()
@@ -204,16 +218,19 @@ class Engine:
     def _find_end(self, stream: Stream, finished: bool) -> End | None:
         """Where and why the current sentence ends; None while it goes on."""
         sentence = stream.sentence
-        closing = self.segmenter.find(sentence.source, sentence.target)
         limit = sentence.start + self.max_frames
-        if closing is not None and closing < limit:
-            visible = min(closing + 1 + self.settings.tail_frames, stream.frames, limit)
-            return End(visible, closing, self.segmenter.name)
+        ending = self.segmenter.find(sentence.source, sentence.target, stream.frames, stream.audio)
+        if ending is not None and ending.place < limit:
+            if ending.closing is not None:
+                visible = min(ending.closing + 1 + self.settings.tail_frames, stream.frames, limit)
+                return End(visible, ending.closing, ending.reason)
+            visible = min(ending.until, stream.frames, limit)
+            return End(visible, _last_token(sentence.target, visible), ending.reason)
         if stream.frames < limit and not finished:
             return None
         visible = min(stream.frames, limit)
-        last = max((s.frame for s in sentence.target if s.frame < visible), default=visible - 1)
-        return End(visible, last, "length" if stream.frames > limit or not finished else "finish")
+        reason = "length" if stream.frames > limit or not finished else "finish"
+        return End(visible, _last_token(sentence.target, visible), reason)
 
     def _begin(self, stream: Stream, finished: bool) -> None:
         """Begin the sentence once there is something to translate; until then it starts no earlier than the lookback.
@@ -259,6 +276,8 @@ class Engine:
             sentence.source_told = len(source)
 
     def _progress(self, sentence: Sentence) -> Progress:
+        first = min(spoken[0].frame for spoken in (sentence.source, sentence.target) if spoken)
+        begun = sum(self.source_dict.starts_word(s.token) for s in sentence.source)
         return Progress(
             frames=sentence.visible,
             source_tokens=len(sentence.source),
@@ -267,6 +286,9 @@ class Engine:
             written=len(sentence.tokens),
             unit_inputs=sentence.inputs_read,
             units_read_text=self.units_read_text,
+            source_words=max(0, begun - 1),
+            first_frame=max(0, first - sentence.start),
+            written_words=sum(self.target_dict.starts_word(token) for token in sentence.tokens),
         )
 
     def _write_text(self, sentence: Sentence, events: list[Event], closes: bool, now: float) -> Work:
@@ -279,20 +301,24 @@ class Engine:
         """
         committed, vocabulary = len(sentence.tokens), self.target_dict
         room = min(self.config.max_target_tokens - 1, BASE_TOKENS + int(TOKENS_PER_SECOND * sentence.visible * FRAME_S))
+        progress = None if closes else self._progress(sentence)
         if closes:
             allowed = room
         else:
-            allowed, sentence.memory = self.policy.text(self._progress(sentence), sentence.memory)
+            allowed, sentence.memory = self.policy.text(progress, sentence.memory)
             allowed = min(allowed, room)
         wanted = allowed - committed
         if wanted <= 0 and not closes:
             return
         words = self.settings.whole_words and not closes
+        layer = None if closes else self.policy.attention_layer
+        before = tuple(sentence.tokens)
         draft: list[int] = []
         hidden: list[np.ndarray] = []
-        keep, ended = 0, False
+        places: list[int] = []  # where the draft may be cut
+        starts, looped, ended = 0, 0, False
         while closes or len(draft) < wanted + words:
-            written = yield Write(draft[-1] if draft else sentence.tokens[-1] if sentence.tokens else EOS)
+            written = yield Write(draft[-1] if draft else before[-1] if before else EOS, layer)
             token = best_token(written.scores)
             hidden.append(written.hidden)
             if token == EOS or (closes and len(draft) >= wanted):
@@ -300,15 +326,26 @@ class Engine:
                 ended = closes
                 break
             if words and vocabulary.starts_word(token):
-                keep = len(draft)
+                places.append(len(draft))
+            starts += vocabulary.starts_word(token)
+            drafted = Draft(before, (*draft, token), starts, written.attention)
+            if not closes and self.policy.stops(progress, drafted):
+                starts -= vocabulary.starts_word(token)
+                break
             draft.append(token)
             if not words:
-                keep = len(draft)
+                places.append(len(draft))
             looped = loop_length(sentence.tokens + draft)
             if looped:
                 # Nothing of the circle's repetitions is kept; it is where the decoder must stop.
-                keep, ended = max(0, min(keep, len(draft) - looped)), closes
+                ended = closes
                 break
+        most = min(wanted, len(draft) - looped)
+        if not closes:
+            settled = Draft(before, tuple(draft), starts)
+            agreed, sentence.memory = self.policy.settle(progress, settled, sentence.memory)
+            most = min(most, agreed)
+        keep = max((place for place in places if place <= most), default=0)
         if len(hidden) != keep and not closes:
             yield Rewind(committed + keep)
         if self.units_read_text:
@@ -318,7 +355,7 @@ class Engine:
         if keep == 0:
             return
         new = draft[:keep]
-        before = joined(vocabulary, sentence.tokens)
+        text_before = joined(vocabulary, sentence.tokens)
         sentence.tokens += new
         sentence.frames += [sentence.visible] * keep
         sentence.times += [now] * keep
@@ -329,7 +366,7 @@ class Engine:
                 source_time_s=now,
                 tokens=tuple(new),
                 frames=(sentence.visible,) * keep,
-                text=text[len(before) :],
+                text=text[len(text_before) :],
                 sentence_text=text,
             )
         )
@@ -377,6 +414,7 @@ class Engine:
 
     def _close(self, sentence: Sentence, reason: str, now: float) -> SentenceEnd:
         waveform = np.concatenate(sentence.samples) if sentence.samples else np.zeros(0, dtype=np.float32)
+        heard = [s.frame for s in (*sentence.source, *sentence.target) if s.frame < sentence.extended]
         return SentenceEnd(
             sentence=sentence.index,
             source_time_s=now,
@@ -390,6 +428,8 @@ class Engine:
             sample_rate=self.sample_rate or 0,
             start_s=sentence.start * FRAME_S,
             end_s=sentence.extended * FRAME_S,
+            first_heard_s=min(heard, default=sentence.start) * FRAME_S,
+            last_heard_s=max(heard, default=sentence.extended) * FRAME_S,
             lag=sentence.lag(),
         )
 
@@ -402,6 +442,11 @@ class Engine:
         stream.sentence = new
         self._drop_leading_marks(new)
         yield NewSentence()
+
+
+def _last_token(tokens: tuple[Spoken, ...], before: int) -> int:
+    """The frame of the last of ``tokens`` that came before frame ``before``."""
+    return max((s.frame for s in tokens if s.frame < before), default=before - 1)
 
 
 def best_token(scores: np.ndarray) -> int:

@@ -107,7 +107,8 @@ class SentenceEnd(Event):
         tokens, frames: all target subwords and their g(i).
         units: all units.
         waveform: float32 [N] (empty without a vocoder); sample_rate: of it.
-        start_s, end_s: the stretch of source audio whose encoder frames the sentence could see.
+        start_s, end_s: the stretch of source audio whose encoder frames the sentence could see, pauses included.
+        first_heard_s, last_heard_s: when the CTC heads emitted its first and last token; they lag the sound a little.
         lag: how far behind it was.
     """
 
@@ -121,4 +122,6 @@ class SentenceEnd(Event):
     sample_rate: int
     start_s: float
     end_s: float
+    first_heard_s: float
+    last_heard_s: float
     lag: LagStatistics

@@ -14,8 +14,8 @@ from echostream.streaming import archive
 from echostream.streaming.clock import AudioClock
 from echostream.streaming.engine import Engine, Settings
 from echostream.streaming.events import Event
-from echostream.streaming.policy import CTCCountPolicy, Policy, make_policy
-from echostream.streaming.segmenter import NoSegmenter, PunctuationSegmenter, Segmenter
+from echostream.streaming.policy import Policy, knobs_of, make_policy
+from echostream.streaming.segmenter import Segmenter, make_segmenter
 from echostream.streaming.track import Hearing, Track, decide
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ class StreamingSession:
 
     Args:
         bundle: a loaded checkpoint (``echostream.checkpoint.load_bundle``). Many sessions may share it.
-        policy: when to write: a policy, its name (``ctc``, ``sentence``), or None for the CTC-count policy with the
-            bundle's defaults.
-        segmenter: where sentences end: a segmenter, ``punctuation`` (the model's own), or ``none`` for recordings that
-            are one sentence each.
+        policy: when to write: a policy, its name (see ``policy.POLICIES``), or None for what the bundle says (the
+            CTC-count policy, if it says nothing).
+        segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenter.SEGMENTERS``):
+            ``punctuation`` (the model's own), ``pause``, or ``none`` for recordings that are one sentence each.
         settings: see ``Settings``; default: the bundle's. Its fields may also be given by name (``chunk_ms=640``).
 
     Raises:
@@ -147,15 +147,11 @@ def make_engine(
         settings = Settings(**{name: preferred[name] for name in known if name in preferred})
     settings = replace(settings, **options)
     if policy is None:
-        knobs = [f.name for f in fields(CTCCountPolicy)]
-        policy = CTCCountPolicy(**{knob: preferred[knob] for knob in knobs if knob in preferred})
+        name = preferred.get("policy", "ctc")
+        policy = make_policy(name, **{knob: preferred[knob] for knob in knobs_of(name) if knob in preferred})
     elif isinstance(policy, str):
         policy = make_policy(policy)
-    if segmenter == "punctuation":
-        segmenter = PunctuationSegmenter(bundle.target_dict)
-    elif segmenter == "none":
-        segmenter = NoSegmenter()
-    elif isinstance(segmenter, str):
-        raise ConfigError(f"unknown segmenter {segmenter!r}; known: punctuation, none")
+    if isinstance(segmenter, str):
+        segmenter = make_segmenter(segmenter, bundle.source_dict, bundle.target_dict)
     sample_rate = None if bundle.vocoder is None else bundle.vocoder.config.sampling_rate
     return Engine(bundle.config, bundle.source_dict, bundle.target_dict, policy, segmenter, settings, sample_rate)

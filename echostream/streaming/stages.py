@@ -43,16 +43,22 @@ class Extend:
 
 @dataclass(frozen=True)
 class Write:
-    """Feed the MT decoder one token at the next position. Answer: ``Written``."""
+    """Feed the MT decoder one token at the next position. Answer: ``Written``.
+
+    With ``attention_layer`` (an MT decoder layer, negative from the last) the answer tells where that layer looked.
+    """
 
     token: int
+    attention_layer: int | None = None
 
 
 class Written(NamedTuple):
-    """Scores of the next token [V], and the hidden state [D] they come from."""
+    """Scores of the next token [V], the hidden state [D] they come from, and, if asked for, the cross-attention's
+    weights over all frames the sentence has been extended by [frames], the mean of the heads."""
 
     scores: np.ndarray
     hidden: np.ndarray
+    attention: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

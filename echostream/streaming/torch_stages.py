@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echostream.models.decoders.layers import DecoderState
+from echostream.models.decoders.layers import AttentionProbe, DecoderState
 from echostream.models.state import State
 from echostream.streaming.stages import (
     Extend,
@@ -121,10 +121,17 @@ class TorchStages:
         tokens = torch.zeros(self.rows, 1, dtype=torch.long)
         tokens[rows, 0] = torch.tensor([r.token for r in requests])
         active = self._flags(rows, [True] * len(rows))
-        scores, hidden, mt = self.model.mt_decoder.step(tokens.to(self.device), active, self.state.mt, in_place=True)
+        layer = next((r.attention_layer for r in requests if r.attention_layer is not None), None)
+        probe = None if layer is None else AttentionProbe(layer)
+        scores, hidden, mt = self.model.mt_decoder.step(
+            tokens.to(self.device), active, self.state.mt, in_place=True, probe=probe
+        )
         self._replace(mt=mt)
         scores, hidden = _numpy(scores), _numpy(hidden)
-        return [Written(scores[r, 0], hidden[r, 0]) for r in rows]
+        if probe is None:
+            return [Written(scores[r, 0], hidden[r, 0]) for r in rows]
+        weights, frames = _numpy(probe.weights), _numpy(mt.frames)
+        return [Written(scores[r, 0], hidden[r, 0], weights[r, 0, : frames[r]]) for r in rows]
 
     def _rewind(self, rows: list[int], requests: list[Rewind]) -> list[None]:
         positions = self.state.mt.positions.clone()

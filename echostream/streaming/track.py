@@ -47,11 +47,19 @@ class Track:
 
 @dataclass(frozen=True)
 class Decision:
-    """A chunk that is ready to be decided on: normalised features [T, 80], and the audio clock in seconds."""
+    """A chunk that is ready to be decided on.
+
+    Attributes:
+        features: float32 [T, 80], normalised.
+        finished: the stream ends here.
+        now: the audio clock, in seconds.
+        samples: float32 [N] at 16 kHz, the chunk's sound.
+    """
 
     features: np.ndarray
     finished: bool
     now: float
+    samples: np.ndarray
 
 
 class Hearing:
@@ -81,13 +89,13 @@ class Hearing:
         chunks = self.clock.push(samples, rate, track.clock)
         while True:
             started = time.perf_counter()
-            features, track.clock = next(chunks)
-            if features is not None:
-                features = self.cmvn.apply(features)
+            chunk, track.clock = next(chunks)
+            if chunk is not None:
+                features = self.cmvn.apply(chunk.features)
             track.book("features", time.perf_counter() - started)
-            if features is None:
+            if chunk is None:
                 return
-            yield Decision(features, False, track.clock.decisions * self.clock.chunk_ms / 1000)
+            yield Decision(features, False, track.clock.decisions * self.clock.chunk_ms / 1000, chunk.samples)
 
     def finish(self, track: Track) -> Decision:
         """The last decision.
@@ -100,10 +108,10 @@ class Hearing:
         track.finished = True
         started = time.perf_counter()
         now = self.clock.seconds(track.clock)
-        features, track.clock = self.clock.finish(track.clock)
-        features = self.cmvn.apply(features)
+        chunk, track.clock = self.clock.finish(track.clock)
+        features = self.cmvn.apply(chunk.features)
         track.book("features", time.perf_counter() - started)
-        return Decision(features, True, now)
+        return Decision(features, True, now, chunk.samples)
 
 
 def decide(engine: Engine, stages: Stages, jobs: Sequence[tuple[Track, Decision]]) -> list[list[Event]]:
@@ -112,7 +120,7 @@ def decide(engine: Engine, stages: Stages, jobs: Sequence[tuple[Track, Decision]
     Of the kinds waiting the one that comes first in the chain is served, so that streams that are behind catch up and
     the later stages see as many rows as possible. What a stream gets does not depend on its neighbours.
     """
-    works = [engine.decide(t.stream, d.features, d.finished, d.now) for t, d in jobs]
+    works = [engine.decide(t.stream, d.features, d.finished, d.now, d.samples) for t, d in jobs]
     events: list[list[Event]] = [[] for _ in jobs]
     waiting: dict[int, Request] = {}
 

@@ -133,6 +133,29 @@ class CrossAttention(nn.Module):
         return self.out(context)
 
 
+    def weights(self, x: Tensor, k: Tensor, visible: Visible) -> Tensor:
+        """Where each query of x [B, N, D] looks: [B, N, T], the mean of the heads' weights; zero without frames."""
+        q, k = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if visible.mask is not None:
+            scores = scores.masked_fill(~visible.mask, -math.inf)
+        weights = scores.softmax(dim=-1).mean(dim=1)
+        return weights if visible.nothing is None else weights.masked_fill(visible.nothing, 0.0)
+
+
+@dataclass
+class AttentionProbe:
+    """Asks a decoder's step where one of its layers looks; the step fills in ``weights``.
+
+    Attributes:
+        layer: from 0, or from the last one down with -1, -2, ...
+        weights: [B, N, frames] of the layer's cross-attention, the mean of its heads.
+    """
+
+    layer: int
+    weights: Tensor | None = None
+
+
 class FeedForward(nn.Module):
     """Linear, ReLU, Linear."""
 
@@ -255,8 +278,12 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
 
-    def _finish(self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+    def _finish(
+        self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible, probe: AttentionProbe | None = None
+    ) -> Tensor:
         x = self.self_norm(x + self.dropout(attended))
+        if probe is not None:
+            probe.weights = self.cross_attention.weights(x, k, visible)
         x = self.cross_norm(x + self.dropout(self.cross_attention(x, k, v, visible)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
@@ -268,13 +295,13 @@ class DecoderLayer(nn.Module):
 
     def step(
         self, x: Tensor, append: _Append, own: KeyValues, memory: KeyValues, mask: Tensor | None, visible: Visible,
-        in_place: bool,
+        in_place: bool, probe: AttentionProbe | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """New positions x [B, N, D] behind those cached in ``own``; ``memory`` holds the frames that may be seen."""
         q, k, v = self.self_attention.project(x)
         own = append.write(own, k, v, in_place)
         attended = self.self_attention(q, own.keys[:, : append.used], own.values[:, : append.used], mask)
-        return self._finish(x, attended, memory.keys, memory.values, visible), own
+        return self._finish(x, attended, memory.keys, memory.values, visible, probe), own
 
 
 @dataclass(frozen=True)
@@ -364,9 +391,12 @@ class TransformerDecoder(nn.Module):
         return DecoderState(state.own, memory, state.positions, state.frames + lengths)
 
     def advance(
-        self, x: Tensor, lengths: Tensor, state: DecoderState, in_place: bool = False
+        self, x: Tensor, lengths: Tensor, state: DecoderState, in_place: bool = False,
+        probe: AttentionProbe | None = None,
     ) -> tuple[Tensor, DecoderState]:
         """New positions x [B, N, D] (without position vectors), which see all earlier ones and all frames so far.
+
+        A ``probe`` is given its layer's cross-attention.
 
         Raises:
             EchoStreamError: a row would hold more positions than the state was made for.
@@ -388,8 +418,10 @@ class TransformerDecoder(nn.Module):
         else:
             seen = visible_frames(state.frames, frames)
         own = []
+        probed = None if probe is None else self.layers[probe.layer]
         for layer, cache, memory in zip(self.layers, state.own, state.memory):
-            x, cache = layer.step(x, append, cache, memory.map(lambda t: t[:, :frames]), mask, seen, in_place)
+            memory = memory.map(lambda t: t[:, :frames])
+            x, cache = layer.step(x, append, cache, memory, mask, seen, in_place, probe if layer is probed else None)
             own.append(cache)
         return x, DecoderState(tuple(own), state.memory, state.positions + lengths, state.frames)
 

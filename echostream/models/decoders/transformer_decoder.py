@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from echostream.config import EchoStreamConfig
 from echostream.constants import BOS, EOS, PAD
-from echostream.models.decoders.layers import DecoderState, TransformerDecoder, init_linear
+from echostream.models.decoders.layers import AttentionProbe, DecoderState, TransformerDecoder, init_linear
 
 
 class MTDecoder(TransformerDecoder):
@@ -52,13 +52,15 @@ class MTDecoder(TransformerDecoder):
         return self.output(hidden), hidden
 
     def step(
-        self, tokens: Tensor, active: Tensor | None, state: DecoderState, in_place: bool = False
+        self, tokens: Tensor, active: Tensor | None, state: DecoderState, in_place: bool = False,
+        probe: AttentionProbe | None = None,
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """The next position (or several) of each sentence; it sees every frame given to ``extend`` so far.
 
         Args:
             tokens: [B, N], ``</s>`` at position 0; N is 1 unless a known prefix is fed at once.
             active: [B] bool, which rows take part (default: all); or [B] long, how many tokens each row brings.
+            probe: is told where its layer looked.
 
         Returns:
             scores [B, N, vocab], hidden [B, N, D] and the new state. What stands at inactive places means nothing.
@@ -71,7 +73,7 @@ class MTDecoder(TransformerDecoder):
             lengths = torch.full_like(state.positions, count)
         else:
             lengths = active.long() * count if active.dtype == torch.bool else active
-        hidden, state = self.advance(self.embed(tokens), lengths, state, in_place)
+        hidden, state = self.advance(self.embed(tokens), lengths, state, in_place, probe)
         return self.output(hidden), hidden, state
 
     @torch.no_grad()

@@ -1,0 +1,280 @@
+"""Segmenters beside the model's own punctuation: CT-Transformer graphs of both makes, pauses, combinations."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from echostream.errors import CheckpointError, ConfigError, MissingExtraError
+from echostream.streaming import SentenceEnd, StreamingSession
+from echostream.streaming.pause import PauseSegmenter, SileroVAD, find_silero
+from echostream.streaming.punctuation import CTPunctuation, CTSegmenter
+from echostream.streaming.segmenter import CombinedSegmenter, PunctuationSegmenter, Spoken, make_segmenter
+from echostream.text import Vocabulary
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+TOKENS = ["<blank>", "hola", "como", "estas", "hoy", "qu", "é", "it's", "<unk>"]
+MARKS = ["<unk>", "_", "，", "。", "？", "、"]
+AFTER = {"hola": "，", "estas": "？", "hoy": "。", "é": "。"}  # what the small graph sets behind which token
+
+
+def write_ct(folder: Path, make: str = "funasr", inputs: int = 2, file: str = "model.onnx", classes: int = 6) -> Path:
+    """A graph with a CT-Transformer's inputs and output that looks the mark of each token up in a table."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    table = np.zeros((len(TOKENS), classes), dtype=np.float32)
+    for i, token in enumerate(TOKENS):
+        table[i, MARKS.index(AFTER.get(token, "_"))] = 5.0
+    names = ["inputs" if inputs == 2 else "input", "text_lengths"]
+    given = [
+        helper.make_tensor_value_info(names[0], TensorProto.INT32, [1, "T"]),
+        helper.make_tensor_value_info(names[1], TensorProto.INT32, [1]),
+    ]
+    nodes = [helper.make_node("Gather", ["table", names[0]], ["logits"])]
+    for mask in ("vad_masks", "sub_masks")[: inputs - 2]:
+        given.append(helper.make_tensor_value_info(mask, TensorProto.FLOAT, [1, 1, "T", "T"]))
+    out = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "T", classes])
+    graph = helper.make_graph(nodes, "ct", given, [out], [numpy_helper.from_array(table, "table")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    if make == "sherpa":
+        values = {"tokens": "|".join(TOKENS), "vocab_size": str(len(TOKENS)), "unk_symbol": "<unk>"}
+        helper.set_model_props(model, {**values, "punctuations": "|".join(MARKS)})
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, folder / file)
+    if make == "funasr":
+        (folder / "tokens.json").write_text(json.dumps(TOKENS), encoding="utf-8")
+        (folder / "config.yaml").write_text(
+            f"model: CTTransformer\nmodel_conf:\n  punc_list: {json.dumps(MARKS)}\n", encoding="utf-8"
+        )
+    return folder
+
+
+def write_vad(path: Path) -> Path:
+    """A graph of silero's signature: a window whose newest 512 samples are loud is speech; the state counts windows."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Slice", ["input", "begin", "end", "axis"], ["new"]),
+        helper.make_node("Abs", ["new"], ["size"]),
+        helper.make_node("ReduceMean", ["size"], ["mean"], axes=[1], keepdims=1),
+        helper.make_node("Mul", ["mean", "gain"], ["loud"]),
+        helper.make_node("Clip", ["loud", "zero", "one"], ["output"]),
+        helper.make_node("Add", ["state", "one"], ["stateN"]),
+        helper.make_node("Identity", ["sr"], ["unused"]),
+    ]
+    constants = {
+        "begin": np.array([64]), "end": np.array([576]), "axis": np.array([1]),
+        "gain": np.float32(50), "zero": np.float32(0), "one": np.float32(1),
+    }  # fmt: skip
+    given = [
+        helper.make_tensor_value_info("input", TensorProto.FLOAT, [None, None]),
+        helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, None, 128]),
+        helper.make_tensor_value_info("sr", TensorProto.INT64, []),
+    ]
+    out = [
+        helper.make_tensor_value_info("output", TensorProto.FLOAT, [None, 1]),
+        helper.make_tensor_value_info("stateN", TensorProto.FLOAT, [None, None, None]),
+    ]
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "vad", given, out, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+def spoken(*frames: int) -> tuple[Spoken, ...]:
+    return tuple(Spoken(4, frame) for frame in frames)
+
+
+# ------------------------------------------------------------------------------------------------ CT-Transformer
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "file"),
+    [("funasr", 2, "model.onnx"), ("funasr", 4, "model_quant.onnx"), ("sherpa", 2, "model.int8.onnx")],
+)
+def test_both_makes_are_read(make, inputs, file, tmp_path):
+    model = CTPunctuation.load(write_ct(tmp_path / "ct", make, inputs, file))
+    assert model.punctuate(["Hola", "como", "estas", "nunca", "hoy"]) == ["，", "_", "？", "_", "。"]
+    assert model.punctuate([]) == []
+    assert model.split("qué") == [TOKENS.index("qu"), TOKENS.index("é")] and model.split("IT'S") == [7]
+    assert model.punctuate(["qué", "como"]) == ["。", "_"]  # the mark behind a word is that behind its last token
+
+
+def test_tokens_in_a_text_file(tmp_path):
+    folder = write_ct(tmp_path / "ct")
+    (folder / "tokens.json").unlink()
+    (folder / "tokens.txt").write_text("".join(f"{t} {i}\n" for i, t in enumerate(TOKENS)), encoding="utf-8")
+    assert CTPunctuation.load(folder / "model.onnx").punctuate(["hoy"]) == ["。"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.onnx").unlink(), "holds none of model.onnx"),
+        (lambda f: (f / "model.onnx").write_text("no graph"), "is not an ONNX graph"),
+        (lambda f: (f / "tokens.json").unlink(), "neither tokens.json nor tokens.txt"),
+        (lambda f: (f / "tokens.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "config.yaml").unlink(), "lists the marks"),
+        (lambda f: (f / "config.yaml").write_text("model: x\n"), "lists no marks"),
+        (lambda f: (f / "config.yaml").write_text("punc_list: ['_', '。']\n"), "tells 6 marks apart, but 2"),
+        (lambda f: write_vad(f / "model.onnx"), "a CT-Transformer has token ids"),
+    ],
+)
+def test_directories_that_are_none(damage, message, tmp_path):
+    folder = write_ct(tmp_path / "ct")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        CTPunctuation.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_full_stops_of_the_ct_transformer(tmp_path):
+    words = Vocabulary(["▁Hola", ",", "▁como", "▁est", "as", ".", "▁hoy"])
+    hola, comma, como, est, tas, stop, hoy = range(4, 11)
+    segmenter = CTSegmenter(CTPunctuation.load(write_ct(tmp_path / "ct")), words, lookahead=2)
+    tokens = [(hola, 3), (comma, 5), (como, 8), (est, 11), (tas, 14), (stop, 17), (hoy, 20), (como, 25)]
+    heard = tuple(Spoken(*pair) for pair in tokens)
+    for count in range(len(heard)):
+        assert segmenter.find((), heard[:count], 99, {}) is None  # two words must follow
+    ending = segmenter.find((), heard, 99, {})
+    assert (ending.closing, ending.until, ending.reason) == (17, None, "ct")  # the head's own full stop belongs to it
+    source = CTSegmenter(segmenter.model, words, "source", lookahead=1)
+    assert source.find(heard[:7], spoken(2, 30), 99, {}).until == 18
+    assert len(segmenter.results) == 4  # each text of three words and more was asked about once
+
+
+# ------------------------------------------------------------------------------------------------------- pauses
+
+
+def sound(*parts: tuple[float, float]) -> np.ndarray:
+    """(seconds, amplitude) stretches of noise at 16 kHz."""
+    rng = np.random.default_rng(0)
+    return np.concatenate([a * rng.standard_normal(int(s * 16000)) for s, a in parts]).astype(np.float32)
+
+
+def test_pauses_end_sentences(tmp_path):
+    segmenter = PauseSegmenter(SileroVAD.load(write_vad(tmp_path / "vad.onnx")), min_pause_ms=480)
+    samples = sound((1.0, 0), (1.024, 0.1), (0.256, 0), (1.024, 0.1), (1.0, 0), (1.0, 0.1))
+    whole = segmenter.hear(samples, segmenter.init_audio())
+    # Silence before the first word and a short one are none; the long one begins at 3.304 s.
+    assert len(whole["pauses"]) == 1 and abs(int(whole["pauses"][0]) * 0.04 - (3.304 + 0.48)) < 0.08
+    until = int(whole["pauses"][0])
+    rng = np.random.default_rng(1)
+    memory, at = segmenter.init_audio(), 0
+    while at < len(samples):
+        size = int(rng.integers(0, 3000))
+        before = {name: array.copy() for name, array in memory.items()}
+        after = segmenter.hear(samples[at : at + size], memory)
+        for name, array in before.items():
+            np.testing.assert_array_equal(memory[name], array)
+        memory, at = after, at + size
+    for name, array in whole.items():
+        np.testing.assert_array_equal(memory[name], array)
+    assert segmenter.find((), spoken(30, 60), until, whole).until == until
+    assert segmenter.find((), spoken(30, 60), until - 1, whole) is None  # the encoder is not there yet
+    assert segmenter.find((), spoken(until), 200, whole) is None  # no word before it
+    assert segmenter.find((), (), 200, whole) is None
+
+
+@pytest.mark.parametrize("name", ["pause", "punctuation+pause"])
+def test_a_session_that_listens(name, tmp_path):
+    from tests.test_streaming import BUNDLES, assert_same, cut, speech, translate
+
+    bundle = BUNDLES["mt"]
+    voice = speech(4.0, seed=9)
+    samples = np.concatenate([voice[:32000], np.zeros(16000, np.float32), voice[32000:]])
+    vad = write_vad(tmp_path / "vad.onnx")
+    segmenter = make_segmenter(name, bundle.source_dict, bundle.target_dict, vad_model=vad, min_pause_ms=400)
+    reference = translate(bundle, samples, segmenter=segmenter)
+    ends = [e for e in reference if isinstance(e, SentenceEnd)]
+    pauses = [e for e in ends if e.reason == "pause"]
+    assert any(abs(e.end_s - 2.4) < 0.3 for e in pauses)
+    splits = cut(len(samples), np.random.default_rng(5), 7000)
+    assert_same(translate(bundle, samples, splits, segmenter=segmenter), reference)
+    session = StreamingSession(bundle, policy="ctc", segmenter=segmenter)
+    events = session.push(samples[:37000])
+    session.save(tmp_path / "saved.npz")
+    other = StreamingSession(bundle, policy="ctc", segmenter=segmenter)
+    other.restore(tmp_path / "saved.npz")
+    expected = translate(bundle, samples, policy="ctc", segmenter=segmenter)
+    assert_same(events + other.push(samples[37000:]) + other.finish(), expected)
+
+
+def test_the_real_detector_without_torch():
+    if importlib.util.find_spec("silero_vad") is None:
+        pytest.skip("silero-vad is not installed")
+    check = """
+import sys, numpy as np
+from echostream.streaming.pause import SileroVAD, PauseSegmenter
+segmenter = PauseSegmenter(SileroVAD.load(), 300)
+memory = segmenter.hear(np.zeros(32000, np.float32), segmenter.init_audio())
+assert memory["count"].tolist() == [62, 0, -1], memory["count"]
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------- choosing
+
+
+def test_the_first_end_counts():
+    class At:
+        listens, name = False, "at"
+
+        def __init__(self, frame):
+            self.frame = frame
+
+        def init_audio(self):
+            return {"x": np.array([self.frame])}
+
+        def hear(self, samples, memory):
+            return {"x": memory["x"] + len(samples)}
+
+        def find(self, source, target, frames, memory):
+            from echostream.streaming.segmenter import Ending
+
+            return None if self.frame is None else Ending("at", closing=int(memory["x"][0]))
+
+    both = CombinedSegmenter((At(9), At(4)))
+    assert both.name == "at+at" and not both.listens
+    memory = both.hear(np.zeros(2), both.init_audio())
+    assert set(memory) == {"0.x", "1.x"}
+    assert both.find((), (), 99, memory).closing == 6
+
+
+def test_names(tmp_path):
+    words = Vocabulary(["▁a", "."])
+    assert isinstance(make_segmenter("punctuation", words, words), PunctuationSegmenter)
+    model = write_ct(tmp_path / "ct")
+    both = make_segmenter("ct+punctuation", words, words, punctuation_model=model, punctuation_side="source")
+    assert both.name == "ct(ct, source, 2)+punctuation" and not both.listens
+    for name, message in (("wish", "unknown segmenter 'wish'"), ("ct", "needs a CT-Transformer"),
+                          ("none+punctuation", "makes no sense"), ("ct+ct", "makes no sense")):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            make_segmenter(name, words, words)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        make_segmenter("pause", words, words, vad_model=tmp_path / "none.onnx")
+    with pytest.raises(CheckpointError, match="silero's silero_vad.onnx"):
+        SileroVAD.load(model / "model.onnx")
+    vad = SileroVAD.load(write_vad(tmp_path / "vad.onnx"))
+    for values, message in ((dict(min_pause_ms=10), "min_pause_ms is 10"), (dict(threshold=1.0), "threshold is 1.0")):
+        with pytest.raises(ConfigError, match=message):
+            PauseSegmenter(vad, **values)
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    vad = write_vad(tmp_path / "vad.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'echostream\[onnx\]'"):
+        SileroVAD.load(vad)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"vad_model.*pip install 'echostream\[pause\]'"):
+        find_silero()
