@@ -54,7 +54,9 @@ EXTRAS = {
         "scikit-learn>=1.3",
     ],
     "onnx": ["onnx>=1.16", "onnxruntime>=1.17"],
-    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
+    # sentences that end where the speaker pauses
+    "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
+    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "onnx>=1.16", "onnxruntime>=1.17", "silero-vad==6.2.3"],
 }
 EXTRAS["demo"] = EXTRAS["simuleval"]
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
@@ -72,6 +74,7 @@ setup(
     package_data={"echostream": ["assets/**/*"]},
     install_requires=["numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm"],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["echostream=echostream.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

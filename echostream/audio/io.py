@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from echostream.audio.resample import Resampler
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import AudioError
+
+if TYPE_CHECKING:
+    import soundfile
 
 
 def load_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -33,6 +37,26 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
     Raises:
         AudioError: as for ``load_audio``.
     """
+    path = Path(path)
+    with open_audio(path) as file:
+        rate = file.samplerate
+        try:
+            samples = file.read(dtype="float32", always_2d=True)
+        except (RuntimeError, OSError) as error:
+            raise AudioError(f"{path} cannot be read as audio: {_reason(error, path)}") from None
+    if samples.shape[0] == 0:
+        raise AudioError(f"audio file {path} holds no samples")
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    check_finite(mono, str(path))
+    return np.ascontiguousarray(mono), int(rate)
+
+
+def open_audio(path: str | Path) -> soundfile.SoundFile:
+    """Open a recording for reading.
+
+    Raises:
+        AudioError: the file is missing, empty or not audio.
+    """
     import soundfile  # brings libsndfile: kept out of `import echostream.audio`
 
     path = Path(path)
@@ -43,15 +67,13 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
     if path.stat().st_size == 0:
         raise AudioError(f"audio file {path} is empty (0 bytes)")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        return soundfile.SoundFile(path)
     except (RuntimeError, TypeError, OSError) as error:  # libsndfile's own errors are RuntimeErrors
-        reason = str(error).splitlines()[0].removeprefix(f"Error opening {str(path)!r}: ")
-        raise AudioError(f"{path} cannot be read as audio: {reason}") from None
-    if samples.shape[0] == 0:
-        raise AudioError(f"audio file {path} holds no samples")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
-    check_finite(mono, str(path))
-    return np.ascontiguousarray(mono), int(rate)
+        raise AudioError(f"{path} cannot be read as audio: {_reason(error, path)}") from None
+
+
+def _reason(error: Exception, path: Path) -> str:
+    return str(error).splitlines()[0].removeprefix(f"Error opening {str(path)!r}: ")
 
 
 def write_audio(path: str | Path, samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:

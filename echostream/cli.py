@@ -1,0 +1,146 @@
+"""The command ``echostream``: translate recordings and live speech, look at checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from echostream import __version__
+from echostream.errors import CheckpointError, EchoStreamError
+
+EXAMPLES = """examples:
+  echostream translate talk.wav -o english.wav
+  echostream translate talk.mp3 --subtitles talk.srt --segmenter punctuation+pause
+  echostream translate talk.wav -o english.wav --policy alignatt --alignatt-frames 12 --timeline talk.png
+  arecord -f S16_LE -r 16000 | echostream translate - | aplay
+  arecord -t raw -f S16_LE -r 48000 | echostream translate - --input-rate 48000 -o - | aplay -t raw -f S16_LE -r 16000
+"""
+TRANSLATE = """Translate speech while it is heard.
+
+The text of the sentence in the making is shown on the terminal (standard error); -o takes the speech. Nothing that
+was written or said is taken back. Ctrl-C ends the source: what was heard is translated and all files are completed;
+a second Ctrl-C stops at once.
+"""
+PIPES = """standard input and output:
+  Input '-' is raw PCM, signed 16-bit little-endian, at --input-rate, or a WAV stream, which says its own format.
+  Output '-' is 16-bit mono at the vocoder's rate (16000 Hz): raw PCM if the input is raw, with a WAV header otherwise;
+  --output-format decides differently. With input '-' and standard output in a pipe, '-o -' need not be said.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0; 1 after an error; 130 after Ctrl-C)."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except EchoStreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="echostream",
+        description="Simultaneous speech-to-speech translation.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"echostream {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    translate = commands.add_parser(
+        "translate",
+        help="translate a recording, or live speech through a pipe",
+        description=TRANSLATE,
+        epilog=f"{PIPES}\n{EXAMPLES}",
+        formatter_class=raw,
+    )
+    translate.set_defaults(run=run_translate)
+    translate.add_argument("input", help="recording (wav, flac, ogg, mp3 ...; any rate and channels), or - for a pipe")
+    out = translate.add_argument_group("output")
+    out.add_argument("-o", "--output", metavar="FILE", help="translated speech: .wav, .flac, .ogg, or - for a pipe")
+    out.add_argument("--subtitles", type=Path, metavar="FILE", help="translation as .srt or .vtt, timed by the source")
+    out.add_argument("--timeline", type=Path, metavar="PNG", help="picture of what was said and what came out when")
+    out.add_argument(
+        "--timeline-seconds", type=float, default=60.0, metavar="S", help="how much of it is drawn (default: 60)"
+    )
+    out.add_argument(
+        "--no-gaps", action="store_true", help="in a file: no silences that keep the speech on the source's clock"
+    )
+    out.add_argument("--output-format", choices=("raw", "wav"), help="of -o - (default: as the input came)")
+    out.add_argument("-q", "--quiet", action="store_true", help="no text on the terminal, errors only")
+    source = translate.add_argument_group("input")
+    source.add_argument("--input-rate", type=int, default=16000, metavar="HZ", help="of raw PCM (default: 16000)")
+    source.add_argument("--input-channels", type=int, default=1, metavar="N", help="of raw PCM, averaged (default: 1)")
+    source.add_argument("--realtime", action="store_true", help="read a recording no faster than it was spoken")
+    model = translate.add_argument_group("model")
+    model.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="default: the model shipped with EchoStream")
+    model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add_policy_arguments(translate.add_argument_group("when to write", "Knobs belong to the policy named before them."))
+    add_segmenter_arguments(translate.add_argument_group("where sentences end"))
+
+    info = commands.add_parser(
+        "info",
+        help="what is in a checkpoint",
+        description="Show what is in a checkpoint: languages, components and parameters, vocabularies, look-ahead, "
+        "policy defaults, sizes.",
+    )
+    info.set_defaults(run=run_info)
+    info.add_argument(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        help="a checkpoint directory, or a .pt file of fairseq-train (default: the model shipped with EchoStream)",
+    )
+    info.add_argument("--json", action="store_true", help="the same as JSON")
+    return parser
+
+
+def run_translate(args: argparse.Namespace) -> int:
+    from echostream.translate import translate
+
+    args.checkpoint_dir = checkpoint_directory(args.checkpoint_dir)
+    return translate(args)
+
+
+def run_info(args: argparse.Namespace) -> int:
+    from echostream.info import describe, show
+
+    path = args.checkpoint if args.checkpoint is not None and args.checkpoint.is_file() else None
+    described = describe(path or checkpoint_directory(args.checkpoint))
+    try:
+        print(json.dumps(described, indent=2) if args.json else show(described), flush=True)
+    except BrokenPipeError:  # `echostream info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def checkpoint_directory(path: Path | None) -> Path:
+    """``path``, or the shipped model's directory.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    from echostream.checkpoint import DEFAULT_BUNDLE
+
+    if path is None and not (DEFAULT_BUNDLE / "config.yaml").is_file():
+        raise CheckpointError(
+            f"no model is shipped in {DEFAULT_BUNDLE}; train one as README.md says, or name a checkpoint directory"
+        )
+    path = DEFAULT_BUNDLE if path is None else path
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint directory {path} does not exist")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""How a stream is translated, as options of a command line: policy and its knobs, segmenter, chunk size.
+
+Every front end takes them from here. Defaults are those the checkpoint was given for its model, then the classes'.
+"""
+
+from __future__ import annotations
+
+import argparse
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echostream.constants import ENCODER_FRAME_MS
+from echostream.errors import ConfigError
+from echostream.streaming.policy import POLICIES, WAIT_UNITS, knobs_of, make_policy
+from echostream.streaming.segmenter import CT_SIDES, SEGMENTERS, make_segmenter
+
+if TYPE_CHECKING:
+    from echostream.checkpoint import Bundle
+
+
+@dataclass(frozen=True)
+class Knob:
+    help: str
+    type: type = int
+    choices: tuple[str, ...] | None = None
+
+
+KNOBS = {
+    "lagging_k1": Knob("ctc: subwords that the text stays behind the ST CTC head"),
+    "stride_n1": Knob("ctc: source and target CTC subwords from one writing of text to the next"),
+    "wait_k": Knob("wait-k: source units before the first writing"),
+    "wait_stride": Knob("wait-k: source units from one writing to the next, and target units written each time"),
+    "wait_unit": Knob("wait-k: what is a source unit: pieces of audio, ASR CTC subwords, or words", str, WAIT_UNITS),
+    "wait_unit_ms": Knob("wait-k: milliseconds of audio in a source unit of kind ms"),
+    "agreement_n": Knob("local-agreement: looks in a row that must agree"),
+    "alignatt_frames": Knob("alignatt: newest encoder frames (40 ms) that a written subword must not look at"),
+    "alignatt_layer": Knob("alignatt: MT decoder layer whose attention is read, negative from the last"),
+    "lagging_k2": Knob("subwords that the speech stays behind the text"),
+    "stride_n2": Knob("subwords from one writing of speech to the next"),
+}
+
+
+def add_policy_arguments(parser: ArgumentParser | argparse._ArgumentGroup) -> None:
+    """``--policy``, a flag for each knob of any policy, and ``--chunk-ms``. What is not said stays None."""
+    parser.add_argument("--policy", choices=tuple(POLICIES), help="when to write (default: the checkpoint's, or ctc)")
+    parser.add_argument(
+        "--chunk-ms", type=int, metavar="MS", help="source audio from one decision to the next (default: 320)"
+    )
+    for name, knob in KNOBS.items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=knob.type,
+            choices=knob.choices,
+            metavar=None if knob.choices else "N",
+            help=knob.help,
+        )
+
+
+def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) -> None:
+    """``--segmenter`` and what its kinds need. What is not said stays None."""
+    parser.add_argument(
+        "--segmenter",
+        metavar="NAME[+NAME]",
+        help=f"where sentences end: {', '.join(SEGMENTERS)}, or several joined by + (default: punctuation)",
+    )
+    parser.add_argument("--punctuation-model", type=Path, metavar="DIR", help="ct: a CT-Transformer's directory (ONNX)")
+    parser.add_argument("--punctuation-side", choices=CT_SIDES, help="ct: it reads ST or ASR text (default: target)")
+    parser.add_argument(
+        "--vad-model", type=Path, metavar="FILE", help="pause: silero_vad.onnx (default: of the package silero-vad)"
+    )
+    parser.add_argument(
+        "--min-pause-ms", type=int, metavar="MS", help="pause: silence that ends a sentence (default: 600)"
+    )
+    parser.add_argument(
+        "--max-sentence-s", type=float, metavar="S", help="end a sentence after S seconds (default: the model's most)"
+    )
+
+
+def session_options(args: Namespace, bundle: Bundle) -> dict[str, Any]:
+    """Keyword arguments of ``StreamingSession`` for parsed options; those that a parser does not have count as unsaid.
+
+    Raises:
+        ConfigError: a knob that the policy does not have, a value out of range, or an unknown segmenter.
+        CheckpointError, MissingExtraError: what a segmenter needs is missing.
+    """
+    preferred = bundle.policy
+
+    def said(*names: str) -> dict[str, Any]:
+        return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+    name = getattr(args, "policy", None) or preferred.get("policy", "ctc")
+    own = knobs_of(name)
+    chosen = said(*KNOBS)
+    for knob in chosen:
+        if knob not in own:
+            raise ConfigError(
+                f"--{knob.replace('_', '-')} is no knob of policy {name!r}; "
+                f"it has: {', '.join('--' + k.replace('_', '-') for k in own) or 'none'}"
+            )
+    defaults = {knob: preferred[knob] for knob in own if knob in preferred}
+    segmenter = getattr(args, "segmenter", None) or preferred.get("segmenter", "punctuation")
+    for option, part in (
+        ("punctuation_model", "ct"), ("punctuation_side", "ct"), ("vad_model", "pause"), ("min_pause_ms", "pause")
+    ):  # fmt: skip
+        if getattr(args, option, None) is not None and part not in segmenter.split("+"):
+            raise ConfigError(f"--{option.replace('_', '-')} is for --segmenter {part}, not for {segmenter}")
+    options: dict[str, Any] = {
+        "policy": make_policy(name, **{**defaults, **chosen}),
+        "segmenter": make_segmenter(
+            segmenter,
+            bundle.source_dict,
+            bundle.target_dict,
+            **said("punctuation_model", "punctuation_side", "vad_model", "min_pause_ms"),
+        ),
+        **said("chunk_ms"),
+    }
+    longest = getattr(args, "max_sentence_s", None)
+    if longest is not None:
+        most = bundle.config.max_sentence_frames * ENCODER_FRAME_MS / 1000
+        if not 1 <= longest <= most:
+            raise ConfigError(f"--max-sentence-s is {longest:g}; this model's buffers allow 1 to {most:g}")
+        options["max_sentence_frames"] = round(longest * 1000 / ENCODER_FRAME_MS)
+    return options

@@ -1,0 +1,196 @@
+"""``echostream translate``: one source through one session into its outputs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from argparse import Namespace
+from contextlib import ExitStack
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Iterator
+
+import numpy as np
+
+from echostream.audio.io import check_finite
+from echostream.audio.stream import AudioSource, open_file, open_pipe
+from echostream.checkpoint import load_bundle
+from echostream.errors import CheckpointError, ConfigError, EchoStreamError
+from echostream.output.speech import SpeechFile, SpeechPipe
+from echostream.output.subtitles import SubtitleFile
+from echostream.output.terminal import LiveText, clock
+from echostream.streaming.events import Event, SentenceEnd
+from echostream.streaming.options import session_options
+from echostream.streaming.session import StreamingSession
+
+if TYPE_CHECKING:
+    from echostream.checkpoint import Bundle
+    from echostream.output.picture import TimelinePicture
+
+
+def translate(args: Namespace) -> int:
+    """Translate ``args.input`` as the options of ``echostream.cli`` say.
+
+    Returns:
+        0, or 130 if the source was ended by Ctrl-C.
+
+    Raises:
+        EchoStreamError: something cannot be read, written or loaded; before anything was written, as far as possible.
+    """
+    with ExitStack() as stack:
+        source = open_source(args)
+        stack.callback(source.close)
+        output = args.output
+        if output is None and args.input == "-" and not sys.stdout.isatty():
+            output = "-"
+        if output == "-" and sys.stdout.isatty():
+            raise EchoStreamError("standard output is a terminal; pipe the speech on (| aplay) or name a file")
+        if args.threads is not None:
+            set_threads(args.threads)
+        bundle = load_bundle(args.checkpoint_dir, args.device)
+        if output is not None and bundle.vocoder is None:
+            raise CheckpointError(f"{args.checkpoint_dir} has no vocoder: it cannot speak, leave -o out")
+        session = StreamingSession(
+            bundle, speech=output is not None or args.timeline is not None, **session_options(args, bundle)
+        )
+
+        outputs: list[Any] = []
+        if output is not None:
+            outputs.append(speech_output(args, output, bundle.vocoder.config.sampling_rate, source.wav))
+        if args.subtitles is not None:
+            outputs.append(SubtitleFile(args.subtitles))
+        picture = None
+        if args.timeline is not None:
+            picture = timeline_output(args, bundle, source.rate)
+            outputs.append(picture)
+        text = None
+        if not args.quiet:
+            text = LiveText(sys.stderr, bundle.source_lang, bundle.target_lang, source.seconds)
+            outputs.append(text)
+        for opened in outputs:
+            stack.callback(opened.close)  # whatever happens, what was written is complete
+
+        run = Run(session, outputs, text, picture, args.realtime and args.input != "-")
+        with Interrupt() as interrupt:
+            for samples in interrupt.guard(source.blocks):
+                run.hear(samples, source)
+            run.finish()
+        if text is not None:
+            text.message(run.summary())
+        return 130 if interrupt.asked else 0
+
+
+class Run:
+    """A session being fed."""
+
+    def __init__(
+        self,
+        session: StreamingSession,
+        outputs: list[Any],
+        text: LiveText | None,
+        picture: TimelinePicture | None,
+        realtime: bool,
+    ):
+        self.session, self.outputs, self.text, self.picture, self.realtime = session, outputs, text, picture, realtime
+        self.sentences = 0
+        self.started = time.monotonic()
+
+    def hear(self, samples: np.ndarray, source: AudioSource) -> None:
+        check_finite(samples, source.name)
+        if self.picture is not None:
+            self.picture.hear(samples)
+        self._give_out(self.session.push(samples, source.rate))
+        if self.realtime:
+            time.sleep(max(0.0, self.started + self.session.source_time_s - time.monotonic()))
+
+    def finish(self) -> None:
+        self._give_out(self.session.finish())
+
+    def _give_out(self, events: list[Event]) -> None:
+        for event in events:
+            self.sentences += isinstance(event, SentenceEnd)
+            for output in self.outputs:
+                output.take(event)
+        if self.text is not None:
+            self.text.show(self.session.source_time_s)
+
+    def summary(self) -> str:
+        heard, computed = self.session.source_time_s, self.session.elapsed_s
+        share = f", {computed / heard:.2f} of real time" if heard else ""
+        number = f"{self.sentences} sentence{'' if self.sentences == 1 else 's'}"
+        return f"{number} in {clock(heard)} of speech; computed for {computed:.1f} s{share}"
+
+
+class Interrupt:
+    """Ctrl-C (and SIGTERM) as a wish: the first ends the source at the next piece, the second everything, at once.
+
+    Computing is never torn apart, because a session does not survive that; waiting for the source is.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.waiting = False
+
+    def __enter__(self) -> Interrupt:
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self.asked = self.asked, True
+        if again or self.waiting:
+            raise KeyboardInterrupt
+
+    def guard(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """``blocks`` until they end or an end is asked for."""
+        while not self.asked:
+            try:
+                self.waiting = True
+                samples = next(blocks, None)
+            except KeyboardInterrupt:
+                return
+            finally:
+                self.waiting = False
+            if samples is None:
+                return
+            yield samples
+
+
+def open_source(args: Namespace) -> AudioSource:
+    if args.input == "-":
+        if sys.stdin.isatty():
+            raise EchoStreamError("standard input is a terminal; pipe speech into it (arecord | …)")
+        return open_pipe(sys.stdin.buffer, args.input_rate, args.input_channels)
+    return open_file(args.input)
+
+
+def speech_output(args: Namespace, output: str, rate: int, wav: bool) -> SpeechFile | SpeechPipe:
+    if output == "-":
+        form = args.output_format or ("wav" if wav else "raw")
+        return SpeechPipe(sys.stdout.buffer, rate, header=form == "wav")
+    if args.output_format is not None:
+        raise ConfigError(f"--output-format is for -o -; the suffix of {output} says its format")
+    return SpeechFile(output, rate, gaps=not args.no_gaps)
+
+
+def timeline_output(args: Namespace, bundle: Bundle, rate: int) -> TimelinePicture:
+    from echostream.output.picture import TimelinePicture  # matplotlib's extra is asked for only here
+
+    return TimelinePicture(
+        args.timeline,
+        rate,
+        bundle.target_dict,
+        speech=bundle.vocoder is not None,
+        units_read_text=bundle.config.unit_decoder_input == "mt",
+        seconds=args.timeline_seconds,
+    )
+
+
+def set_threads(count: int) -> None:
+    if count < 1:
+        raise ConfigError(f"--threads is {count}; it must be at least 1")
+    from echostream.errors import require
+
+    require("torch", "simuleval").set_num_threads(count)
