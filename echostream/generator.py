@@ -1,7 +1,7 @@
 """Offline decoding under fairseq-generate: source text, both translations, units and waveforms of each utterance.
 
-The MT decoder's beam search is fairseq's own ``SequenceGenerator``, over an adapter that steps the decoder's state. With
-``--results-path`` everything is written to ``generate-<subset>.jsonl`` there, one object an utterance:
+The MT decoder's beam search is fairseq's own ``SequenceGenerator``, over an adapter that steps the decoder's state.
+With ``--results-path`` everything is written to ``generate-<subset>.jsonl`` there, one object an utterance:
 
 ``id``, ``audio``; ``asr``, ``st``, ``mt`` (texts) and ``units`` (numbers): the hypotheses; ``asr_ref``, ``mt_ref``,
 ``units_ref``: the manifest's; ``wav``: the spoken translation, relative to the results path, when a vocoder is given.

@@ -3,9 +3,9 @@
 
     python scripts/overfit.py --data data/es-en --work runs/overfit
 
-Trains in rounds until the validation figures (on the very same utterances) leave room below the bars, or ``--max-update``
-is reached; then decodes by fairseq-generate and by the streaming session, and prints a table. The exit status is 0 only
-if every bar is met. A run that was stopped goes on where it was. Further flags go to fairseq-train.
+Trains in rounds until the validation figures (on the very same utterances) leave room below the bars, or
+``--max-update`` is reached; then decodes by fairseq-generate and by the streaming session, and prints a table. The exit
+status is 0 only if every bar is met. A run that was stopped goes on where it was. Further flags go to fairseq-train.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ FLAGS: dict[str, Any] = {
 BARS = {"asr_ter": 5.0, "st_ter": 5.0, "uer": 10.0}  # percent, at most
 ENOUGH = {"asr_ter": 2.0, "st_ter": 2.0, "uer": 5.0}  # where training may stop
 NAMES = {"asr_ter": "ASR CTC token error %", "st_ter": "ST CTC token error %", "uer": "unit error %"}
+FIGURE = re.compile(r"(\w+)[= ](-?\d+(?:\.\d+)?(?:e-?\d+)?)(?=[ ,|]|$)")  # in fairseq's log lines
 OFFLINE_SHARE, STREAMED_SHARE = 60 / 64, 50 / 64
 
 
@@ -173,7 +174,7 @@ def run_training(command: Sequence[str], bar: tqdm) -> dict[str, float]:
     )
     for line in process.stdout or ():
         last = [*last[-20:], line.rstrip()]
-        values = {name: float(value) for name, value in re.findall(r"(\w+)[= ](-?[0-9.]+(?:e-?\d+)?)(?=[ ,|]|$)", line)}
+        values = {name: float(value) for name, value in FIGURE.findall(line)}
         if "train_inner" in line and "num_updates" in values:
             bar.update(int(values["num_updates"]) - bar.n)
             bar.set_postfix({name: values[name] for name in ("loss", "audio_s_per_s") if name in values})

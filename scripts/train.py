@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train from a YAML file of fairseq-train's flags: ``scripts/train.py --config configs/train_es-en_small.yaml``.
 
-Each ``key: value`` of the file is the flag ``--key value``; ``true`` gives the bare flag, ``false`` and ``null`` leave it
-out, a list is joined by commas. ``data`` is the data directory. Flags on the command line override the file's:
+Each ``key: value`` of the file is the flag ``--key value``; ``true`` gives the bare flag, ``false`` and ``null`` leave
+it out, a list is joined by commas. ``data`` is the data directory. Flags on the command line override the file's:
 
     scripts/train.py --config configs/train_es-en_small.yaml --data data/es-en --max-update 100
 

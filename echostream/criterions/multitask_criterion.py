@@ -1,10 +1,10 @@
 """The training loss: ASR CTC, ST CTC, MT cross-entropy and units, weighted 0.3, 0.3, 0.2 and 0.2.
 
 Normalisation. Every sentence's loss is first averaged over that loss's own target tokens, so that the four are of one
-scale although a sentence has eight times as many units as subwords, and then weighted by the sentence's MT target tokens
-(by 1 with ``--sentence-avg``). The trainer divides by the sum of these weights. So the loss is a sum over sentences in
-which nothing depends on what else is in the batch: gradient accumulation and several workers give what one large batch
-would, and long sentences count as they do in ordinary translation training.
+scale although a sentence has eight times as many units as subwords, and then weighted by the sentence's MT target
+tokens (by 1 with ``--sentence-avg``). The trainer divides by the sum of these weights. So the loss is a sum over
+sentences in which nothing depends on what else is in the batch: gradient accumulation and several workers give what one
+large batch would, and long sentences count as they do in ordinary translation training.
 """
 
 # No postponed annotations here: fairseq reads the types of the dataclass's fields.
@@ -50,13 +50,13 @@ class MultitaskCriterionConfig(FairseqDataclass):
     label_smoothing: float = field(default=0.1, metadata={"help": "label smoothing of the MT cross-entropy"})
     unit_loss: ChoiceEnum(["ctc", "ce"]) = field(
         default="ctc",
-        metadata={"help": "ctc: CTC over the upsampled positions; ce: cross-entropy, the units spread over them evenly"},
+        metadata={"help": "ctc: CTC over the upsampled positions; ce: cross-entropy, the units spread over them"},
     )
     mt_visible: ChoiceEnum(["full", "ctc"]) = field(
         default="full",
         metadata={
-            "help": "what the MT decoder attends in training: full, the whole sentence; ctc, what has been heard when the "
-            "ST CTC's expected counts say that a token is due"
+            "help": "what the MT decoder attends in training: full, the whole sentence; ctc, what has been heard when "
+            "the ST CTC's expected counts say that a token is due"
         },
     )
     sentence_avg: bool = II("optimization.sentence_avg")
@@ -132,7 +132,8 @@ class MultitaskCriterion(FairseqCriterion):
             target, lengths = sample["tgt_text"], sample["tgt_text_lengths"]
             losses["st"] = self._ctc("st", out["st_logits"], frames, target, lengths, row, log)
         if self.weights["mt"]:
-            losses["mt"] = self._cross_entropy(out["mt_logits"], sample["target"], sample["target_lengths"], sentence, log)
+            target, lengths = sample["target"], sample["target_lengths"]
+            losses["mt"] = self._cross_entropy(out["mt_logits"], target, lengths, sentence, log)
         if self.weights["unit"]:
             losses["unit"] = self._unit_loss(out, sample, sentence, log)
         loss = sum(self.weights[part] * value for part, value in losses.items())
@@ -236,8 +237,8 @@ class MultitaskCriterion(FairseqCriterion):
         bad = sum(n for n, _ in self._too_long)
         if seen >= LENGTH_WINDOW_LEAST and bad > LENGTH_SHARE * seen:
             raise ManifestError(
-                f"{bad} of the last {seen} unit targets are longer than their upsampled input ({bad / seen:.1%}, at most "
-                f"{LENGTH_SHARE:.0%} may be); raise --ctc-upsample-ratio or deduplicate the units"
+                f"{bad} of the last {seen} unit targets are longer than their upsampled input ({bad / seen:.1%}, at "
+                f"most {LENGTH_SHARE:.0%} may be); raise --ctc-upsample-ratio or deduplicate the units"
             )
 
     # --- logging

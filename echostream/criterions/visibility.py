@@ -1,7 +1,7 @@
 """What the MT decoder may attend in training so that it learns to translate speech not yet finished.
 
 After StreamSpeech (Zhang et al., 2024, section 3.4): target token i is written once the ST CTC has brought forth i + 1
-tokens, so that in training its cross-attention ends at the chunk in which the *expected* number of tokens reaches i + 1.
+tokens, so that in training its cross-attention ends at the chunk in which the *expected* number of tokens gets there.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ class SpecAugment:
             name = name.strip()
             if not equals or name not in kinds:
                 raise ConfigError(
-                    f"SpecAugment {part.strip()!r} is neither one of {', '.join(POLICIES)} nor field=value with a field "
-                    f"of {', '.join(kinds)}"
+                    f"SpecAugment {part.strip()!r} is neither one of {', '.join(POLICIES)} nor field=value with a "
+                    f"field of {', '.join(kinds)}"
                 )
             try:
                 values[name] = int(value) if kinds[name] == "int" else float(value)

@@ -51,7 +51,7 @@ class DataConfig:
             raise ManifestError(f"data directory {directory} does not exist; scripts/prepare_corpus.py makes one")
         path = directory / name
         if not path.is_file():
-            raise ConfigError(f"{path} does not exist; scripts/prepare_corpus.py writes it, --config-yaml names another")
+            raise ConfigError(f"{path} does not exist; scripts/prepare_corpus.py writes one")
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -65,7 +65,8 @@ class DataConfig:
             value = values[f.name]
             kind = int if f.type == "int" else str
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise ConfigError(f"{path}: {f.name} is {value!r}; it must be a {'whole number' if kind is int else 'text'}")
+                wanted = "whole number" if kind is int else "text"
+                raise ConfigError(f"{path}: {f.name} is {value!r}; it must be a {wanted}")
             known[f.name] = value
         config = cls(**known)
         if config.sample_rate != SAMPLE_RATE:
@@ -128,9 +129,8 @@ class Subwords:
         except (RuntimeError, OSError) as error:
             raise ManifestError(f"{model} is not a SentencePiece model: {str(error).splitlines()[0]}") from None
         sp = self.processor
-        pieces = [
-            sp.IdToPiece(i) for i in range(sp.GetPieceSize()) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i))
-        ]
+        ordinary = (i for i in range(sp.GetPieceSize()) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i)))
+        pieces = [sp.IdToPiece(i) for i in ordinary]
         missing = [piece for piece in pieces if piece not in self.vocabulary.index]
         if missing:
             raise ManifestError(

@@ -132,7 +132,7 @@ class SpeechToSpeechDataset(FairseqDataset):
         return int(self.sizes[index]), 1 + max(len(self.tgt_ids[u]) for u in self.items[index].utterances)
 
     def ordered_indices(self) -> np.ndarray:
-        """Longest first (memory runs out at once or never), equal lengths in random order; file order if not training."""
+        """Longest first (memory runs out at once or never); equal lengths in random order when training."""
         if self.augmentation is None:
             return np.argsort(-self.sizes, kind="stable")
         return np.lexsort((np.random.permutation(len(self)), -self.sizes))
@@ -222,7 +222,7 @@ class SpeechToSpeechDataset(FairseqDataset):
         return change_gain(samples, rng.uniform(-self.augmentation.gain_db, self.augmentation.gain_db))
 
     def _join_features(self, item: Item) -> np.ndarray:
-        """Ready features joined frame by frame, pauses as quiet as the item's quietest frame: float32 [n_frames, 80]."""
+        """Ready features joined frame by frame, pauses as quiet as the quietest frame: float32 [n_frames, 80]."""
         parts = []
         for number, length in zip(item.utterances, item.lengths):
             utterance = self.utterances[number]

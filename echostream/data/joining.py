@@ -1,8 +1,8 @@
 """Which utterances an epoch's items are made of: single ones, and several joined with pauses between them.
 
-A simultaneous translator hears one sentence after another, so that it must meet several in a row in training. An epoch's
-plan is drawn from (seed, epoch) alone: every worker and a resumed run draw the same one, and the length of every item is
-known before any audio is read, which bucketing by length needs. Each utterance appears once an epoch.
+A simultaneous translator hears one sentence after another, so that it must meet several in a row in training. An
+epoch's plan is drawn from (seed, epoch) alone: every worker and a resumed run draw the same one, and the length of
+every item is known before any audio is read, which bucketing by length needs. Each utterance appears once an epoch.
 
 Times here are hops of 10 ms unless an encoder frame (40 ms) is named.
 """
@@ -48,7 +48,7 @@ class JoinPolicy:
         if not 0 <= self.probability <= 1:
             raise ConfigError(f"share of joined items is {self.probability}; it must lie in [0, 1]")
         if not 2 <= self.smallest <= self.largest:
-            raise ConfigError(f"joined items hold {self.smallest} to {self.largest} utterances; at least 2, and in order")
+            raise ConfigError(f"joined items hold {self.smallest} to {self.largest} utterances; from 2, and in order")
         if not 0 <= self.shortest_pause <= self.longest_pause:
             raise ConfigError(f"pauses last {self.shortest_pause} to {self.longest_pause} s; at least 0, and in order")
 

@@ -65,9 +65,9 @@ class EchoStreamTaskConfig(FairseqDataclass):
     eval_bleu: bool = field(default=False, metadata={"help": "validate by BLEU of greedy translations, logged as bleu"})
     eval_bleu_print_samples: bool = field(default=False, metadata={"help": "log one translation per validation batch"})
     vocoder_dir: Optional[str] = field(
-        default=None, metadata={"help": "fairseq-generate: directory with vocoder.pt and vocoder.json; speaks the units"}
+        default=None, metadata={"help": "fairseq-generate: directory with vocoder.pt and vocoder.json, to speak"}
     )
-    vocoder: Optional[str] = field(default=None, metadata={"help": "fairseq-generate: vocoder checkpoint, if elsewhere"})
+    vocoder: Optional[str] = field(default=None, metadata={"help": "fairseq-generate: a vocoder's checkpoint"})
     vocoder_config: Optional[str] = field(default=None, metadata={"help": "fairseq-generate: its configuration (JSON)"})
     seed: int = II("common.seed")
     max_tokens: Optional[int] = II("dataset.max_tokens")
@@ -259,7 +259,8 @@ def _dictionary(path: Path) -> Dictionary:
     try:
         dictionary = Dictionary.load(str(path))
     except (ValueError, RuntimeError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path} is not a dictionary of 'symbol count' lines: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ManifestError(f"{path} is not a dictionary of 'symbol count' lines: {reason}") from None
     if [dictionary[i] for i in range(NUM_SPECIALS)] != list(SPECIALS):
         raise ManifestError(f"dictionary {path} does not start with {' '.join(SPECIALS)}")
     return dictionary
