@@ -14,6 +14,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
+import torch
 from simuleval.agents import SpeechToSpeechAgent
 from simuleval.agents.actions import Action, ReadAction, WriteAction
 from simuleval.agents.states import AgentStates
@@ -79,6 +80,9 @@ class EchoStreamAgent(SpeechToSpeechAgent):
     """Speech in, speech out; the text of each piece of speech rides in the segment's ``config``."""
 
     def __init__(self, args: Namespace) -> None:
+        if args.threads < 1:
+            raise EchoStreamError(f"--threads is {args.threads}; it must be at least 1")
+        torch.set_num_threads(args.threads)
         self.bundle = load_bundle(args.checkpoint_dir, args.device)
         if self.bundle.vocoder is None:
             raise EchoStreamError(f"checkpoint directory {args.checkpoint_dir} has no vocoder; this agent speaks")
@@ -155,6 +159,8 @@ class EchoStreamAgent(SpeechToSpeechAgent):
             choices=("punctuation", "none"),
             help="where sentences end: at the model's punctuation (default), or with the recording only",
         )
+        # Steps this small leave a second thread nothing but waiting, and on a busy machine that made them 20 times slower.
+        parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: 1)")
         parser.set_defaults(source_segment_size=SEGMENT_MS)
 
     @classmethod

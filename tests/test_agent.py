@@ -116,6 +116,7 @@ def test_knobs_come_from_checkpoint_and_command_line(tiny_bundle: Path) -> None:
     [
         pytest.param(["--checkpoint-dir", "/no/such"], "/no/such does not exist", id="no-checkpoint"),
         pytest.param(["--stride-n1", "0"], "stride_n1 is 0", id="bad-knob"),
+        pytest.param(["--threads", "0"], "--threads is 0", id="no-thread"),
         pytest.param(["--chunk-ms", "-5"], "chunk_ms", id="bad-chunk"),
         pytest.param(["--device", "abacus"], "abacus", id="bad-device"),
     ],

