@@ -159,7 +159,7 @@ class EchoStreamAgent(SpeechToSpeechAgent):
             choices=("punctuation", "none"),
             help="where sentences end: at the model's punctuation (default), or with the recording only",
         )
-        # Steps this small leave a second thread nothing but waiting; on a busy machine two threads were 20 times slower.
+        # Steps this small leave a second thread nothing but waiting; on a busy machine two were 20 times slower.
         parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: 1)")
         parser.set_defaults(source_segment_size=SEGMENT_MS)
 

@@ -116,7 +116,7 @@ def register_with_fairseq() -> None:
     ``models/`` only while it imports the package itself, and skips both when ``echostream`` is already in
     ``sys.modules``, as it is in every script of ours that then calls fairseq in the same process.
 
-    Can go when ``fairseq.utils.import_user_module`` looks into ``tasks/`` and ``models/`` of a package already imported.
+    Can go when ``fairseq.utils.import_user_module`` looks into ``tasks/`` and ``models/`` of an imported package.
 
     Raises:
         MissingExtraError: fairseq is not installed.
