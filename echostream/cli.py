@@ -84,7 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     model = translate.add_argument_group("model")
     model.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="default: the model shipped with EchoStream")
     model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
-    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    # More threads hardly help matrices this small, and on a busy machine they wait for each other.
+    model.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     add_policy_arguments(translate.add_argument_group("when to write", "Knobs belong to the policy named before them."))
     add_segmenter_arguments(translate.add_argument_group("where sentences end"))
 

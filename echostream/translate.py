@@ -45,8 +45,7 @@ def translate(args: Namespace) -> int:
             output = "-"
         if output == "-" and sys.stdout.isatty():
             raise EchoStreamError("standard output is a terminal; pipe the speech on (| aplay) or name a file")
-        if args.threads is not None:
-            set_threads(args.threads)
+        set_threads(args.threads)
         bundle = load_bundle(args.checkpoint_dir, args.device)
         if output is not None and bundle.vocoder is None:
             raise CheckpointError(f"{args.checkpoint_dir} has no vocoder: it cannot speak, leave -o out")
@@ -55,20 +54,21 @@ def translate(args: Namespace) -> int:
         )
 
         outputs: list[Any] = []
+
+        def opened(made: Any) -> Any:
+            stack.callback(made.close)  # whatever happens, what was written is complete
+            outputs.append(made)
+            return made
+
         if output is not None:
-            outputs.append(speech_output(args, output, bundle.vocoder.config.sampling_rate, source.wav))
+            opened(speech_output(args, output, bundle.vocoder.config.sampling_rate, source.wav))
         if args.subtitles is not None:
-            outputs.append(SubtitleFile(args.subtitles))
-        picture = None
+            opened(SubtitleFile(args.subtitles))
+        picture = text = None
         if args.timeline is not None:
-            picture = timeline_output(args, bundle, source.rate)
-            outputs.append(picture)
-        text = None
+            picture = opened(timeline_output(args, bundle, source.rate))
         if not args.quiet:
-            text = LiveText(sys.stderr, bundle.source_lang, bundle.target_lang, source.seconds)
-            outputs.append(text)
-        for opened in outputs:
-            stack.callback(opened.close)  # whatever happens, what was written is complete
+            text = opened(LiveText(sys.stderr, bundle.source_lang, bundle.target_lang, source.seconds))
 
         run = Run(session, outputs, text, picture, args.realtime and args.input != "-")
         with Interrupt() as interrupt:

@@ -33,17 +33,18 @@ POLICIES = {
 SAMPLES = speech(5.0, seed=9)
 
 
-def started(events: list) -> float:
-    """Mean g of the tokens that were written before their sentence's end, and of the others, in frames."""
+def mean_g(events: list) -> float:
+    """Mean g of all tokens, in frames."""
     return float(np.mean([frame for end in of(SentenceEnd, events) for frame in end.frames]))
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_any_split_gives_the_same_and_only_grows(name):
     policy = POLICIES[name]
-    reference = translate(BUNDLES["mt"], SAMPLES, policy=policy)
+    options = dict(policy=policy, whole_words=name == "wait-k-words")
+    reference = translate(BUNDLES["mt"], SAMPLES, **options)
     splits = cut(len(SAMPLES), np.random.default_rng(3), 9000)
-    assert_same(translate(BUNDLES["mt"], SAMPLES, splits, policy=policy), reference)
+    assert_same(translate(BUNDLES["mt"], SAMPLES, splits, **options), reference)
     ends = of(SentenceEnd, reference)
     early = 0
     for end in ends:
@@ -53,7 +54,7 @@ def test_any_split_gives_the_same_and_only_grows(name):
             assert after.frames[0] >= before.frames[-1]
         assert tuple(t for e in texts for t in e.tokens) == end.tokens
         early += sum(frame < end.frames[-1] for frame in end.frames)
-    assert len(ends) >= 2 and early >= 3  # it wrote before the sentences ended
+    assert len(ends) >= 2 and early >= 2  # it wrote before the sentences ended
 
 
 def test_a_batch_gives_each_stream_what_it_gets_alone():
@@ -87,7 +88,7 @@ def test_a_batch_gives_each_stream_what_it_gets_alone():
     ids=["wait-k", "alignatt", "local-agreement"],
 )
 def test_delay_grows_with_the_knob(policies):
-    delays = [started(translate(BUNDLES["mt"], SAMPLES, policy=p, speech=False, whole_words=False)) for p in policies]
+    delays = [mean_g(translate(BUNDLES["mt"], SAMPLES, policy=p, speech=False, whole_words=False)) for p in policies]
     assert delays == sorted(delays) and delays[0] < delays[-1]
 
 
@@ -135,8 +136,8 @@ def test_local_agreement_counts():
     assert look(4, (), (5, 6, 7)) == 0 and look(8, (), (5, 6, 8, 9)) == 0
     assert look(8, (), (5, 6, 8)) is None  # nothing new was heard
     assert look(12, (), (5, 6, 8)) == 2
-    assert look(16, (5, 6), (8, 9)) == 0  # the oldest of the three went on with 7
-    assert look(20, (5, 6), (8, 9, 4)) == 1
+    assert look(16, (5, 6), (8, 9)) == 1  # the first hypothesis, which went on with 7, is forgotten
+    assert look(20, (5, 6, 8), (4,)) == 0
     assert look(24, (5, 6, 8), ()) == 0
 
 
