@@ -46,6 +46,7 @@ class EmformerLayer(nn.Module):
         memory_size: M in segments; 0 leaves out the bank and the projection of summaries.
         normalize_before: LayerNorm before attention and feed-forward network and one at the end (torchaudio's form)
             instead of LayerNorm after each residual.
+        residual_gain: factor on the initial weights of both residual branches' last projections.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class EmformerLayer(nn.Module):
         attention_dropout: float = 0.0,
         activation_dropout: float = 0.0,
         normalize_before: bool = False,
+        residual_gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -81,9 +83,9 @@ class EmformerLayer(nn.Module):
         self.fc2 = nn.Linear(ffn_dim, embed_dim)
         self.ffn_norm = nn.LayerNorm(embed_dim)
         self.output_norm = nn.LayerNorm(embed_dim) if normalize_before else None
-        self._reset_parameters()
+        self._reset_parameters(residual_gain)
 
-    def _reset_parameters(self) -> None:
+    def _reset_parameters(self, residual_gain: float) -> None:
         # Query, key and value are three square matrices that happen to be stored together.
         for matrix in self.qkv_proj.weight.chunk(3):
             nn.init.xavier_uniform_(matrix)
@@ -92,6 +94,9 @@ class EmformerLayer(nn.Module):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.zeros_(linear.bias)
         nn.init.zeros_(self.qkv_proj.bias)
+        with torch.no_grad():
+            self.out_proj.weight.mul_(residual_gain)
+            self.fc2.weight.mul_(residual_gain)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Compute whole utterances, which begin with the first block.
