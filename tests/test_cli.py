@@ -40,6 +40,12 @@ def recording(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def pcm(recording: Path) -> bytes:
+    """The recording's samples, to the bit: an untrained model's choices hang on less."""
+    return to_pcm(read_audio(recording)[0])
+
+
+@pytest.fixture
 def spoken(tiny_bundle: Path, recording: Path) -> tuple[list, np.ndarray]:
     """What a session says of the recording: its events, and all its speech as 16-bit samples."""
     session = StreamingSession(load_bundle(tiny_bundle))
@@ -138,11 +144,9 @@ def test_without_gaps(tiny_bundle, recording, spoken, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["raw", "wav"])
-def test_pipes_answer_in_kind(form, tiny_bundle, spoken, monkeypatch, capsys):
+def test_pipes_answer_in_kind(form, tiny_bundle, pcm, spoken, monkeypatch, capsys):
     _, speech16 = spoken
-    data = to_pcm(SAMPLES)
-    if form == "wav":
-        data = wav_stream_header(16000) + data
+    data = wav_stream_header(16000) + pcm if form == "wav" else pcm
     out = Out()
     monkeypatch.setattr(sys, "stdin", Pipe(data, cut(len(data), np.random.default_rng(0), 3001)))
     monkeypatch.setattr(sys, "stdout", out)
@@ -155,17 +159,17 @@ def test_pipes_answer_in_kind(form, tiny_bundle, spoken, monkeypatch, capsys):
     np.testing.assert_allclose(np.frombuffer(said, "<i2"), speech16, atol=1)
 
 
-def test_a_real_pipe(tiny_bundle, spoken):
+def test_a_real_pipe(tiny_bundle, pcm, spoken):
     """The program itself, as ``arecord | echostream translate - | aplay`` runs it."""
     command = [sys.executable, "-m", "echostream", "translate", "-", "-o", "-", "--input-rate", "16000"]
     command += ["--threads", "1", "--checkpoint-dir", str(tiny_bundle)]
-    done = subprocess.run(command, input=to_pcm(SAMPLES), capture_output=True, timeout=600)
+    done = subprocess.run(command, input=pcm, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr.decode()
     np.testing.assert_allclose(np.frombuffer(done.stdout, "<i2"), spoken[1], atol=1)
 
 
-def test_a_listener_who_leaves(tiny_bundle, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "stdin", Pipe(to_pcm(SAMPLES), []))
+def test_a_listener_who_leaves(tiny_bundle, pcm, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", Pipe(pcm, []))
     monkeypatch.setattr(sys, "stdout", Out(fail_after=0))
     subtitles = tmp_path / "talk.vtt"
     assert main(["translate", "-", "-o", "-", "--subtitles", str(subtitles), "--checkpoint-dir", str(tiny_bundle)]) == 0
@@ -173,10 +177,10 @@ def test_a_listener_who_leaves(tiny_bundle, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["waiting", "computing"])
-def test_ctrl_c_flushes(moment, tiny_bundle, spoken, monkeypatch, tmp_path):
+def test_ctrl_c_flushes(moment, tiny_bundle, pcm, spoken, monkeypatch, tmp_path):
     """Ctrl-C while the source is awaited, and amid computing: what was heard is translated, all files are whole."""
     interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-    data, before = to_pcm(SAMPLES), signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
     if moment == "computing":
         push, heard = StreamingSession.push, []
 
@@ -188,8 +192,7 @@ def test_ctrl_c_flushes(moment, tiny_bundle, spoken, monkeypatch, tmp_path):
             return events + push(self, samples[10:], rate)
 
         monkeypatch.setattr(StreamingSession, "push", interrupted)
-    pipe = Pipe(data, [], interrupt if moment == "waiting" else lambda: None)
-    monkeypatch.setattr(sys, "stdin", pipe)
+    monkeypatch.setattr(sys, "stdin", Pipe(pcm, [], interrupt if moment == "waiting" else lambda: None))
     out, subtitles = tmp_path / "english.wav", tmp_path / "talk.srt"
     options = ["-o", str(out), "--no-gaps", "--subtitles", str(subtitles), "--checkpoint-dir", str(tiny_bundle)]
     assert main(["translate", "-", *options]) == 130
