@@ -27,6 +27,7 @@ EXTRAS = {
         "torchaudio>=2.9",
         f"ve-fairseq==0.12.3; {HAS_WHEEL}",
         f"fairseq-fixed==0.12.3.1; {LACKS_WHEEL}",
+        "rapidfuzz>=3.0",
         "sacrebleu>=2.3.1",
         "soxr>=0.3",
         "tensorboard>=2.10",

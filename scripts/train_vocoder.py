@@ -19,12 +19,15 @@ from pathlib import Path
 
 import torch
 
-from echostream.errors import ConfigError, EchoStreamError
-from echostream.models.decoders.vocoder import PRESETS, VocoderConfig
-from echostream.vocoder.dataset import hold_out, read_units
-from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS
-from echostream.vocoder.intelligibility import whisper, word_error_rate
-from echostream.vocoder.trainer import Trainer, TrainerOptions, picture, tensorboard_writer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
+from echostream.evaluation.asr import load_recogniser  # noqa: E402
+from echostream.evaluation.quality import word_error_rate  # noqa: E402
+from echostream.models.decoders.vocoder import PRESETS, VocoderConfig  # noqa: E402
+from echostream.vocoder.dataset import hold_out, read_units  # noqa: E402
+from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS  # noqa: E402
+from echostream.vocoder.trainer import Trainer, TrainerOptions, picture, tensorboard_writer  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     writer = tensorboard_writer(args.save_dir)
     texts = read_texts(args.texts)
-    transcribe = whisper(args.whisper_model) if args.whisper else None
+    recogniser = load_recogniser("whisper", args.whisper_model) if args.whisper else None
 
     def log(step: int, logs: dict[str, float]) -> None:
         print(json.dumps({"step": step, **{k: round(v, 4) for k, v in logs.items()}}), flush=True)
@@ -122,11 +125,12 @@ def main(arguments: list[str] | None = None) -> None:
     def validate(run: Trainer) -> dict[str, float]:
         figures = run.validate()
         spoken = list(run.resynthesize(args.whisper or 3))
-        if transcribe is not None:
+        if recogniser is not None:
             known = [(texts.get(item.id) or item.text, wav) for item, wav in spoken]
             known = [(text, wav) for text, wav in known if text]
             if known:
-                figures["wer"] = word_error_rate((text, transcribe(wav)) for text, wav in known)
+                heard = [recogniser.transcribe(wav) for _, wav in known]
+                figures["wer"] = word_error_rate(heard, [text for text, _ in known]) / 100
         print(json.dumps({"validation": run.step, "minutes": round(run.minutes, 1), **figures}), flush=True)
         curve = args.save_dir / "curve.tsv"
         args.save_dir.mkdir(parents=True, exist_ok=True)

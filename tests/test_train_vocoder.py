@@ -15,7 +15,6 @@ from echostream.errors import AudioError, CheckpointError, ConfigError, Manifest
 from echostream.models.decoders.vocoder import VocoderConfig, load_vocoder
 from echostream.vocoder.dataset import PieceSampler, hold_out, read_samples, read_units
 from echostream.vocoder.discriminators import Discriminators
-from echostream.vocoder.intelligibility import edit_distance, normalize, word_error_rate
 from echostream.vocoder.losses import (
     SpectralLoss,
     discriminator_loss,
@@ -299,9 +298,3 @@ def test_what_cannot_be_trained_is_refused(corpus, items, tmp_path):
     many = VocoderConfig.preset("v1", UNITS, multispkr="_", model_in_dim=256)
     with pytest.raises(ConfigError, match="multispkr"):
         Trainer(many, OPTIONS, items, items, tmp_path)
-
-
-def test_word_errors():
-    assert normalize("Don't stop – the 'old' clock!") == ["don't", "stop", "the", "old", "clock"]
-    assert edit_distance("a b c d".split(), "a x c".split()) == 2
-    assert word_error_rate([("One two three.", "one two three"), ("Four", "for")]) == 0.25

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,6 @@ pytest.importorskip("fairseq")
 
 from echostream import compat
 from echostream.constants import NUM_SPECIALS
-from echostream.criterions.edit_distance import edit_distance
 from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
 from echostream.data.joining import JoinPolicy
@@ -160,18 +158,6 @@ def test_error_rates_in_validation(parts):
         _, _, log = criterion(model, batch(data, [0, 1]))
     model.train()
     assert all(0 < log[f"_{part}_errors"] <= 30 * log[f"_{part}_tokens"] for part in ("asr", "st", "unit"))
-
-
-def test_edit_distance():
-    def slow(a, b):
-        if not a or not b:
-            return len(a) + len(b)
-        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
-
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        a, b = (rng.integers(0, 3, rng.integers(0, 6)).tolist() for _ in range(2))
-        assert edit_distance(a, b) == slow(a, b)
 
 
 # --- the training mask

