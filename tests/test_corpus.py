@@ -439,12 +439,14 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, argu
 
 def test_text_step_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = text_file(tmp_path / "p.tsv", pairs() + [("", "No source.")])
-    assert main(["text", "--output", str(tmp_path / "o"), "--pairs", str(path), "--vocab-size", "45"]) == 0
+    assert main(["text", "--output", str(tmp_path / "o"), "--pairs", str(path), "--vocab-size", "45",
+                 "--source-vocab-size", "40"]) == 0
     rows = read_rows(tmp_path / "o" / "rows.tsv")
     assert len(rows) == 120 and {row.split for row in rows} >= {"train"}
     dictionary = (tmp_path / "o" / "dict.tgt.txt").read_text(encoding="utf-8").splitlines()
     assert len(dictionary) == 42 and all(line.rsplit(" ", 1)[1].isdigit() for line in dictionary)
     assert "<unk>" not in "".join(dictionary)
+    assert len((tmp_path / "o" / "dict.src.txt").read_text(encoding="utf-8").splitlines()) == 37
     assert main(["speech", "--output", str(tmp_path / "o"), "--set", "s"]) == 1
     assert "the pairs have no recordings: give --engine" in capsys.readouterr().err
     assert main(["text", "--output", str(tmp_path / "o"), "--pairs", str(path), "--vocab-size", "5000"]) == 1

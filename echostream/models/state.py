@@ -48,8 +48,9 @@ class State:
             lambda pair: torch.where(keep.view(-1, *[1] * (pair[0].dim() - 1)), pair[0], pair[1]), [self, other]
         )
 
-    def to(self: S, *args: Any, **kwargs: Any) -> S:
-        return self.map(lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(kwargs.get("device", t.device)))
+    def to(self: S, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> S:
+        """The state on another device, its floating-point tensors in another type; counts stay whole numbers."""
+        return self.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
     def unstack(self: S) -> list[S]:
         """One state of batch size 1 per stream; the inverse of ``stack``."""
