@@ -85,16 +85,18 @@ def apply() -> None:
 
 
 def _fairseq_types() -> list[Any]:
-    """The plain containers found in checkpoints of fairseq's own models."""
+    """The plain containers found in checkpoints of fairseq's own models and in what its workers send each other."""
     import collections
     import typing
 
     from fairseq.data.dictionary import Dictionary
+    from fairseq.distributed.utils import _TensorPlaceholder
     from omegaconf import DictConfig, ListConfig
     from omegaconf.base import ContainerMetadata, Metadata
     from omegaconf.nodes import AnyNode
 
     return [
+        _TensorPlaceholder,  # what a worker is sent in place of tensors when a distributed run is resumed
         Dictionary,
         DictConfig,
         ListConfig,

@@ -13,7 +13,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
 step() { step_name=$1; shift; python "$(dirname "$0")/prepare_corpus.py" "$step_name" --output "$DATA" "$@"; }
 kokoro() { step speech --engine kokoro --kokoro-voices "$KOKORO_VOICES" "$@"; }
 
-step text --pairs "$TEXT" --source-lang es --target-lang en --vocab-size 1000
+step text --pairs "$TEXT" --source-lang es --target-lang en --vocab-size 1000 --source-vocab-size 160
 kokoro --set test --split test ${READY:+--ready "$READY"}
 kokoro --set dev --split dev --min-words 3 --max-words 12 --order hash --limit 300 ${READY:+--ready "$READY"}
 if [ -n "${READY:-}" ]; then
