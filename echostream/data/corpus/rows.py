@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 from echostream.errors import ManifestError
 
@@ -110,6 +111,20 @@ class Ledger:
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
             file.write(text.encode("utf-8"))
+
+    @contextmanager
+    def batches(self, size: int) -> Iterator[Callable[..., None]]:
+        """Gives a function that takes the cells of one finished line; ``size`` lines are added at a time."""
+        lines: list[tuple[object, ...]] = []
+
+        def add(*cells: object) -> None:
+            lines.append(cells)
+            if len(lines) == size:
+                self.append(lines)
+                lines.clear()
+
+        yield add
+        self.append(lines)
 
 
 class Skipped:

@@ -98,8 +98,7 @@ def speech_set(
     chosen = take_shard(chosen, shard, num_shards)
     todo = [row for row in chosen if f"{name}-{row.row}" not in done]
     counts = Counter(done=len(chosen) - len(todo))
-    lines = []
-    with Skipped(output / "skipped", f"speech-{name}", shard, num_shards) as skipped:
+    with Skipped(output / "skipped", f"speech-{name}", shard, num_shards) as skipped, ledger.batches(_BATCH) as record:
         for row in progress(todo):
             identity = f"{name}-{row.row}"
             audio = Path("speech") / name / row.row[:3] / f"{identity}{suffix}"
@@ -116,12 +115,8 @@ def speech_set(
                 skipped.add(row.row, _reason(error), error)
                 continue
             write_audio(output / audio, samples)
-            lines.append((identity, row.row, row.split, audio.as_posix(), len(samples), voice))
+            record(identity, row.row, row.split, audio.as_posix(), len(samples), voice)
             counts["recorded"] += 1
-            if len(lines) == _BATCH:
-                ledger.append(lines)
-                lines = []
-        ledger.append(lines)
         counts["skipped"] = len(skipped)
     return counts
 
@@ -143,8 +138,7 @@ def target_speech(
     chosen = take_shard(list(unique.values()), shard, num_shards)
     todo = [row for row in chosen if row.target not in done]
     counts = Counter(done=len(chosen) - len(todo))
-    lines = []
-    with Skipped(output / "skipped", "target", shard, num_shards) as skipped:
+    with Skipped(output / "skipped", "target", shard, num_shards) as skipped, ledger.batches(_BATCH) as record:
         for row in progress(todo):
             try:
                 if row.tgt_audio:
@@ -159,12 +153,8 @@ def target_speech(
                 continue
             audio = f"{row.target}{suffix}"
             write_audio(output / "target" / audio, samples)
-            lines.append((row.target, audio, len(samples)))
+            record(row.target, audio, len(samples))
             counts["recorded"] += 1
-            if len(lines) == _BATCH:
-                ledger.append(lines)
-                lines = []
-        ledger.append(lines)
         counts["skipped"] = len(skipped)
     return counts
 
