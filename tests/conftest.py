@@ -17,6 +17,22 @@ NUM_UNITS = 20
 PIECES = 38
 
 
+def tiny_voice():
+    """The configuration of a vocoder of the preset ``small``, narrow enough for tests."""
+    from echostream.models.decoders.vocoder import VocoderConfig
+
+    return VocoderConfig.preset(
+        "small",
+        num_embeddings=NUM_UNITS,
+        upsample_initial_channel=16,
+        upsample_channels=[16, 8, 8, 4],
+        embedding_dim=16,
+        dur_predictor_params=dict(
+            encoder_embed_dim=16, var_pred_hidden_dim=16, var_pred_kernel_size=3, var_pred_dropout=0.2
+        ),
+    )
+
+
 def tiny_config(**changes: object) -> EchoStreamConfig:
     """A model of the real structure with about 0.1M parameters."""
     values = dict(
@@ -85,21 +101,12 @@ def tiny_bundle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A checkpoint directory with an untrained model and an untrained voice; ``load_bundle`` reads it."""
     torch = pytest.importorskip("torch")
     from echostream.checkpoint import save_bundle
-    from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig, save_vocoder
+    from echostream.models.decoders.vocoder import CodeHiFiGAN, save_vocoder
     from echostream.models.echostream_model import build_echostream_model
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("bundle")
-    voice = VocoderConfig.preset(
-        "small",
-        num_embeddings=NUM_UNITS,
-        upsample_initial_channel=16,
-        upsample_channels=[16, 8, 8, 4],
-        embedding_dim=16,
-        dur_predictor_params=dict(
-            encoder_embed_dim=16, var_pred_hidden_dim=16, var_pred_kernel_size=3, var_pred_dropout=0.2
-        ),
-    )
+    voice = tiny_voice()
     save_vocoder(CodeHiFiGAN(voice), folder / "voice.pt", folder / "voice.json")
     config = tiny_config()
     return save_bundle(

@@ -18,7 +18,7 @@ from echostream.audio.resample import Resampler
 from echostream.checkpoint import load_bundle
 from echostream.constants import BLANK, EOS, NUM_SPECIALS
 from echostream.errors import AudioError, ConfigError, SessionError
-from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
+from echostream.models.decoders.vocoder import CodeHiFiGAN
 from echostream.models.echostream_model import build_echostream_model
 from echostream.streaming import (
     CTCCountPolicy,
@@ -35,7 +35,7 @@ from echostream.streaming import (
 from echostream.streaming.engine import loop_length
 from echostream.streaming.policy import Progress
 from echostream.text import Vocabulary
-from tests.conftest import NUM_UNITS, tiny_config
+from tests.conftest import NUM_UNITS, tiny_config, tiny_voice
 
 PIECES = [".", "?", ",", *(("▁" if i % 2 else "") + "bdfgklmnprst"[i % 12] + "aeiou"[i % 5] for i in range(28))]
 VOCABULARY = Vocabulary(PIECES)
@@ -97,18 +97,7 @@ def make_bundle(unit_input: str = "mt", seed: int = 0, voice: bool = True, **cha
         tune(model.unit_decoder.output, hidden[0], blank=1.0)
     vocoder = None
     if voice:
-        vocoder = CodeHiFiGAN(
-            VocoderConfig.preset(
-                "small",
-                num_embeddings=NUM_UNITS,
-                upsample_initial_channel=16,
-                upsample_channels=[16, 8, 8, 4],
-                embedding_dim=16,
-                dur_predictor_params=dict(
-                    encoder_embed_dim=16, var_pred_hidden_dim=16, var_pred_kernel_size=3, var_pred_dropout=0.2
-                ),
-            )
-        )
+        vocoder = CodeHiFiGAN(tiny_voice())
         vocoder = vocoder.double().eval()
     return SimpleNamespace(
         config=config,
