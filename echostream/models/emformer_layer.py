@@ -168,8 +168,8 @@ class EmformerLayer(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """Attention of queries [N, H, Q, d] over keys and values [N, H, K, d] under ``mask`` -> [N, Q, D]."""
         p = self.attention_dropout if self.training else 0.0
-        if p and query.device.type == "cpu":
-            # torch has no fused kernel for this case; its composite one is slower by what a cheap dropout saves.
+        if query.device.type == "cpu" and (p or query.dtype == torch.bfloat16 and torch.is_grad_enabled()):
+            # torch's fused kernel knows no dropout here, and its backward in bf16 is several times slower than this.
             scores = torch.matmul(query, key.transpose(2, 3))
             weights = torch.add(mask, scores, alpha=query.shape[-1] ** -0.5).softmax(dim=-1)
             out = torch.matmul(dropout(weights, p, True), value)

@@ -44,6 +44,12 @@ def init_linear(linear: nn.Linear, parts: int = 1) -> nn.Linear:
     return linear
 
 
+def written_out(q: Tensor, dropout: float) -> bool:
+    """Is attention faster as two matrix products and a softmax than as torch's fused kernel? On a CPU, with dropout
+    (which the kernel lacks, and which is cheaper here) and in training in bf16 (4 to 9 times, by its slow backward)."""
+    return q.device.type == "cpu" and (dropout > 0 or q.dtype == torch.bfloat16 and torch.is_grad_enabled())
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
 ) -> Tensor:
@@ -52,13 +58,12 @@ def attend(
     ``mask`` [B or 1, 1, Q or 1, K] is true where attention is allowed; every query must be allowed one key at least.
     """
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    if dropout and q.device.type == "cpu":
-        # torch has no fused kernel for this case; written out, it can use the cheap dropout.
+    if written_out(q, dropout):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
+            scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
         out = cheap_dropout(scores.softmax(dim=-1), dropout, True) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
