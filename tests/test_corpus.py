@@ -413,7 +413,12 @@ def test_all_steps_from_ready_recordings(tmp_path: Path) -> None:
     assert len((output / "dict.unit.txt").read_text().splitlines()) == 20
     with np.load(output / "gcmvn.npz") as cmvn:
         assert cmvn["mean"].shape == cmvn["std"].shape == (80,) and (cmvn["std"] > 0).all()
+    texts = list(read_table(output / "text_train.tsv", ["id", "src_text", "tgt_text", "tgt_audio"]))
+    assert {(line["src_text"], line["tgt_audio"]) for line in train} <= {
+        (line["src_text"], line["tgt_audio"]) for line in texts
+    }
     corpus = json.loads((output / "corpus.json").read_text())
+    assert corpus["text_pairs"]["text_train"]["written"] == len(texts)
     assert corpus["manifests"]["train"]["utterances"] == 36
     assert corpus["target"] == {**corpus["target"], "recordings": 40, "with_units": 40, "num_units": 20}
     assert corpus["steps"]["text"]["settings"]["seed"] == 1 and corpus["steps"]["text"]["versions"]["numpy"]

@@ -226,6 +226,40 @@ def test_accumulation_equals_a_larger_batch(corpus, tmp_path):
     assert all(torch.allclose(one[key], many[key], atol=1e-4) for key in one)
 
 
+def test_decoders_learn_from_text_alone_and_go_on_with_speech(corpus, tmp_path, caplog):
+    """Half of the sentences have no units; the decoders of the text run start the speech run."""
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    for split in ("train", "dev"):
+        rows = [line.split("\t") for line in (data / f"{split}.tsv").read_text(encoding="utf-8").splitlines()]
+        column = {name: i for i, name in enumerate(rows[0])}
+        lines = ["src_text\ttgt_text\ttgt_audio"]
+        for number, row in enumerate(rows[1:]):
+            units = row[column["tgt_audio"]] if number % 2 else ""
+            lines.append("\t".join((row[column["src_text"]], row[column["tgt_text"]], units)))
+        (data / f"text_{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = dict(source="text", asr_weight=0.0, st_weight=0.0, mt_weight=0.5, unit_weight=0.5, dropout=0.0,
+                train_subset="text_train", valid_subset="text_dev")  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        fairseq_train(data, tmp_path / "text", max_update=60, lr=0.01, **text)
+    assert "12 sentence pairs, 6 with units" in caplog.text
+    learnt = [float(value) for value in re.findall(r"mt_acc (\d+\.\d+)", caplog.text)]
+    assert learnt[-1] > 60  # by chance: 1 in 40; knowing the most frequent token: 25
+    start = tmp_path / "text/checkpoint_last.pt"
+    before = weights(start)
+    assert "encoder.embedding.weight" in before and not any(key.startswith("encoder.subsampler") for key in before)
+    fairseq_train(data, tmp_path / "speech", decoder_init=start, max_update=1, lr=1e-12, disable_validation=True)
+    after = weights(tmp_path / "speech/checkpoint_last.pt")
+    decoders = [key for key in after if key.startswith(("mt_decoder.", "unit_decoder."))]
+    assert decoders and all(torch.allclose(before[key], after[key], atol=1e-6) for key in decoders)
+    (data / "text_train.tsv").write_text("src_text\ttgt_text\ttgt_audio\nuno.\tone.\t99\n")
+    with pytest.raises(ManifestError, match="unit 99, but num_units is 20"):
+        fairseq_train(data, tmp_path / "bad", max_update=1, **text)
+    (data / "text_train.tsv").write_text("src_text\ttgt_text\ttgt_audio\nuno.\t\t\n")
+    with pytest.raises(ManifestError, match="line 2: tgt_text is empty"):
+        fairseq_train(data, tmp_path / "bad", max_update=1, **text)
+
+
 def test_encoder_init_finetuning_and_wrong_dictionary(corpus, tmp_path):
     asr = dict(st_weight=0.0, mt_weight=0.0, unit_weight=0.0, asr_weight=1.0, disable_validation=True)
     fairseq_train(corpus, tmp_path / "asr", max_update=2, **asr)

@@ -116,7 +116,8 @@ class MultitaskCriterion(FairseqCriterion):
         visible = None
         if self.training and self.mt_visible == "ctc" and self.parts & {"mt", "unit"}:
             visible = partial(heard_when_due, sample=sample, windows=windows, chunk=draw_chunk())
-        out = model(**sample["net_input"], windows=windows, visible=visible, parts=self.parts)
+        parts = self.parts if sample["units"] is not None else self.parts - {"unit"}
+        out = model(**sample["net_input"], windows=windows, visible=visible, parts=parts)
         frames = -(-sample["net_input"]["src_lengths"] // SUBSAMPLING)
         row_of, rows = sample["sentence_row"], len(frames)
         # Weight of each sentence, and of each row: a joined row weighs as much as its sentences do together.
@@ -134,7 +135,7 @@ class MultitaskCriterion(FairseqCriterion):
         if self.weights["mt"]:
             target, lengths = sample["target"], sample["target_lengths"]
             losses["mt"] = self._cross_entropy(out["mt_logits"], target, lengths, sentence, log)
-        if self.weights["unit"]:
+        if "unit" in parts:
             losses["unit"] = self._unit_loss(out, sample, sentence, log)
         loss = sum(self.weights[part] * value for part, value in losses.items())
         sample_size = float(row.sum())

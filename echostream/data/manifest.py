@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from echostream.errors import ManifestError
 
 COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
+TEXT_COLUMNS = ("src_text", "tgt_text", "tgt_audio")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class Utterance:
     extra: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TextPair:
+    """A sentence, its translation and the translation's units, int16 ``[U]``, none where they are not known."""
+
+    src_text: str
+    tgt_text: str
+    units: np.ndarray
+
+
 def read_manifest(path: str | Path) -> list[Utterance]:
     """Read a manifest and check every row.
 
@@ -46,7 +56,34 @@ def read_manifest(path: str | Path) -> list[Utterance]:
         ManifestError: the file is missing or empty, a column is missing, or a row does not hold what its columns
             promise; the message names the file, the line and the value.
     """
-    path = Path(path)
+    rows, seen = [], set()
+    for row, where in _read_rows(Path(path), COLUMNS):
+        utterance = _parse(row, where)
+        if utterance.id in seen:
+            raise ManifestError(f"{where}: id {utterance.id!r} appears twice")
+        seen.add(utterance.id)
+        rows.append(utterance)
+    return rows
+
+
+def read_text_pairs(path: str | Path) -> list[TextPair]:
+    """Read the texts and units of a table, which needs no columns of audio; ``tgt_audio`` may be empty.
+
+    Raises:
+        ManifestError: as ``read_manifest``.
+    """
+    pairs = []
+    for row, where in _read_rows(Path(path), TEXT_COLUMNS):
+        for column in ("src_text", "tgt_text"):
+            if not row[column].strip():
+                raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
+        units = _units(row["tgt_audio"], where) if row["tgt_audio"].strip() else np.zeros(0, dtype=np.int16)
+        pairs.append(TextPair(row["src_text"], row["tgt_text"], units))
+    return pairs
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, str], str]]:
+    """Every row of a table by column, and where it stands."""
     if not path.is_file():
         raise ManifestError(f"manifest {path} does not exist")
     try:
@@ -54,10 +91,10 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     except UnicodeDecodeError as error:
         raise ManifestError(f"manifest {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     header = lines[0].rstrip("\r").split("\t")
-    for column in COLUMNS:
+    for column in columns:
         if column not in header:
             raise ManifestError(f"manifest {path} has no column {column!r}; it has: {', '.join(header) or 'none'}")
-    rows, seen = [], set()
+    rows = 0
     for number, line in enumerate(lines[1:], 2):
         if not line.strip():
             continue
@@ -65,15 +102,10 @@ def read_manifest(path: str | Path) -> list[Utterance]:
         where = f"manifest {path}, line {number}"
         if len(cells) != len(header):
             raise ManifestError(f"{where}: {len(cells)} cells where the header has {len(header)} columns")
-        row = dict(zip(header, cells))
-        utterance = _parse(row, where)
-        if utterance.id in seen:
-            raise ManifestError(f"{where}: id {utterance.id!r} appears twice")
-        seen.add(utterance.id)
-        rows.append(utterance)
+        rows += 1
+        yield dict(zip(header, cells)), where
     if not rows:
         raise ManifestError(f"manifest {path} has no rows")
-    return rows
 
 
 def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
@@ -102,17 +134,22 @@ def _parse(row: dict[str, str], where: str) -> Utterance:
             raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
     n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
     count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
-    try:
-        units = np.array(row["tgt_audio"].split(), dtype=np.int16)
-        valid = units.min() >= 0
-    except (ValueError, OverflowError):
-        valid = False
-    if not valid:
-        raise ManifestError(f"{where}: tgt_audio {_short(row['tgt_audio'])!r} is not a list of unit numbers")
+    units = _units(row["tgt_audio"], where)
     if count != len(units):
         raise ManifestError(f"{where}: tgt_n_frames is {count}, but tgt_audio lists {len(units)} units")
     extra = {name: value for name, value in row.items() if name not in COLUMNS}
     return Utterance(row["id"], row["src_audio"], n_frames, row["src_text"], row["tgt_text"], units, extra)
+
+
+def _units(value: str, where: str) -> np.ndarray:
+    try:
+        units = np.array(value.split(), dtype=np.int16)
+        valid = units.min() >= 0
+    except (ValueError, OverflowError):
+        valid = False
+    if not valid:
+        raise ManifestError(f"{where}: tgt_audio {_short(value)!r} is not a list of unit numbers")
+    return units
 
 
 def _whole(value: str, column: str, where: str) -> int:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,17 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
 from echostream.errors import CheckpointError, ManifestError, require
 from echostream.models.echostream_model import EchoStreamModel
+from echostream.models.text_encoder import TextEncoder
 
 require("fairseq", "train")
 
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture  # noqa: E402
 
 logger = logging.getLogger(__name__)
+
+# The parts that --encoder-init and --decoder-init take over, and the heads that depend on a dictionary.
+ENCODER, HEADS = ("encoder.",), ("asr_head.", "st_decoder.")
+DECODERS = ("mt_decoder.", "unit_decoder.")
 
 
 @register_model("echostream")
@@ -31,12 +36,17 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
-        """One option per field of ``EchoStreamConfig``, and ``--encoder-init``."""
+        """One option per field of ``EchoStreamConfig``, ``--encoder-init`` and ``--decoder-init``."""
         EchoStreamConfig.add_args(parser)
         parser.add_argument(
             "--encoder-init",
             metavar="CHECKPOINT",
-            help="start from this checkpoint's encoder (and ASR head, where the source dictionary is the same)",
+            help="start from this checkpoint's encoder (and CTC heads, where the dictionaries are the same)",
+        )
+        parser.add_argument(
+            "--decoder-init",
+            metavar="CHECKPOINT",
+            help="start from this checkpoint's MT and unit decoders, such as those trained with --source text",
         )
 
     @classmethod
@@ -44,7 +54,7 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         """The model of ``args`` with the vocabulary sizes of the task's dictionaries, which ``args`` then records.
 
         Raises:
-            ManifestError: the task lacks a dictionary. ConfigError: a bad value. CheckpointError: ``--encoder-init``.
+            ManifestError: the task lacks a dictionary. ConfigError: a bad value. CheckpointError: a checkpoint to start from.
         """
         sizes = dict(
             asr_vocab_size=_symbols(task, "source_dictionary"),
@@ -56,9 +66,12 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         for name, value in cfg.to_dict().items():
             setattr(args, name, value)
         model = cls(cfg)
-        if getattr(args, "encoder_init", None):
-            init_encoder(model, args.encoder_init)
-            args.encoder_init = None  # the path is this machine's: a checkpoint must not depend on it later
+        if getattr(task, "reads_text", False):
+            model.encoder = TextEncoder(cfg)
+        for option, parts, heads in (("encoder_init", ENCODER, HEADS), ("decoder_init", DECODERS, ())):
+            if getattr(args, option, None):
+                take_over(model, getattr(args, option), parts, heads)
+                setattr(args, option, None)  # the path is this machine's: a checkpoint must not depend on it later
         return model
 
     def get_normalized_probs(
@@ -84,33 +97,37 @@ def _symbols(task: Any, name: str) -> int:
     return len(dictionary)
 
 
-def init_encoder(model: EchoStreamModel, path: str | Path) -> list[str]:
-    """Copy the encoder's weights from a checkpoint, and the ASR head's where its dictionary has the same size.
+def take_over(
+    model: EchoStreamModel, path: str | Path, parts: Sequence[str], heads: Sequence[str] = ()
+) -> list[str]:
+    """Copy the weights of ``parts`` from a checkpoint, and those of ``heads`` whose dictionaries have the same size.
 
     Returns:
         The names of the weights that were copied.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or its encoder is of another shape.
+        CheckpointError: the checkpoint cannot be read, lacks a part, or holds it in another shape.
     """
     weights, _ = read_fairseq_checkpoint(path)
     own = model.state_dict()
-    wanted = [name for name in own if name.startswith("encoder.")]
+    wanted = [name for name in own if name.startswith(tuple(parts))]
     for name in wanted:
         if name not in weights:
-            raise CheckpointError(f"checkpoint {path} lacks {name}; its encoder is not of this configuration")
+            raise CheckpointError(f"checkpoint {path} lacks {name}; it is not of this configuration")
         if weights[name].shape != own[name].shape:
             raise CheckpointError(
                 f"{name} is {list(weights[name].shape)} in {path}, {list(own[name].shape)} in this configuration; "
-                "--encoder-init needs an encoder of the same sizes"
+                "starting from a checkpoint needs the same sizes"
             )
-    head = [name for name in own if name.startswith("asr_head.")]
-    if not all(name in weights and weights[name].shape == own[name].shape for name in head):
-        logger.warning("%s: the ASR head is of another dictionary and starts afresh", path)
-        head = []
-    model.load_state_dict({**own, **{name: weights[name] for name in wanted + head}})
-    logger.info("%s: took over %d weights of the encoder and %d of the ASR head", path, len(wanted), len(head))
-    return wanted + head
+    for head in heads:
+        names = [name for name in own if name.startswith(head)]
+        if all(name in weights and weights[name].shape == own[name].shape for name in names):
+            wanted += names
+        else:
+            logger.warning("%s: %s is of another dictionary or size and starts afresh", path, head.rstrip("."))
+    model.load_state_dict({**own, **{name: weights[name] for name in wanted}})
+    logger.info("%s: took over %d weights of %s", path, len(wanted), ", ".join(p.rstrip(".") for p in parts))
+    return wanted
 
 
 def _fill(args: argparse.Namespace, values: dict[str, Any]) -> None:

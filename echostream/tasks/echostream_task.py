@@ -21,6 +21,7 @@ from echostream.data.augment import SpecAugment, parse_speeds
 from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
 from echostream.data.joining import JoinPolicy
+from echostream.data.text_pairs import TextPairDataset
 from echostream.errors import ManifestError, require
 from echostream.models.echostream_model import SentenceWindows
 from echostream.text import SPECIALS, collapse_ctc
@@ -38,6 +39,13 @@ class EchoStreamTaskConfig(FairseqDataclass):
 
     data: str = field(default=MISSING, metadata={"help": "data directory made by scripts/prepare_corpus.py"})
     config_yaml: str = field(default="config.yaml", metadata={"help": "the data directory's configuration file"})
+    source: ChoiceEnum(["speech", "text"]) = field(
+        default="speech",
+        metadata={
+            "help": "text: read only the texts and units of the manifests, and train the MT and unit decoders behind a "
+            "text encoder, for --decoder-init (with --asr-weight 0 --st-weight 0)"
+        },
+    )
     max_source_positions: int = field(default=3000, metadata={"help": "longest item, joined ones too, in 10 ms frames"})
     max_target_positions: int = field(default=256, metadata={"help": "longest target sentence, in subwords"})
     join_probability: float = field(
@@ -124,6 +132,11 @@ class EchoStreamTask(FairseqTask):
             max_frames=min(int(limit) for limit in limits if limit),
         )
 
+    @property
+    def reads_text(self) -> bool:
+        """Is the source text (``--source text``), not speech?"""
+        return str(getattr(self.cfg.source, "value", self.cfg.source)) == "text"
+
     # --- dictionaries and data
 
     @property
@@ -150,6 +163,11 @@ class EchoStreamTask(FairseqTask):
         Raises:
             ManifestError: the manifest is missing or a row cannot be used.
         """
+        if self.reads_text:
+            self.datasets[split] = TextPairDataset(Path(self.cfg.data) / f"{split}.tsv", self.config)
+            with_units = int(self.datasets[split].has_units.sum())
+            logger.info("%s: %d sentence pairs, %d with units", split, len(self.datasets[split]), with_units)
+            return
         training = split.startswith("train") and task_cfg is None
         self.datasets[split] = SpeechToSpeechDataset(
             Path(self.cfg.data) / f"{split}.tsv", self.config, self.augmentation if training else None, self.cfg.seed
@@ -204,6 +222,8 @@ class EchoStreamTask(FairseqTask):
             logger.info("translation: %s", translations[0])
             logger.info("reference:   %s", references[0])
         log = _counts("_bleu", translations, references)
+        if self.reads_text:
+            return log
         best = model.st_decoder(x, lengths).argmax(-1).tolist()
         previews = [self.target_text(collapse_ctc(row[:n])) for row, n in zip(best, lengths.tolist())]
         whole = [self.target_text(row) for row in sample["tgt_text"].tolist()]

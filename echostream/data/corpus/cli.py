@@ -263,6 +263,13 @@ def run_manifests(args: argparse.Namespace) -> None:
             "voices": dict(Counter(_speaker(line["voice"]) for line in read_table(path)).most_common()),
         }
         ctc[name] = manifests.ctc_figures(path, args.output / "spm.tgt.model", args.output / "spm.src.model")
+    pairs = {}
+    for split in ("train", "dev"):
+        of_split = [row for row in rows.values() if row.split == split]
+        if of_split:
+            pairs[f"text_{split}"] = dict(
+                manifests.write_text_pairs(args.output / f"text_{split}.tsv", of_split, units)
+            )
     write_unit_dictionary(args.output / "dict.unit.txt", units_note["num_units"])
     frames = 0
     train = next((name for name in plan if name == "train" or name.startswith("train")), None)
@@ -277,7 +284,7 @@ def run_manifests(args: argparse.Namespace) -> None:
     targets = Ledger(args.output / "target", "speech", speech.TARGET_COLUMNS).read()
     note_step(args, "manifests", cmvn_frames=frames)
     corpus = {
-        "languages": languages, "pairs": text["pairs"], "manifests": counts,
+        "languages": languages, "pairs": text["pairs"], "manifests": counts, "text_pairs": pairs,
         "target": {
             "recordings": len(targets), "with_units": len(units), "num_units": units_note["num_units"],
             "hours": round(sum(int(line["samples"]) for line in targets.values()) / SAMPLE_RATE / 3600, 3),

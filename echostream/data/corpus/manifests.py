@@ -18,6 +18,8 @@ MANIFEST_COLUMNS = (
     "id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames", "voice", "target",
 )
 
+TEXT_COLUMNS = ("id", "src_text", "tgt_text", "tgt_audio")
+
 
 def write_manifest(
     path: Path, recordings: Iterable[dict[str, str]], rows: dict[str, Row], units: dict[str, dict[str, str]],
@@ -54,6 +56,23 @@ def write_manifest(
         counts["written"] += 1
         counts["samples"] += samples
     write_table(path, MANIFEST_COLUMNS, lines)
+    return counts
+
+
+def write_text_pairs(path: Path, rows: Iterable[Row], units: dict[str, dict[str, str]]) -> Counter:
+    """All the pairs of a split as text, with units where their target has them: what ``--source text`` trains on.
+
+    Returns:
+        counts: rows ``written``, those ``with units``.
+    """
+    counts: Counter = Counter(written=0)
+    lines = []
+    for row in rows:
+        line = units.get(row.target)
+        lines.append((row.row, row.src_text, row.tgt_text, line["units"] if line else ""))
+        counts["written"] += 1
+        counts["with units"] += line is not None
+    write_table(path, TEXT_COLUMNS, lines)
     return counts
 
 
