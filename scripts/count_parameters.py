@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from echostream.config import EchoStreamConfig
-from echostream.errors import EchoStreamError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from echostream.config import EchoStreamConfig  # noqa: E402
+from echostream.errors import EchoStreamError  # noqa: E402
 
 ARCHITECTURES = {"echostream": EchoStreamConfig, "echostream_small": EchoStreamConfig.small}
 

@@ -18,11 +18,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from echostream.checkpoint import DEFAULT_BUNDLE
-from echostream.errors import EchoStreamError, ManifestError
-from echostream.evaluation import run
-from echostream.evaluation.asr import RECOGNISERS
-from echostream.evaluation.timeline import draw_timeline
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from echostream.checkpoint import DEFAULT_BUNDLE  # noqa: E402
+from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
+from echostream.evaluation import run  # noqa: E402
+from echostream.evaluation.asr import RECOGNISERS  # noqa: E402
+from echostream.evaluation.timeline import draw_timeline  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = ROOT / "echostream" / "assets" / "demo" / "sentences.tsv"

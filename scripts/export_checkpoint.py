@@ -13,11 +13,13 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from echostream.checkpoint import FILES, average_checkpoints, load_bundle, save_bundle
-from echostream.config import EchoStreamConfig
-from echostream.constants import NUM_SPECIALS
-from echostream.errors import EchoStreamError
-from echostream.text import Vocabulary
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from echostream.checkpoint import FILES, average_checkpoints, load_bundle, save_bundle  # noqa: E402
+from echostream.config import EchoStreamConfig  # noqa: E402
+from echostream.constants import NUM_SPECIALS  # noqa: E402
+from echostream.errors import EchoStreamError  # noqa: E402
+from echostream.text import Vocabulary  # noqa: E402
 
 
 def main() -> None:
