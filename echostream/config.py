@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from echostream.errors import ConfigError
+from echostream.yaml_file import read_mapping
 
 
 def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
@@ -115,17 +116,7 @@ class EchoStreamConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> "EchoStreamConfig":
         """Read a YAML file of ``key: value`` lines; keys left out keep their defaults."""
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"configuration file {path} does not exist") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration file {path} is not YAML: {str(error).splitlines()[0]}") from None
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"configuration file {path} holds {type(values).__name__}, not key: value lines")
-        return cls.from_dict(values)
+        return cls.from_dict(read_mapping(path))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -20,11 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any, Sequence
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
+from echostream.yaml_file import read_mapping  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1] / "echostream"
 ALWAYS = {"task": "echostream_s2st", "criterion": "echostream_multitask"}
@@ -36,15 +35,7 @@ def read_flags(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not YAML, or holds nested values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"configuration file {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"configuration file {path} holds {type(values).__name__}, not key: value lines")
+    values = read_mapping(path)
     for key, value in values.items():
         if isinstance(value, dict):
             raise ConfigError(f"configuration file {path}: {key} is nested; every key is one flag of fairseq-train")

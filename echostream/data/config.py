@@ -8,12 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from echostream.audio.cmvn import GlobalCMVN
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import ConfigError, ManifestError, require
 from echostream.text import Vocabulary
+from echostream.yaml_file import read_mapping
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,7 @@ class DataConfig:
         if not directory.is_dir():
             raise ManifestError(f"data directory {directory} does not exist; scripts/prepare_corpus.py makes one")
         path = directory / name
-        if not path.is_file():
-            raise ConfigError(f"{path} does not exist; scripts/prepare_corpus.py writes one")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds {type(values).__name__}, not key: value lines")
+        values = read_mapping(path, missing="; scripts/prepare_corpus.py writes one")
         known: dict[str, Any] = {"directory": directory}
         for f in dataclasses.fields(cls):
             if f.name == "directory" or values.get(f.name) is None:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
-import yaml
 
 from echostream.errors import CheckpointError, ConfigError
 from echostream.streaming.onnx_runtime import describe_inputs, open_graph
 from echostream.streaming.segmenter import AudioMemory, Ending, SegmenterBase, Spoken
 from echostream.text import WORD_START, Vocabulary
+from echostream.yaml_file import read_mapping
 
 MODEL_FILES = ("model.onnx", "model.int8.onnx", "model_quant.onnx")
 FULL_STOPS = frozenset("。？！.?!…")
@@ -135,13 +135,7 @@ def _read_marks(path: Path, metadata: dict[str, str]) -> tuple[str, ...]:
     if "punctuations" in metadata:
         return tuple(metadata["punctuations"].split("|"))
     config = path.parent / "config.yaml"
-    try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{config} does not exist; it lists the marks (model_conf: punc_list)") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{config} is not YAML: {str(error).splitlines()[0]}") from None
-    values = values if isinstance(values, dict) else {}
+    values = read_mapping(config, CheckpointError, "; it lists the marks (model_conf: punc_list)")
     for section in (values.get("model_conf"), values):
         marks = section.get("punc_list") if isinstance(section, dict) else None
         if isinstance(marks, list) and marks:
