@@ -252,6 +252,16 @@ def test_decoders_learn_from_text_alone_and_go_on_with_speech(corpus, tmp_path, 
     after = weights(tmp_path / "speech/checkpoint_last.pt")
     decoders = [key for key in after if key.startswith(("mt_decoder.", "unit_decoder."))]
     assert decoders and all(torch.allclose(before[key], after[key], atol=1e-6) for key in decoders)
+    frozen = dict(freeze="encoder,asr_head,st_decoder", max_update=2, disable_validation=True)
+    fairseq_train(data, tmp_path / "frozen", finetune_from_model=tmp_path / "speech/checkpoint_last.pt", **frozen)
+    moved = {
+        key.partition(".")[0]
+        for key, value in weights(tmp_path / "frozen/checkpoint_last.pt").items()
+        if not torch.equal(value, after[key])
+    }
+    assert moved == {"mt_decoder", "unit_decoder"}
+    with pytest.raises(ConfigError, match="--freeze names 'vocoder'"):
+        fairseq_train(data, tmp_path / "bad", freeze="vocoder", max_update=1)
     (data / "text_train.tsv").write_text("src_text\ttgt_text\ttgt_audio\nuno.\tone.\t99\n")
     with pytest.raises(ManifestError, match="unit 99, but num_units is 20"):
         fairseq_train(data, tmp_path / "bad", max_update=1, **text)

@@ -15,7 +15,7 @@ from echostream import compat
 from echostream.checkpoint import read_fairseq_checkpoint
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
-from echostream.errors import CheckpointError, ManifestError, require
+from echostream.errors import CheckpointError, ConfigError, ManifestError, require
 from echostream.models.echostream_model import EchoStreamModel
 from echostream.models.text_encoder import TextEncoder
 
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # The parts that --encoder-init and --decoder-init take over, and the heads that depend on a dictionary.
 ENCODER, HEADS = ("encoder.",), ("asr_head.", "st_decoder.")
 DECODERS = ("mt_decoder.", "unit_decoder.")
+PARTS = ("encoder", "asr_head", "st_decoder", "mt_decoder", "unit_decoder")
 
 
 @register_model("echostream")
@@ -47,6 +48,11 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
             "--decoder-init",
             metavar="CHECKPOINT",
             help="start from this checkpoint's MT and unit decoders, such as those trained with --source text",
+        )
+        parser.add_argument(
+            "--freeze",
+            metavar="PARTS",
+            help=f"leave these parts as they are: a comma-separated list of {', '.join(PARTS)}",
         )
 
     @classmethod
@@ -72,6 +78,13 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
             if getattr(args, option, None):
                 take_over(model, getattr(args, option), parts, heads)
                 setattr(args, option, None)  # the path is this machine's: a checkpoint must not depend on it later
+        frozen = [part for part in (getattr(args, "freeze", None) or "").split(",") if part]
+        for part in frozen:
+            if part not in PARTS:
+                raise ConfigError(f"--freeze names {part!r}; the parts are {', '.join(PARTS)}")
+            getattr(model, part).requires_grad_(False)
+        if len(set(frozen)) == len(PARTS):
+            raise ConfigError("--freeze names every part; there is nothing left to train")
         return model
 
     def get_normalized_probs(
