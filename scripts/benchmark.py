@@ -2,13 +2,18 @@
 """Measure EchoStream's speed on this machine.
 
     python scripts/benchmark.py train                       # training cost of the Emformer layers
-    python scripts/benchmark.py train --threads 2 --json    # the same figures for a program
-    python scripts/benchmark.py train --clock cpu           # on a machine that has other work, too
+    python scripts/benchmark.py stream                      # what a chunk costs, from 10 s to 60 minutes
+    python scripts/benchmark.py stream --minutes 2 --clock cpu --json figures.json
+
+Tables go to the screen, ``--json FILE`` keeps the figures. ``--clock cpu`` counts this process's own time, for a
+machine that has other work, too.
 
 ``train`` times forward and backward of the Emformer layers alone (no subsampler), next to torchaudio's Emformer of the
 same sizes, and how the cost grows with the utterance's length. The candidates take turns, so that a busy neighbour
 slows all of them alike; the figures are medians. ``--matmul-precision medium`` lets oneDNN do the single-precision
 matrix products, for both candidates: on AMD processors it is twice as fast as the MKL that torch uses by default.
+
+``stream`` is described in ``echostream/benchmarks/stream.py``.
 """
 
 from __future__ import annotations
@@ -17,18 +22,23 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from echostream.compat import import_torchaudio
-from echostream.config import EchoStreamConfig
-from echostream.constants import ENCODER_FRAME_MS
-from echostream.errors import EchoStreamError
-from echostream.models.echostream_encoder import EchoStreamEncoder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from echostream.benchmarks import stream as streaming  # noqa: E402
+from echostream.compat import import_torchaudio  # noqa: E402
+from echostream.config import EchoStreamConfig  # noqa: E402
+from echostream.constants import ENCODER_FRAME_MS  # noqa: E402
+from echostream.errors import EchoStreamError  # noqa: E402
+from echostream.models.echostream_encoder import EchoStreamEncoder  # noqa: E402
 
 TIMES_TORCHAUDIO = 3.0  # bar: throughput at 30 s against torchaudio's Emformer
 GROWTH = 4.4  # bar: cost of four times the length
@@ -69,11 +79,11 @@ def train_pass(
 
 
 def interleaved_medians(
-    steps: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float], show: bool
+    steps: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float]
 ) -> dict[str, float]:
     """Median seconds of each step over ``repeats`` rounds, in which all take turns, after one round unmeasured."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in tqdm(range(repeats + 1), desc="rounds", disable=not show):
+    for round_ in tqdm(range(repeats + 1), desc="rounds"):
         for name, step in steps.items():
             start = clock()
             step()
@@ -110,7 +120,7 @@ def benchmark_train(args: argparse.Namespace) -> dict:
                 theirs, lambda x, lengths: theirs(x, lengths)[0], padded, lengths, args.bf16
             )
     clock = time.perf_counter if args.clock == "wall" else time.process_time
-    medians = interleaved_medians(steps, args.repeats, clock, show=not args.json)
+    medians = interleaved_medians(steps, args.repeats, clock)
     report = {
         "benchmark": "train",
         "layers": cfg.encoder_layers,
@@ -175,8 +185,11 @@ def get_parser() -> argparse.ArgumentParser:
     train.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="wall time, or this process's own")
     train.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest")
     train.add_argument("--device", default="cpu")
-    train.add_argument("--json", action="store_true", help="print the figures as JSON")
+    train.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
     train.set_defaults(run=benchmark_train, show=print_train)
+    stream = commands.add_parser("stream", help="cost of a chunk of a running session, at any age")
+    streaming.add_arguments(stream)
+    stream.set_defaults(run=streaming.run, show=streaming.show)
     return parser
 
 
@@ -189,10 +202,9 @@ def main() -> None:
         report = args.run(args)
     except EchoStreamError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    args.show(report)
     if args.json:
-        print(json.dumps(report, indent=2))
-    else:
-        args.show(report)
+        args.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import numpy as np
 
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import ConfigError, SessionError
+from echostream.streaming.backends import backend_of
 from echostream.streaming.clock import AudioClock
 from echostream.streaming.engine import Settings
 from echostream.streaming.events import Event
 from echostream.streaming.policy import Policy
 from echostream.streaming.segmenter import Segmenter
 from echostream.streaming.session import make_engine
+from echostream.streaming.stages import Backend
 from echostream.streaming.track import Hearing, Track, decide
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class SessionBatch:
 
     Args:
         capacity: rows of the model's state; its memory is taken at once.
-        bundle, policy, segmenter, settings, options: as for ``StreamingSession``, the same for all streams.
+        bundle, policy, segmenter, settings, backend, options: as for ``StreamingSession``, the same for all streams.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -38,16 +40,15 @@ class SessionBatch:
         policy: Policy | str | None = None,
         segmenter: Segmenter | str = "punctuation",
         settings: Settings | None = None,
+        backend: Backend | None = None,
         **options: Any,
     ):
-        from echostream.streaming.torch_stages import TorchStages
-
         if capacity < 1:
             raise ConfigError(f"capacity is {capacity}; a batch needs room for one stream at least")
         self.engine = make_engine(bundle, policy, segmenter, settings, options)
         self.settings = self.engine.settings
         self._hearing = Hearing(AudioClock(self.settings.chunk_ms), bundle.cmvn)
-        self._stages = TorchStages(bundle, rows=capacity, speech=self.settings.speech)
+        self._stages = (backend or backend_of(bundle))(bundle, rows=capacity, speech=self.settings.speech)
         self._free = list(range(capacity))
         self._tracks: dict[int, Track] = {}
         self._next = 0

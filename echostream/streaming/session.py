@@ -11,11 +11,13 @@ import numpy as np
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import ConfigError
 from echostream.streaming import archive
+from echostream.streaming.backends import backend_of
 from echostream.streaming.clock import AudioClock
 from echostream.streaming.engine import Engine, Settings
 from echostream.streaming.events import Event
 from echostream.streaming.policy import Policy, knobs_of, make_policy
 from echostream.streaming.segmenter import Segmenter, make_segmenter
+from echostream.streaming.stages import Backend
 from echostream.streaming.track import Hearing, Track, decide
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class StreamingSession:
         segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenter.SEGMENTERS``):
             ``punctuation`` (the model's own), ``pause``, or ``none`` for recordings that are one sentence each.
         settings: see ``Settings``; default: the bundle's. Its fields may also be given by name (``chunk_ms=640``).
+        backend: makes what runs the model; default: what the bundle is for (see ``backend_of``).
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -43,15 +46,14 @@ class StreamingSession:
         policy: Policy | str | None = None,
         segmenter: Segmenter | str = "punctuation",
         settings: Settings | None = None,
+        backend: Backend | None = None,
         **options: Any,
     ):
-        from echostream.streaming.torch_stages import TorchStages  # so that events and policies need no torch
-
         self.bundle = bundle
         self.engine = make_engine(bundle, policy, segmenter, settings, options)
         self.settings = self.engine.settings
         self._hearing = Hearing(AudioClock(self.settings.chunk_ms), bundle.cmvn)
-        self._stages = TorchStages(bundle, rows=1, speech=self.settings.speech)
+        self._stages = (backend or backend_of(bundle))(bundle, rows=1, speech=self.settings.speech)
         self._track = Track(0, self._hearing.clock.init_state())
 
     def push(self, samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> list[Event]:

@@ -8,7 +8,7 @@ together, which is how sessions share a batch. Arrays are numpy. Letters: T feat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
@@ -104,3 +104,30 @@ class Stages(Protocol):
 
     def run(self, requests: Sequence[tuple[int, Request]]) -> list:
         """Answer (row, request) pairs, all of one kind and of different rows, in their order."""
+
+    @property
+    def rows(self) -> int:
+        """How many streams there is room for."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows' states; they never change."""
+
+    def reset(self, row: int) -> None:
+        """A new stream in ``row``."""
+
+    def snapshot(self, row: int) -> dict[str, np.ndarray]:
+        """The state of ``row`` as named arrays."""
+
+    def restore(self, row: int, arrays: dict[str, np.ndarray]) -> None:
+        """Put what ``snapshot`` gave into ``row``.
+
+        Raises:
+            KeyError, ValueError: the arrays are of another model.
+        """
+
+
+class Backend(Protocol):
+    """Makes the stages of a model; a class whose constructor takes these arguments is one."""
+
+    def __call__(self, bundle: Any, *, rows: int, speech: bool) -> Stages: ...

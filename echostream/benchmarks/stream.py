@@ -1,0 +1,451 @@
+"""``scripts/benchmark.py stream``: what a 320 ms chunk costs a session in its tenth second and in its sixtieth minute.
+
+The model has random weights; a script says what comes out of it, at the pace of real speech. Everything is computed
+as ever, and only then are the symbols of both CTC heads, the MT decoder's next token and the unit decoder's symbols
+replaced (``ScriptedStages``, an ordinary backend of an ordinary session). The vocoder's durations are forced by the
+bias of its duration predictor.
+
+A stream is fed faster than real time and saved at every mark. The marks are then restored side by side and take turns,
+chunk by chunk over a whole sentence, so that a busy neighbour slows all of them alike. Another pass over the same
+chunks counts floating-point operations and the bytes of the saved state. Ctrl-C ends the feeding early, at the end of
+the sentence; what was reached is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm, trange
+
+from echostream.audio.cmvn import GlobalCMVN
+from echostream.checkpoint import Bundle
+from echostream.config import EchoStreamConfig
+from echostream.constants import BLANK, ENCODER_FRAME_MS, EOS, NUM_MEL_BINS, NUM_SPECIALS, SAMPLE_RATE
+from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
+from echostream.models.echostream_model import build_echostream_model
+from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, TargetUnits, Waveform, track
+from echostream.streaming.stages import Listen, ReadUnits, Request, Write
+from echostream.streaming.torch_stages import TorchStages
+from echostream.text import WORD_START, Vocabulary
+
+CHUNK_MS = 320
+SUBWORDS_PER_SECOND, UNITS_PER_SUBWORD, FRAMES_PER_UNIT = 3, 8, 2
+MARKS_S = (10, 30, 60, 600, 3600)
+STAGES = ("features", "encoder", "ctc heads", "MT", "units", "vocoder", "rest")
+BAR_MS, BAR_GROWTH, BAR_MB = 100.0, 1.1, 10.0  # a chunk's median; that of the last mark over the first; resident memory
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the model is made to say: the same sentence again and again, without a pause.
+
+    Attributes:
+        frames: encoder frames (40 ms) of a sentence.
+        tokens: its subwords, the closing mark last; evenly spread, the mark at the last frame.
+        unit_rate: units per position of the unit decoder.
+        units: how many different ones there are.
+    """
+
+    frames: int
+    tokens: tuple[int, ...]
+    unit_rate: Fraction
+    units: int
+
+    @classmethod
+    def write(cls, config: EchoStreamConfig, sentence_s: float) -> Script:
+        """A sentence of ``sentence_s`` seconds, made longer to a whole number of chunks, so that all cost the same."""
+        chunks = -(-sentence_s * 1000 // CHUNK_MS)
+        seconds = chunks * CHUNK_MS / 1000
+        count = round(seconds * SUBWORDS_PER_SECOND)
+        words = np.random.default_rng(1).integers(NUM_SPECIALS + 1, config.mt_vocab_size, count - 1)
+        positions = Fraction(config.ctc_upsample_ratio)  # of the unit decoder, per subword
+        if config.unit_decoder_input == "encoder":
+            positions *= Fraction(1000, ENCODER_FRAME_MS * SUBWORDS_PER_SECOND)
+        frames = int(chunks) * CHUNK_MS // ENCODER_FRAME_MS
+        return cls(frames, (*words.tolist(), NUM_SPECIALS), UNITS_PER_SUBWORD / positions, config.num_units)
+
+    def heard(self, frame: int) -> int:
+        """The symbol that both CTC heads emit at a frame of the stream."""
+        at, count = frame % self.frames, len(self.tokens)
+        i = (at + 1) * count // self.frames
+        return self.tokens[i - 1] if i > at * count // self.frames else BLANK
+
+    def written(self, position: int) -> int:
+        """The token that the MT decoder predicts at a position of the sentence."""
+        return self.tokens[position] if position < len(self.tokens) else EOS
+
+    def unit(self, position: int) -> int:
+        """The unit decoder's symbol at a position of the sentence: a new unit every now and then, else blank."""
+        i = int((position + 1) * self.unit_rate)
+        return NUM_SPECIALS + 37 * i % self.units if i > int(position * self.unit_rate) else BLANK
+
+
+class ScriptedStages(TorchStages):
+    """The ordinary stages, whose answers follow a script. What to say next stands in the model's own state."""
+
+    def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True, *, script: Script):
+        super().__init__(bundle, rows, speech)
+        self.script = script
+
+    def run(self, requests: list[tuple[int, Request]]) -> list[Any]:
+        before = self.state
+        answers = super().run(requests)
+        return [self._say(row, request, answer, before) for (row, request), answer in zip(requests, answers)]
+
+    def _say(self, row: int, request: Request, answer: Any, before: Any) -> Any:
+        if isinstance(request, Listen):
+            start = int(before.encoder.segments[row]) * self.model.config.segment_length
+            symbols = np.array([self.script.heard(start + i) for i in range(len(answer.frames))], dtype=np.int64)
+            return answer._replace(source=symbols, target=symbols)
+        if isinstance(request, Write):
+            scores = answer.scores.copy()
+            scores[self.script.written(int(before.mt.positions[row]))] = scores.max() + 1
+            return answer._replace(scores=scores)
+        if isinstance(request, ReadUnits):
+            start = int(before.unit[0].positions[row])
+            return np.array([self.script.unit(start + i) for i in range(len(answer))], dtype=np.int64)
+        return answer
+
+
+def random_bundle(config: EchoStreamConfig) -> Bundle:
+    """A model of random weights and a ``small`` voice in which every unit lasts ``FRAMES_PER_UNIT`` frames."""
+    torch.manual_seed(1)
+    words = [f"{WORD_START if i % 4 else ''}w{i}" for i in range(config.mt_vocab_size - NUM_SPECIALS - 1)]
+    vocabulary = Vocabulary([".", *words])
+    vocoder = CodeHiFiGAN(VocoderConfig.preset("small", config.num_units)).eval()
+    with torch.no_grad():
+        vocoder.dur_predictor.proj.weight.zero_()
+        vocoder.dur_predictor.proj.bias.fill_(np.log(FRAMES_PER_UNIT + 1))
+    return Bundle(
+        directory=Path(),
+        config=config,
+        model=build_echostream_model(config).eval(),
+        source_dict=vocabulary,
+        target_dict=vocabulary,
+        unit_count=config.num_units,
+        cmvn=GlobalCMVN(np.full(NUM_MEL_BINS, 10, np.float32), np.full(NUM_MEL_BINS, 3, np.float32)),
+        vocoder=vocoder,
+        digest="random",
+    )
+
+
+class Sound:
+    """Thirty seconds of coloured noise that swells and fades, over and over; a chunk at a time."""
+
+    def __init__(self) -> None:
+        noise = np.random.default_rng(2).standard_normal(30 * SAMPLE_RATE + 7)
+        smooth = np.convolve(noise, np.ones(8) / 8, mode="valid")
+        loud = 0.05 + 0.1 * np.sin(np.arange(len(smooth)) * (2 * np.pi * 1.5 / SAMPLE_RATE)) ** 2
+        self.samples = np.tile((smooth * loud).astype(np.float32), 2)
+
+    def chunk(self, index: int) -> np.ndarray:
+        size = CHUNK_MS * SAMPLE_RATE // 1000
+        start = index * size % (len(self.samples) // 2)
+        return self.samples[start : start + size]
+
+
+class Stopwatch:
+    """Seconds by stage of what a session does. Two parts that the session books together are timed apart here."""
+
+    def __init__(self, model: Any, clock: Callable[[], float]):
+        self.clock = clock
+        self.seconds = {"encoder": 0.0, "extend": 0.0}
+        model.encoder.step = self._timed("encoder", model.encoder.step)
+        model.unit_decoder.extend = self._timed("extend", model.unit_decoder.extend)
+
+    def _timed(self, name: str, work: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = self.clock()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.seconds[name] += self.clock() - started
+
+        return run
+
+    def push(self, session: StreamingSession, samples: np.ndarray) -> tuple[list, np.ndarray]:
+        """Push, and tell the events and the seconds [stages], their sum being all the time it took."""
+        booked, own = session.stage_seconds, dict(self.seconds)
+        started = self.clock()
+        events = session.push(samples)
+        whole = self.clock() - started
+        took = {name: seconds - booked[name] for name, seconds in session.stage_seconds.items()}
+        encoder, extend = (self.seconds[name] - own[name] for name in ("encoder", "extend"))
+        parts = [
+            took["features"], encoder, took["encoder"] - encoder, took["text"] - extend, took["units"] + extend,
+            took["vocoder"],
+        ]  # fmt: skip
+        return events, np.array([*parts, whole - sum(parts)])
+
+
+@contextlib.contextmanager
+def clock_for(name: str) -> Iterator[Callable[[], float]]:
+    """The clock to measure with, which sessions book their time by, too."""
+    before = track.timer
+    track.timer = time.process_time if name == "cpu" else time.perf_counter
+    try:
+        yield track.timer
+    finally:
+        track.timer = before
+
+
+def resident_mb() -> float:
+    """Resident memory of this process (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def run(args: argparse.Namespace) -> dict:
+    values = {"unit_decoder_input": args.unit_input, "ctc_upsample_ratio": 25 if args.unit_input == "mt" else 5}
+    config = EchoStreamConfig.small() if args.small else EchoStreamConfig(**values)
+    bundle = random_bundle(config)
+    script = Script.write(config, args.sentence)
+    backend = partial(ScriptedStages, script=script)
+    per_sentence = script.frames * ENCODER_FRAME_MS // CHUNK_MS
+    last = args.minutes * 60
+    # A mark stands at the first sentence that begins at that time or later.
+    times = {int(-(-m * 1000 // (per_sentence * CHUNK_MS))) * per_sentence: m for m in (*MARKS_S, last) if m <= last}
+    report = {
+        "benchmark": "stream",
+        "model": "small" if args.small else "default",
+        "unit_decoder_input": config.unit_decoder_input,
+        "chunk_ms": CHUNK_MS,
+        "sentence_s": script.frames * ENCODER_FRAME_MS / 1000,
+        "threads": torch.get_num_threads(),
+        "clock": args.clock,
+        "load": os.getloadavg()[0],
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "rounds": args.rounds,
+    }
+    with clock_for(args.clock) as clock, tempfile.TemporaryDirectory() as folder:
+        watch = Stopwatch(bundle.model, clock)
+        session = StreamingSession(bundle, backend=backend)
+        report["stream"], marks = feed(session, watch, times, per_sentence, Path(folder))
+        sessions = [StreamingSession(bundle, backend=backend) for _ in marks]
+        rounds = [take_turns(sessions, marks, per_sentence, watch) for _ in trange(args.rounds, desc="rounds")]
+        report["marks"] = [
+            {
+                "elapsed_s": mark.elapsed_s,
+                **percentiles(np.concatenate([times[i] for times in rounds])),
+                **count_operations(session, mark, per_sentence, Path(folder) / "count.npz"),
+            }
+            for i, mark in enumerate(tqdm(marks, desc="counting"))
+        ]
+        if args.sessions:
+            report["batch"] = run_batch(bundle, backend, args.sessions, args.batch_threads, per_sentence, clock)
+    first, final = report["marks"][0], report["marks"][-1]
+    report["p50_last_over_first"] = final["ms"]["whole"]["p50"] / first["ms"]["whole"]["p50"]
+    report["operations_equal"] = all(m["flops"] == first["flops"] for m in report["marks"])
+    report["state_bytes_equal"] = all(
+        (m["state_bytes"], m["saved_bytes"]) == (first["state_bytes"], first["saved_bytes"]) for m in report["marks"]
+    )
+    return report
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment of the stream at the beginning of a sentence: its time, the next chunk's number, the saved session."""
+
+    elapsed_s: float
+    chunk: int
+    saved: Path
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Within, the first Ctrl-C only sets the event."""
+    event, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def feed(
+    session: StreamingSession, watch: Stopwatch, times: dict[int, float], per_sentence: int, folder: Path
+) -> tuple[dict, list[Mark]]:
+    """The whole stream, up to the last of the marks (chunk -> seconds): what came out of it, and the marks reached."""
+    sound, last, chunks_a_minute = Sound(), max(times), 60_000 // CHUNK_MS
+    marks, rss, seconds = [], [], 0.0
+    written = units = samples = sentences = 0
+    with interruptible() as interrupted, tqdm(total=last, desc="chunks", unit="") as progress:
+        for index in itertools.count():
+            ends = index == last or interrupted.is_set() and index and index % per_sentence == 0
+            if ends or index in times:
+                marks.append(Mark(times.get(index, index * CHUNK_MS / 1000), index, folder / f"{index}.npz"))
+                session.save(marks[-1].saved)
+            if index and index % chunks_a_minute == 0:
+                rss.append(resident_mb())
+            if ends:
+                break
+            events, took = watch.push(session, sound.chunk(index))
+            progress.update()
+            seconds += took.sum()
+            for event in events:
+                written += len(event.tokens) if isinstance(event, TargetText) else 0
+                units += len(event.units) if isinstance(event, TargetUnits) else 0
+                samples += len(event.samples) if isinstance(event, Waveform) else 0
+                sentences += isinstance(event, SentenceEnd)
+    heard = index * CHUNK_MS / 1000
+    report = {
+        "seconds": heard,
+        "real_time_factor": seconds / heard,
+        "sentences": sentences,
+        "subwords_per_second": written / heard,
+        "units_per_subword": units / max(written, 1),
+        "speech_seconds_per_second": samples / SAMPLE_RATE / heard,
+        "resident_mb_each_minute": rss,
+        "resident_mb_growth": max(rss) - rss[0] if rss else 0.0,
+    }
+    return report, marks
+
+
+def take_turns(
+    sessions: list[StreamingSession], marks: list[Mark], chunks: int, watch: Stopwatch
+) -> list[list[np.ndarray]]:
+    """From every mark one sentence on, a chunk of each in turn: seconds by stage of every chunk."""
+    sound, times, order = Sound(), [[] for _ in marks], list(range(len(marks)))
+    for mark, session in zip(marks, sessions):
+        session.restore(mark.saved)
+    for i in range(chunks):
+        for which in order:
+            times[which].append(watch.push(sessions[which], sound.chunk(marks[which].chunk + i))[1])
+        order.append(order.pop(0))
+    return times
+
+
+def percentiles(times: np.ndarray) -> dict:
+    """Of seconds [chunks, stages]: median and 95th percentile in ms, by stage and of whole chunks."""
+    columns = dict(zip((*STAGES, "whole"), 1000 * np.column_stack([times, times.sum(1)]).T))
+    return {
+        "chunks": len(times),
+        "ms": {name: {"p50": float(np.median(c)), "p95": float(np.percentile(c, 95))} for name, c in columns.items()},
+        "mean_ms": float(columns["whole"].mean()),
+    }
+
+
+def count_operations(session: StreamingSession, mark: Mark, chunks: int, path: Path) -> dict:
+    """From a mark one sentence on: operations of each chunk, and the bytes of the state behind it.
+
+    These are the bytes allocated, and those that a saved session takes: of the buffers only what is in use, and
+    everything that the engine remembers beside the model.
+    """
+    sound, flops, state, kept = Sound(), [], [], []
+    session.restore(mark.saved)
+    for i in range(chunks):
+        with FlopCounterMode(display=False) as counter:
+            session.push(sound.chunk(mark.chunk + i))
+        flops.append(counter.get_total_flops())
+        state.append(session.nbytes)
+        session.save(path)
+        with np.load(path) as file:
+            kept.append(sum(file[name].nbytes for name in file.files if name != "header"))
+    return {"flops": flops, "state_bytes": state, "saved_bytes": kept}
+
+
+def run_batch(
+    bundle: Bundle, backend: Callable, rows: int, threads: int, chunks: int, clock: Callable[[], float]
+) -> dict:
+    """Sessions of different ages in one batch, over one sentence: seconds to serve all of them a chunk."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    batch, sound = SessionBatch(bundle, capacity=rows, backend=backend), Sound()
+    ages: dict[int, int] = {}
+    times = []
+    for i in tqdm(range(2 * chunks), desc=f"{rows} sessions"):
+        while len(ages) < rows and i >= len(ages) * chunks // rows:
+            ages[batch.join()] = 0
+        parts = {number: sound.chunk(age) for number, age in ages.items()}
+        started = clock()
+        batch.push(parts)
+        if i >= chunks:
+            times.append(clock() - started)
+        ages = {number: age + 1 for number, age in ages.items()}
+    torch.set_num_threads(before)
+    return {
+        "sessions": rows,
+        "threads": threads,
+        "ms": {"p50": 1000 * float(np.median(times)), "p95": 1000 * float(np.percentile(times, 95))},
+        "real_time_factor": float(np.mean(times)) * 1000 / CHUNK_MS,
+    }
+
+
+def show(report: dict) -> None:
+    stream, unit = report["stream"], "CPU ms" if report["clock"] == "cpu" else "ms"
+    print(
+        f"{unit} per {report['chunk_ms']} ms chunk (p50 / p95), model {report['model']}, units from "
+        f"{report['unit_decoder_input']}, sentences of {report['sentence_s']:g} s, {report['threads']} thread(s), load "
+        f"{report['load']:.1f} on {report['cores']} cores, torch {report['torch']}, {report['rounds']} rounds"
+    )
+    names = (*STAGES, "whole")
+    print(f"{'elapsed':>8} " + " ".join(f"{name:>13}" for name in names) + f" {'GFLOP':>7} {'state MB':>9}")
+    for mark in report["marks"]:
+        cells = [f"{mark['ms'][name]['p50']:.1f} / {mark['ms'][name]['p95']:.1f}" for name in names]
+        print(
+            f"{mark['elapsed_s']:>6g} s " + " ".join(f"{cell:>13}" for cell in cells)
+            + f" {sum(mark['flops']) / 1e9:>7.2f} {max(mark['state_bytes']) / 1e6:>9.2f}"
+        )  # fmt: skip
+    print(f"(GFLOP: of one sentence, {report['marks'][0]['chunks'] // report['rounds']} chunks)")
+    first, final = report["marks"][0], report["marks"][-1]
+    print(
+        f"p50 at {final['elapsed_s']:g} s over p50 at {first['elapsed_s']:g} s: {report['p50_last_over_first']:.3f} "
+        f"(bar: {BAR_GROWTH}); p50 {final['ms']['whole']['p50']:.1f} ms (bar: {BAR_MS:g})"
+    )
+    print(
+        "operations of every chunk the same at all marks: "
+        f"{report['operations_equal']}; state bytes, allocated and saved: {report['state_bytes_equal']}"
+    )
+    print(
+        f"{stream['seconds']:.0f} s fed: real-time factor {stream['real_time_factor']:.3f}, resident memory grew by "
+        f"{stream['resident_mb_growth']:.1f} MB after the first minute (bar: {BAR_MB:g}); "
+        f"{stream['sentences']} sentences, {stream['subwords_per_second']:.2f} subwords/s, "
+        f"{stream['units_per_subword']:.2f} units a subword, "
+        f"{stream['speech_seconds_per_second']:.2f} s of speech per second"
+    )
+    if "batch" in report:
+        batch = report["batch"]
+        print(
+            f"{batch['sessions']} sessions in a batch, {batch['threads']} thread(s): {batch['ms']['p50']:.0f} / "
+            f"{batch['ms']['p95']:.0f} {unit} for a chunk of each, real-time factor {batch['real_time_factor']:.2f}"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=60.0, help="audio fed (default: 60)")
+    parser.add_argument("--sentence", type=float, default=10.0, metavar="S", help="seconds in a sentence (default: 10)")
+    parser.add_argument("--small", action="store_true", help="the small model instead of the default configuration")
+    parser.add_argument(
+        "--unit-input",
+        choices=("encoder", "mt"),
+        default="encoder",
+        help="what the default model's unit decoder reads (default: encoder)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="sentences timed at each mark (default: 5)")
+    parser.add_argument("--sessions", type=int, default=8, help="sessions in a batch, 0: no batch (default: 8)")
+    parser.add_argument("--batch-threads", type=int, default=2, help="torch's threads for the batch (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="wall time, or this process's own")
+    parser.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
