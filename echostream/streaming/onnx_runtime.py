@@ -1,4 +1,4 @@
-"""Small ONNX graphs beside the model: opened with one thread, and with errors that say what was wrong."""
+"""ONNX graphs, opened with errors that say what was wrong."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 from echostream.errors import CheckpointError, require
 
 
-def open_graph(path: str | Path, what: str) -> Any:
+def open_graph(path: str | Path, what: str, threads: int = 1) -> Any:
     """An ``onnxruntime.InferenceSession`` on the CPU.
 
     Args:
         what: the graph is meant to be, for the error.
+        threads: that work on one operator; for matrices this small more than one mostly cost.
 
     Raises:
         CheckpointError: the file is missing or no ONNX graph.
@@ -23,7 +24,9 @@ def open_graph(path: str | Path, what: str) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{what} {path} does not exist")
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # these graphs are tiny; threads only cost
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Processors without VNNI add pairs of int8 products in 16 bits, which overflow; this lets them take another way.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,113 @@
+"""``echostream export``: a checkpoint directory as graphs, in a directory of its own that needs no other file."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Callable
+
+import yaml
+from tqdm import tqdm
+
+from echostream.checkpoint import EXPORTED_FORMAT, FILES, Bundle, load_bundle
+from echostream.errors import CheckpointError
+from echostream.export.check import TOLERANCE, compare
+from echostream.export.decoders import memory_graph, mt_graph, unit_graph
+from echostream.export.encoder import encoder_graph, heads_graph
+from echostream.export.graph import Graph
+from echostream.export.voice import check_voice, voice_frames_graph, voice_units_graph
+
+COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")
+
+
+def export_directory(
+    checkpoint: str | Path, directory: str | Path, int8: bool = False, vocoder: bool = True
+) -> tuple[Path, dict[str, float]]:
+    """Write a checkpoint directory's graphs, and all that a session needs besides them.
+
+    The single-precision graphs are compared with the torch model first, whatever is written then.
+
+    Args:
+        checkpoint: a directory that ``load_bundle`` reads.
+        int8: weights of the encoder and the decoders as int8. The vocoder stays in single precision: its rounding
+            would be heard.
+        vocoder: without, the export writes text and units.
+
+    Returns:
+        The directory, and the largest difference from torch of each stage in single precision.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or its graphs compute something else.
+        ConfigError: the vocoder is of a kind that cannot be exported.
+        MissingExtraError: torch or onnx is not installed.
+    """
+    checkpoint, directory = Path(checkpoint), Path(directory)
+    if checkpoint.is_file():
+        raise CheckpointError(
+            f"{checkpoint} is a file; make a checkpoint directory of it first, with scripts/export_checkpoint.py"
+        )
+    if directory.exists() and checkpoint.resolve() == directory.resolve():
+        raise CheckpointError(f"{directory} is the checkpoint itself; export it to another directory")
+    bundle = load_bundle(checkpoint, backend="torch")
+    voice = vocoder and bundle.vocoder is not None
+    if voice:
+        check_voice(bundle.vocoder)
+    graphs = graph_writers(bundle, voice)
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = directory if not int8 else Path(scratch)
+        _write(bundle, reference, graphs, False, voice)
+        differences = compare(bundle, load_bundle(reference))
+        wrong = {stage: value for stage, value in differences.items() if not value <= TOLERANCE}
+        if wrong:
+            stage, value = max(wrong.items(), key=lambda item: item[1])
+            raise CheckpointError(
+                f"the exported {stage} differs from torch by {value:.1e} (at most {TOLERANCE:.0e} is allowed); "
+                "this is a defect of EchoStream's export, do not use the graphs"
+            )
+        if int8:
+            _write(bundle, directory, graphs, True, voice)
+    return directory, differences
+
+
+def graph_writers(bundle: Bundle, voice: bool) -> dict[str, Callable[[bool], Graph]]:
+    """By name, what writes each graph; the argument is whether in int8."""
+    model = bundle.model
+    writers: dict[str, Callable[[bool], Graph]] = {
+        "encoder": lambda int8: encoder_graph(model.encoder, int8),
+        "heads": lambda int8: heads_graph(model.asr_head, model.st_decoder, int8),
+        "mt_memory": lambda int8: memory_graph(model.mt_decoder, int8),
+        "mt": lambda int8: mt_graph(model.mt_decoder, int8),
+        "unit_memory": lambda int8: memory_graph(model.unit_decoder, int8),
+        "units": lambda int8: unit_graph(model.unit_decoder, int8),
+    }
+    if voice:
+        writers["voice_units"] = lambda int8: voice_units_graph(bundle.vocoder)
+        writers["voice_frames"] = lambda int8: voice_frames_graph(bundle.vocoder)
+    return writers
+
+
+def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: bool, voice: bool) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    for name, write in tqdm(graphs.items(), desc="graphs", unit="graph", leave=False, disable=None):
+        path = directory / f"{name}.onnx"
+        write(int8).save(path)
+        digest.update(path.read_bytes())
+    source: dict[str, Any] = yaml.safe_load((bundle.directory / "config.yaml").read_text(encoding="utf-8"))
+    files = {**FILES, **source.get("files", {})}
+    for name in (*COPIED, *(("vocoder_config",) if voice else ())):
+        shutil.copyfile(bundle.directory / files[name], directory / FILES[name])
+    if (bundle.directory / "MODEL_CARD.md").exists():
+        shutil.copyfile(bundle.directory / "MODEL_CARD.md", directory / "MODEL_CARD.md")
+    values = {
+        **{key: value for key, value in source.items() if key not in ("format", "files", "model")},
+        "format": EXPORTED_FORMAT,
+        "precision": "int8" if int8 else "fp32",
+        "vocoder": voice,
+        "digest": digest.hexdigest(),
+        "exported_from": bundle.digest,
+        "model": bundle.config.to_dict(),
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

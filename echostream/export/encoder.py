@@ -1,0 +1,158 @@
+"""The graphs of what hears: subsampler and Emformer layers, and the two CTC heads.
+
+The state lives with the caller, in rings: a layer's newest keys and values overwrite the oldest ones, for attention
+does not mind their order. So a graph is given whole caches and hands back only what is new, and which place may be seen
+by whom is said by the masks (``streaming.onnx_stages``).
+
+Letters: B streams, G segments, S frames in a segment, R frames of right context, W = S + R, L frames of left context,
+M summaries, D width, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echostream.export.graph import Graph, as_array
+from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder
+from echostream.models.echostream_encoder import EchoStreamEncoder
+from echostream.models.emformer_layer import EmformerLayer
+from echostream.models.subsampler import Subsampler
+
+
+def encoder_graph(encoder: EchoStreamEncoder, int8: bool) -> Graph:
+    """G segments of each stream.
+
+    Inputs: ``features`` [B, 3 + 4 (G S + R), F], three frames of context first, zero where there is no speech;
+    ``inside`` [B, 1 + 2 (G S + R), 1, 1], 0 for frames of the first convolution that lie outside of the stream;
+    ``mask`` [B, 1, G W, M + L + G + G W] (without M + G where there is no memory bank); with right context ``places``
+    [G W], which subsampled frame stands where; and per layer ``keys.i`` and ``values.i`` [B, H, M + L, d].
+
+    Outputs: ``frames`` [B, G S, D]; ``kept`` [2 layers, B, H, G S + G, d], what to put into the rings: keys, then
+    values of each layer, frames and then summaries.
+    """
+    g = Graph("encoder", int8)
+    dim, right = encoder.embed_dim, encoder.right_context_length
+    width = encoder.segment_length + right
+    x = subsample(g, encoder.subsampler)
+    mask = g.input("mask", "B", 1, "Q", "K")
+    if right:
+        x = g("Gather", x, g.input("places", "Q", kind="INT64"), axis=1)
+    kept: list[str] = []
+    for i, layer in enumerate(encoder.layers):
+        x = emformer_layer(g, layer, i, x, mask, kept)
+    if right:
+        x = g.slice(g("Reshape", x, [0, -1, width, dim]), 2, 0, encoder.segment_length)
+        x = g("Reshape", x, [0, -1, dim])
+    heads = encoder.layers[0].num_heads
+    g.output("frames", x, "B", "N", dim)
+    g.output("kept", g.stack(kept), len(kept), "B", heads, "new", dim // heads)
+    return g
+
+
+def subsample(g: Graph, subsampler: Subsampler) -> str:
+    """Features to encoder frames [B, N, D]; the second convolution as a product of matrices, so that int8 serves it."""
+    channels, depth = subsampler.conv1.out_channels, subsampler.in_channels
+    bins = subsampler.num_bins // depth
+    x = g.input("features", "B", "T", subsampler.num_bins)
+    x = g("Transpose", g("Reshape", x, [0, 0, depth, bins]), perm=[0, 2, 1, 3])
+    x = g("Conv", x, subsampler.conv1.weight, subsampler.conv1.bias, strides=[2, 2], pads=[0, 1, 0, 1])
+    x = g("Transpose", g("Relu", x), perm=[0, 2, 3, 1])  # [B, time, bin, channel]
+    x = g("Mul", x, g.input("inside", "B", "T2", 1, 1))
+    bins = -(-bins // 2)
+    x = g("Pad", x, [0, 0, 1, 0, 0, 0, 1, 0])
+    out = -(-bins // 2)
+    taps = []
+    for i in range(3):
+        rows = g.slice(x, 1, i, i - 2 or 2**63 - 1, step=2)
+        taps += [g.slice(rows, 2, j, j + 2 * out - 1, step=2) for j in range(3)]
+    weight = as_array(subsampler.conv2.weight).transpose(0, 2, 3, 1).reshape(channels, -1)
+    x = g("Relu", g.linear(g("Concat", *taps, axis=3), weight, subsampler.conv2.bias))
+    return g.dense(g("Reshape", x, [0, 0, out * channels]), subsampler.proj)
+
+
+def emformer_layer(g: Graph, layer: EmformerLayer, i: int, x: str, mask: str, kept: list[str]) -> str:
+    """One layer, x [B, G W, D] to the same shape; ``kept`` gets its new keys and values [B, H, G S + G, d]."""
+    dim, heads = layer.qkv_proj.in_features, layer.num_heads
+    segment, width = layer.segment_length, layer.segment_length + layer.right_context_length
+    places = layer.left_context_length + layer.memory_size
+    weight, bias = scaled(layer.qkv_proj.weight, layer.qkv_proj.bias, dim, heads)
+    h = g.norm(x, layer.attention_norm) if layer.normalize_before else x
+    query, *own = g.heads(g.linear(h, weight, bias), heads, dim, parts=3)
+    bank = [[], []]
+    if layer.summary_proj is not None:
+        # The mean goes through two projections with nothing between them: one matrix serves.
+        summary = as_array(layer.summary_proj.weight).astype(np.float64)
+        folded = weight[dim:] @ summary
+        shift = weight[dim:] @ as_array(layer.summary_proj.bias) + bias[dim:]
+        frames = g("Reshape", x, [0, -1, width, dim])
+        if width > segment:
+            frames = g.slice(frames, 2, 0, segment)
+        mean = g("ReduceMean", frames, [2], keepdims=0)
+        bank = [[part] for part in g.heads(g.linear(mean, folded, shift), heads, dim, parts=2)]
+    attended = []
+    for name, new, summaries in zip(("keys", "values"), own, bank):
+        main = new
+        if width > segment:
+            main = g.slice(g("Reshape", new, [0, heads, -1, width, dim // heads]), 3, 0, segment)
+            main = g("Reshape", main, [0, heads, -1, dim // heads])
+        cache = g.input(f"{name}.{i}", "B", heads, places, dim // heads)
+        attended.append(g("Concat", cache, *summaries, new, axis=2))
+        kept.append(g("Concat", main, *summaries, axis=2) if summaries else main)
+    context, _ = g.attention(query, *attended, mask, dim)
+    x = g("Add", x, g.dense(context, layer.out_proj))
+    if not layer.normalize_before:
+        x = g.norm(x, layer.attention_norm)
+    h = g.norm(x, layer.ffn_norm) if layer.normalize_before else x
+    h = g("Relu", g.dense(h, layer.fc1))
+    x = g("Add", x, g.dense(h, layer.fc2))
+    return g.norm(x, layer.output_norm if layer.output_norm is not None else layer.ffn_norm)
+
+
+def heads_graph(asr: CTCHead, st: STDecoder, int8: bool) -> Graph:
+    """Both CTC heads over N new encoder frames.
+
+    Inputs: ``frames`` [B, N, D]; ``mask`` [B, 1, N, window - 1 + N]; per ST layer ``keys.i``, ``values.i``
+    [B, H, window - 1, d], rings like the encoder's.
+
+    Outputs: ``source`` and ``target`` [B, N, vocabulary], the scores; ``kept`` [2 layers, B, H, N, d] (none without
+    layers).
+    """
+    g = Graph("heads", int8)
+    dim = asr.output.in_features
+    x = g.input("frames", "B", "N", dim)
+    g.output("source", g.dense(x, asr.output), "B", "N", asr.output.out_features)
+    kept: list[str] = []
+    if st.layers:
+        mask = g.input("mask", "B", 1, "N", "K")
+        heads = st.layers[0].self_attention.heads
+    for i, layer in enumerate(st.layers):
+        qkv = layer.self_attention.qkv
+        query, *own = g.heads(g.linear(x, *scaled(qkv.weight, qkv.bias, dim, heads)), heads, dim, parts=3)
+        kept += own
+        caches = [g.input(f"{name}.{i}", "B", heads, st.window - 1, dim // heads) for name in ("keys", "values")]
+        keys, values = (g("Concat", cache, new, axis=2) for cache, new in zip(caches, own))
+        context, _ = g.attention(query, keys, values, mask, dim)
+        x = finish_layer(g, layer, x, g.dense(context, layer.self_attention.out))
+    g.output("target", g.dense(x, st.head.output), "B", "N", st.head.output.out_features)
+    if kept:
+        g.output("kept", g.stack(kept), len(kept), "B", heads, "N", dim // heads)
+    return g
+
+
+def finish_layer(g: Graph, layer: object, x: str, attended: str) -> str:
+    """Residual and norm behind self-attention, then the feed-forward network with its own (post-norm)."""
+    return feed_forward(g, layer, g.norm(g("Add", x, attended), layer.self_norm))
+
+
+def feed_forward(g: Graph, layer: object, x: str) -> str:
+    """The feed-forward network of a post-norm layer with its residual and norm."""
+    h = g("Relu", g.dense(x, layer.ffn.inner))
+    return g.norm(g("Add", x, g.dense(h, layer.ffn.outer)), layer.ffn_norm)
+
+
+def scaled(weight: object, bias: object, dim: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """A projection whose first ``dim`` outputs are queries, with these scaled for attention (float64)."""
+    weight, bias = as_array(weight).astype(np.float64), as_array(bias).astype(np.float64)
+    weight[:dim] *= (dim // heads) ** -0.5
+    bias[:dim] *= (dim // heads) ** -0.5
+    return weight, bias

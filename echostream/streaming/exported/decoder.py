@@ -1,0 +1,107 @@
+"""A sentence in the making with an exported decoder (MT or units): its keys and values, and what may see which."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echostream.errors import EchoStreamError
+from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pad, pick
+
+
+class ExportedDecoder(Rows):
+    """A decoder for ``rows`` streams.
+
+    Args:
+        graph, memory_graph: of its step, and of the projection of encoder frames.
+        layers, dim: its size.
+        positions, frames: places in its buffers.
+        limit: the configuration key that sets ``positions``, for errors.
+    """
+
+    def __init__(
+        self, model: ExportedModel, graph: str, memory_graph: str, layers: int, dim: int, positions: int, frames: int,
+        limit: str, rows: int,
+    ):  # fmt: skip
+        self.model, self.graph, self.memory_graph, self.limit = model, graph, memory_graph, limit
+        self.own = np.zeros((2 * layers, rows, positions, dim), dtype=np.float32)
+        # Place 0 stays zero: who sees no frame at all attends that one.
+        self.memory = np.zeros((2 * layers, rows, 1 + frames, dim), dtype=np.float32)
+        self.positions, self.frames = (np.zeros(rows, dtype=np.int64) for _ in range(2))
+        self.arrays = {
+            "own": (self.own, 1),
+            "memory": (self.memory, 1),
+            "positions": (self.positions, 0),
+            "frames": (self.frames, 0),
+        }
+
+    def restart(self, rows: list[int]) -> None:
+        """A new sentence; what stands in the buffers is overwritten as it grows."""
+        self.positions[rows] = self.frames[rows] = 0
+
+    def reset(self, row: int) -> None:
+        self.restart([row])
+
+    def extend(self, rows: list[int], frames: list[np.ndarray]) -> None:
+        """Encoder frames [N, width] of each row, to be seen from now on.
+
+        Raises:
+            EchoStreamError: a sentence outgrows its buffers.
+        """
+        padded, lengths = pad(frames)
+        self._check_room(self.frames[rows] + lengths, self.memory.shape[2] - 1, "encoder frames", "max_sentence_frames")
+        new = self.model.run(self.memory_graph, {"frames": padded})["memory"]
+        for i, (row, count) in enumerate(zip(rows, lengths)):
+            at = 1 + self.frames[row]
+            self.memory[:, row, at : at + count] = new[:, i, :count]
+        self.frames[rows] += lengths
+
+    def step(self, rows: list[int], given: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """The next positions: ``given`` [B, ...] makes N of them, of which each row takes its ``lengths`` [B].
+
+        Raises:
+            EchoStreamError: a sentence outgrows its buffers.
+        """
+        places, before, seen = self.own.shape[2], self.positions[rows], self.frames[rows]
+        self._check_room(before + lengths, places, "positions", self.limit)
+        used, new = int(before.max()), np.arange(int(lengths.max()))
+        past = np.arange(used) < before[:, None, None]
+        past = np.broadcast_to(past, (len(rows), len(new), used))
+        causal = np.broadcast_to(new <= new[:, None], (len(rows), len(new), len(new)))
+        frames = np.arange(int(seen.max()) + 1)
+        visible = np.where(seen[:, None], (frames > 0) & (frames <= seen[:, None]), frames == 0)
+        out = self.model.run(
+            self.graph,
+            {
+                **given,
+                "positions": np.minimum(before[:, None] + new, places - 1),
+                "mask": additive(np.concatenate([past, causal], axis=2))[:, None],
+                "memory_mask": additive(visible)[:, None, None],
+                **layers(("keys", "values"), pick(self.own, rows, used)),
+                **layers(("memory_keys", "memory_values"), pick(self.memory, rows, len(frames))),
+            },
+        )
+        for i, (row, at, count) in enumerate(zip(rows, before, lengths)):
+            self.own[:, row, at : at + count] = out["kept"][:, i, :count]
+        self.positions[rows] += lengths
+        return out
+
+    def snapshot(self, row: int) -> dict[str, np.ndarray]:
+        """The row's arrays, of the buffers only what is in use."""
+        arrays = {name: self.row(name, row) for name in self.arrays}
+        arrays["own"] = arrays["own"][:, :, : self.positions[row]]
+        arrays["memory"] = arrays["memory"][:, :, : 1 + self.frames[row]]
+        return {name: array.copy() for name, array in arrays.items()}
+
+    def restore(self, row: int, arrays: dict[str, np.ndarray]) -> None:
+        positions, frames = int(arrays["positions"][0]), int(arrays["frames"][0])
+        self.row("own", row)[:, :, :positions] = arrays["own"]
+        self.row("memory", row)[:, :, : 1 + frames] = arrays["memory"]
+        self.positions[row], self.frames[row] = positions, frames
+
+    @staticmethod
+    def _check_room(wanted: np.ndarray, places: int, what: str, limit: str) -> None:
+        if wanted.max() > places:
+            raise EchoStreamError(
+                f"a sentence of {wanted.max()} {what} does not fit the {places} of its buffers; "
+                f"end the sentence earlier or raise {limit}"
+            )

@@ -1,0 +1,191 @@
+"""Features to encoder frames and CTC symbols, with the exported encoder and heads.
+
+Letters: B streams, G segments, S frames (40 ms) in a segment, R frames of right context, W = S + R, L frames of left
+context, M summaries, H heads, d width of a head, Q queries.
+
+Keys and values of the past lie in rings: frame f in place ``f % L``, segment j's summary in place ``j % M``. Attention
+does not mind the order of its keys, so nothing is ever moved; the masks know what stands where.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echostream.config import EchoStreamConfig
+from echostream.constants import SUBSAMPLING
+from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pick
+from echostream.streaming.stages import Heard, Listen
+
+CONTEXT = SUBSAMPLING - 1  # feature frames before an encoder frame that the subsampler sees
+MAX_SEGMENTS = 8  # computed at once when so many have arrived; the weights are then read once for all of them
+
+
+class ExportedHearing(Rows):
+    """Subsampler, encoder and both CTC heads for ``rows`` streams."""
+
+    def __init__(self, config: EchoStreamConfig, model: ExportedModel, rows: int):
+        self.config, self.model = config, model
+        self.right, self.window = config.right_context_length, config.st_left_context - 1
+        bins = config.input_feat_per_channel * config.input_channels
+        dim, heads, st_heads = config.encoder_embed_dim, config.encoder_attention_heads, config.st_decoder_heads
+        places = config.memory_size + config.left_context_length
+        waiting = CONTEXT + SUBSAMPLING * (config.segment_length + self.right)
+
+        def zeros(*shape: int, dtype: type = np.float32) -> np.ndarray:
+            return np.zeros(shape, dtype=dtype)
+
+        self.features = zeros(rows, waiting, bins)  # CONTEXT frames that were used, then those that wait
+        self.waiting, self.segments, self.frames = (zeros(rows, dtype=np.int64) for _ in range(3))
+        self.ring = zeros(2 * config.encoder_layers, rows, heads, places, dim // heads)
+        self.st_ring = zeros(2 * config.st_decoder_layers, rows, st_heads, self.window, dim // st_heads)
+        self.arrays = {
+            "features": (self.features, 0),
+            "waiting": (self.waiting, 0),
+            "segments": (self.segments, 0),
+            "frames": (self.frames, 0),
+            "ring": (self.ring, 1),
+            "st_ring": (self.st_ring, 1),
+        }
+
+    def listen(self, rows: list[int], requests: list[Listen]) -> list[Heard]:
+        """Answers ``Listen`` requests of different rows."""
+        segment = self.config.segment_length
+        held: dict[int, np.ndarray] = {}  # by row: context and features not encoded yet
+        ready: dict[int, int] = {}  # by row: segments that can be computed
+        for row, request in zip(rows, requests):
+            held[row] = np.concatenate([self.features[row, : CONTEXT + self.waiting[row]], request.features])
+            waiting = len(held[row]) - CONTEXT
+            if request.finished:
+                ready[row] = -(-waiting // (SUBSAMPLING * segment))
+            else:
+                ready[row] = max(0, waiting // SUBSAMPLING - self.right) // segment
+        found: dict[int, list[Heard]] = {row: [] for row in rows}
+        while any(ready.values()):
+            due = [row for row in rows if ready[row]]
+            count = min(MAX_SEGMENTS, *(ready[row] for row in due))
+            for row, heard in zip(due, self._encode(due, held, count)):
+                found[row].append(heard)
+                held[row] = held[row][SUBSAMPLING * segment * count :]
+                ready[row] -= count
+        for row, request in zip(rows, requests):
+            if request.finished:
+                self.reset(row)
+            else:
+                self.features[row, : len(held[row])] = held[row]
+                self.waiting[row] = len(held[row]) - CONTEXT
+        return [self._join(found[row]) for row in rows]
+
+    def _join(self, parts: list[Heard]) -> Heard:
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            none = np.zeros(0, dtype=np.int64)
+            return Heard(np.zeros((0, self.config.encoder_embed_dim), dtype=np.float32), none, none)
+        return Heard(*(np.concatenate(part) for part in zip(*parts)))
+
+    def _encode(self, rows: list[int], held: dict[int, np.ndarray], count: int) -> list[Heard]:
+        """The next ``count`` segments of each row."""
+        segment = self.config.segment_length
+        size = count * segment + self.right
+        features = np.zeros((len(rows), CONTEXT + SUBSAMPLING * size, self.features.shape[2]), dtype=np.float32)
+        for window, row in zip(features, rows):
+            part = held[row][: len(window)]
+            window[: len(part)] = part
+        valid = np.array([min(len(held[row]) - CONTEXT, SUBSAMPLING * size) for row in rows])
+        before = self.segments[rows]
+        feeds = {
+            "features": features,
+            "inside": inside(valid, before == 0, 2 * size + 1),
+            "mask": self._mask(before, -(-valid // SUBSAMPLING), count),
+            **layers(("keys", "values"), pick(self.ring, rows)),
+        }
+        if self.right:
+            own = np.arange(count)[:, None] * segment + np.arange(segment + self.right)
+            feeds["places"] = own.reshape(-1)
+        out = self.model.run("encoder", feeds)
+        memory, left, new = self.config.memory_size, self.config.left_context_length, count * segment
+        for i, row in enumerate(rows):
+            ring, kept, age = self.ring[:, row], out["kept"][:, i], int(self.segments[row])
+            write_ring(ring[:, :, :memory], kept[:, :, new:], age)
+            write_ring(ring[:, :, memory : memory + left], kept[:, :, :new], age * segment)
+        self.segments[rows] += count
+        source, target = self._heads(rows, out["frames"])
+        counts = np.minimum(-(-valid // SUBSAMPLING), new)
+        return [Heard(out["frames"][i, :n], source[i, :n], target[i, :n]) for i, n in enumerate(counts)]
+
+    def _heads(self, rows: list[int], frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The best symbol of each frame [B, N] for the ASR and the ST CTC head."""
+        feeds = {"frames": frames}
+        if len(self.st_ring):
+            query = np.arange(frames.shape[1])
+            age = self.frames[rows]
+            place = ring_ages(age, self.window)
+            past = (place[:, None] >= query[:, None] - self.window) & (place >= -age[:, None])[:, None]
+            new = (query <= query[:, None]) & (query >= query[:, None] - self.window)
+            mask = np.concatenate([past, np.broadcast_to(new, (len(rows), *new.shape))], axis=2)
+            feeds |= {"mask": additive(mask)[:, None], **layers(("keys", "values"), pick(self.st_ring, rows))}
+        out = self.model.run("heads", feeds)
+        if len(self.st_ring):
+            for i, row in enumerate(rows):
+                write_ring(self.st_ring[:, row], out["kept"][:, i], int(self.frames[row]))
+        self.frames[rows] += frames.shape[1]
+        return out["source"].argmax(-1), out["target"].argmax(-1)
+
+    def _mask(self, before: np.ndarray, frames: np.ndarray, count: int) -> np.ndarray:
+        """Which keys the queries of ``count`` segments may attend: [B, 1, Q, M + L + G + G W], to be added to scores.
+
+        Args:
+            before: [B] segments of the stream before these.
+            frames: [B] encoder frames of the stream from these segments' first one on, as far as it has come.
+        """
+        segment, left, memory = self.config.segment_length, self.config.left_context_length, self.config.memory_size
+        index = np.arange(count).repeat(segment + self.right)  # segment of each query, and of each own key
+        offset = np.tile(np.arange(segment + self.right), count)
+        own = index * segment + offset  # frames, counted from the first of these segments
+        main = offset < segment
+        query = index[:, None]
+        sees = (own >= query * segment - left) & (index <= query) & main
+        sees |= (index == query) & ~main
+        itself = np.eye(len(own), dtype=bool)
+        past = ring_ages(before * segment, left)
+        parts = [
+            (past[:, None] >= query * segment - left) & (past >= -before[:, None] * segment)[:, None],
+            (sees & (own < frames[:, None, None])) | itself,
+        ]
+        if memory:
+            bank = ring_ages(before, memory)
+            parts.insert(0, (bank[:, None] >= query - memory) & (bank >= -before[:, None])[:, None])
+            fresh = (np.arange(count) < query) & (np.arange(count) >= query - memory)
+            parts.insert(2, np.broadcast_to(fresh, (len(before), *fresh.shape)))
+        return additive(np.concatenate(parts, axis=2))[:, None]
+
+
+def inside(valid: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
+    """1 for the first convolution's frames that belong to the stream: [B, size, 1, 1], the first of them being -1.
+
+    Args:
+        valid: [B] feature frames that there are. first: [B] does the stream begin with them?
+    """
+    time = np.arange(-1, size - 1)
+    within = (time < -(-valid[:, None] // 2)) & ~((time < 0) & first[:, None])
+    return within.astype(np.float32)[:, :, None, None]
+
+
+def ring_ages(count: np.ndarray, size: int) -> np.ndarray:
+    """What stands in each place of rings that ``count`` [B] items went through: [B, size], -1 for the newest item, -2
+    for the one before; below -count where there is none yet."""
+    if not size:
+        return np.zeros((len(count), 0), dtype=np.int64)
+    return -1 - (count[:, None] - 1 - np.arange(size)) % size
+
+
+def write_ring(ring: np.ndarray, new: np.ndarray, count: int) -> None:
+    """Put new items [n, H, N, d] into one stream's ring [n, H, size, d] that ``count`` items went through before."""
+    size = ring.shape[2]
+    if not size:
+        return
+    skipped = max(0, new.shape[2] - size)
+    at, new = (count + skipped) % size, new[:, :, skipped:]
+    head = min(new.shape[2], size - at)
+    ring[:, :, at : at + head] = new[:, :, :head]
+    ring[:, :, : new.shape[2] - head] = new[:, :, head:]

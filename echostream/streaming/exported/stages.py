@@ -1,0 +1,144 @@
+"""The exported model behind the streaming engine: rows of streams stepping together, without torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Sequence
+
+import numpy as np
+
+from echostream.streaming.exported.decoder import ExportedDecoder
+from echostream.streaming.exported.hearing import ExportedHearing
+from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, ExportedModel, Rows, pad
+from echostream.streaming.exported.voice import ExportedSpeaker
+from echostream.streaming.stages import (
+    Extend,
+    Heard,
+    Listen,
+    NewSentence,
+    ReadUnits,
+    Request,
+    Rewind,
+    Speak,
+    Write,
+    Written,
+)
+
+if TYPE_CHECKING:
+    from echostream.checkpoint import Bundle
+
+
+class ExportedStages:
+    """Answers the engine's requests for ``rows`` streams.
+
+    Args:
+        bundle: a loaded exported directory (its ``model`` is an ``ExportedModel``).
+        rows: how many streams.
+        speech: without, the unit decoder and the vocoder take no room and are never opened.
+    """
+
+    def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True):
+        config, model = bundle.config, bundle.model
+        assert isinstance(model, ExportedModel)
+        voice = bundle.vocoder if speech else None
+        model.check(TEXT_GRAPHS + (SPEECH_GRAPHS if speech else ()) + (VOICE_GRAPHS if voice is not None else ()))
+        self.rows = rows
+        self.hearing = ExportedHearing(config, model, rows)
+        frames = config.max_sentence_frames
+        self.mt = ExportedDecoder(
+            model, "mt", "mt_memory", config.mt_decoder_layers, config.mt_decoder_embed_dim, config.max_target_tokens,
+            frames, "max_target_tokens", rows,
+        )  # fmt: skip
+        self.parts: dict[str, Rows] = {"hearing": self.hearing, "mt": self.mt}
+        if speech:
+            self.ratio = config.ctc_upsample_ratio
+            limit = "max_target_tokens" if config.unit_decoder_input == "mt" else "max_sentence_frames"
+            self.units = ExportedDecoder(
+                model, "units", "unit_memory", config.unit_decoder_layers, config.unit_decoder_embed_dim,
+                getattr(config, limit) * self.ratio, frames, limit, rows,
+            )  # fmt: skip
+            self.parts["units"] = self.units
+        if voice is not None:
+            self.speaker = ExportedSpeaker(voice.config, model, rows)
+            self.parts["voice"] = self.speaker
+        self.decoders = [part for part in self.parts.values() if isinstance(part, ExportedDecoder)]
+
+    def run(self, requests: Sequence[tuple[int, Request]]) -> list[Any]:
+        """See ``Stages.run``."""
+        rows = [row for row, _ in requests]
+        values = [request for _, request in requests]
+        return self._ANSWERS[type(values[0])](self, rows, values)
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def _listen(self, rows: list[int], requests: list[Listen]) -> list[Heard]:
+        return self.hearing.listen(rows, requests)
+
+    def _new_sentence(self, rows: list[int], requests: list[NewSentence]) -> list[None]:
+        for decoder in self.decoders:
+            decoder.restart(rows)
+        return [None] * len(rows)
+
+    def _extend(self, rows: list[int], requests: list[Extend]) -> list[None]:
+        for decoder in self.decoders:
+            decoder.extend(rows, [r.frames for r in requests])
+        return [None] * len(rows)
+
+    def _write(self, rows: list[int], requests: list[Write]) -> list[Written]:
+        tokens = np.array([[r.token] for r in requests], dtype=np.int64)
+        out = self.mt.step(rows, {"tokens": tokens}, np.ones(len(rows), dtype=np.int64))
+        written = []
+        for i, (row, request) in enumerate(zip(rows, requests)):
+            looked = None
+            if request.attention_layer is not None:
+                looked = out["attention"][i, request.attention_layer, 0, 1 : 1 + self.mt.frames[row]]
+            written.append(Written(out["scores"][i, 0], out["hidden"][i, 0], looked))
+        return written
+
+    def _rewind(self, rows: list[int], requests: list[Rewind]) -> list[None]:
+        self.mt.positions[rows] = [r.positions for r in requests]
+        return [None] * len(rows)
+
+    def _read_units(self, rows: list[int], requests: list[ReadUnits]) -> list[np.ndarray]:
+        inputs, lengths = pad([r.inputs for r in requests])
+        out = self.units.step(rows, {"inputs": inputs}, lengths * self.ratio)
+        return [scores[:n].argmax(-1) for scores, n in zip(out["scores"], lengths * self.ratio)]
+
+    def _speak(self, rows: list[int], requests: list[Speak]) -> list[np.ndarray]:
+        return [self.speaker.speak(row, request.units, request.finished) for row, request in zip(rows, requests)]
+
+    _ANSWERS = {
+        Listen: _listen,
+        NewSentence: _new_sentence,
+        Extend: _extend,
+        Write: _write,
+        Rewind: _rewind,
+        ReadUnits: _read_units,
+        Speak: _speak,
+    }
+
+    # ---- rows --------------------------------------------------------------------------------------------------
+
+    def reset(self, row: int) -> None:
+        """A new stream in ``row``."""
+        for part in self.parts.values():
+            part.reset(row)
+
+    def snapshot(self, row: int) -> dict[str, np.ndarray]:
+        """The state of ``row`` as named arrays, copied."""
+        return {
+            f"{name}.{key}": array for name, part in self.parts.items() for key, array in part.snapshot(row).items()
+        }
+
+    def restore(self, row: int, arrays: dict[str, np.ndarray]) -> None:
+        """Put what ``snapshot`` gave into ``row``.
+
+        Raises:
+            KeyError, ValueError: the arrays are of another model.
+        """
+        for name, part in self.parts.items():
+            part.restore(row, {key: arrays[f"{name}.{key}"] for key in part.arrays})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows' states; they never change."""
+        return sum(part.nbytes for part in self.parts.values())
