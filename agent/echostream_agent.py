@@ -1,10 +1,15 @@
-"""SimulEval's speech-to-speech agent: a thin shell over the streaming session.
+"""SimulEval's agent, a thin shell over the streaming session: speech in; speech, text, both, or a transcript out.
 
 simuleval --agent agent/echostream_agent.py --source wavs.txt --target references.txt --output out \
-    --checkpoint-dir echostream/assets/es-en --chunk-ms 320 --quality-metrics BLEU ASR_BLEU \
+    --checkpoint-dir echostream/assets/es-en --policy ctc --chunk-ms 320 --quality-metrics BLEU ASR_BLEU \
     --latency-metrics StartOffset EndOffset AL LAAL --computation-aware
 
-To score a finished run again: simuleval --user-dir agent --score-only --output out --quality-metrics BLEU ...
+What comes out is chosen by ``--output-type``, or by the class, one for each of them:
+``--agent-class agent.echostream_agent.EchoStreamTextAgent`` in place of ``--agent``.
+
+With ``--output-type both`` the text's own latencies are AL_TEXT, LAAL_TEXT and StartOffset_TEXT; SimulEval knows these
+only with ``--user-dir agent``. To score a finished run again:
+simuleval --user-dir agent --score-only --output out --quality-metrics BLEU ...
 """
 
 from __future__ import annotations
@@ -12,40 +17,47 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from simuleval.agents import SpeechToSpeechAgent
+from simuleval.agents import GenericAgent
 from simuleval.agents.actions import Action, ReadAction, WriteAction
 from simuleval.agents.states import AgentStates
-from simuleval.data.segments import EmptySegment, Segment, SpeechSegment
+from simuleval.data.segments import EmptySegment, Segment, SpeechSegment, TextSegment
 from simuleval.utils import entrypoint
 
 from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle
 from echostream.errors import EchoStreamError
 from echostream.evaluation.simul import register
-from echostream.streaming.events import SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
-from echostream.streaming.policy import make_policy
+from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
+from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options
 from echostream.streaming.session import StreamingSession
-from echostream.text import WORD_START
+from echostream.text import WORD_START, Vocabulary
 
 register()
 
-KNOBS = {
-    "lagging_k1": "target CTC subwords that the text stays behind",
-    "stride_n1": "source and target CTC subwords from one writing of text to the next",
-    "lagging_k2": "subwords that the speech stays behind the text",
-    "stride_n2": "subwords from one writing of speech to the next",
+# What each kind of output needs of the session; the rest of the chain is not run.
+OUTPUTS = {
+    "speech": {"speech": True},
+    "text": {"speech": False},
+    "source": {"speech": False, "text": False},
+    "both": {"speech": True},
 }
-CHUNK_MS = 320
 SEGMENT_MS = 40  # SimulEval's own default hands out single milliseconds
+
+
+def spelled(vocabulary: Vocabulary, tokens: tuple[int, ...]) -> list[str]:
+    """Subwords as text; a leading space starts a word."""
+    return [vocabulary[token].replace(WORD_START, " ") for token in tokens]
 
 
 class SessionStates(AgentStates):
     """A stream's memory: its session, and of the source only what was pushed last."""
 
-    def __init__(self, bundle: Bundle, options: dict) -> None:
-        self.session = StreamingSession(bundle, **options)
+    def __init__(self, bundle: Bundle, output: str, options: dict[str, Any]) -> None:
+        self.bundle, self.output = bundle, output
+        self.session = StreamingSession(bundle, **OUTPUTS[output], **options)
         super().__init__()
 
     def reset(self) -> None:
@@ -64,107 +76,121 @@ class SessionStates(AgentStates):
             self.pushed = self.pushed.mean(axis=1)
         self.source_sample_rate = getattr(segment, "sample_rate", self.source_sample_rate)
 
-    def say(self, count: int | None) -> list[str]:
-        """The subwords that now have a sound: up to ``count`` of the sentence, or all. A space starts a word."""
+    def update_target(self, segment: Segment) -> None:
+        self.target_finished = segment.finished
+
+    def events(self) -> list[Event]:
+        """Hand the session what was pushed. The one call that sees the source's end flushes it all."""
+        events = []
+        if len(self.pushed):
+            events += self.session.push(self.pushed, self.source_sample_rate)
+            self.pushed = np.zeros(0, dtype=np.float32)
+        if self.source_finished:
+            events += self.session.finish()
+        return events
+
+    def pieces(self, events: list[Event]) -> tuple[list[str], list[str]]:
+        """The text that these events give out, and that they write; without speech these are the same."""
+        out, written = [], []
+        for event in events:
+            if isinstance(event, SourceText):
+                self.heard[event.sentence] = event.text
+                if self.output == "source":
+                    written += spelled(self.bundle.source_dict, event.tokens)
+            elif isinstance(event, TargetText):
+                new = spelled(self.bundle.target_dict, event.tokens)
+                written += new
+                self.unsaid += new
+            elif isinstance(event, TargetUnits):
+                # Read from MT states, the speech may stay some subwords behind the text.
+                out += self._say(event.inputs if self.bundle.config.unit_decoder_input == "mt" else None)
+            elif isinstance(event, SentenceEnd):
+                self.heard[event.sentence] = event.source_text
+                out += [*self._say(None), " "]
+                written.append(" ")
+                self.said = 0
+        return (out if OUTPUTS[self.output]["speech"] else written), written
+
+    def _say(self, count: int | None) -> list[str]:
+        """The subwords that now have a sound: up to ``count`` of the sentence, or all."""
         now = len(self.unsaid) if count is None else max(0, count - self.said)
         pieces, self.unsaid = self.unsaid[:now], self.unsaid[now:]
         self.said += len(pieces)
         return pieces
 
-    def update_target(self, segment: Segment) -> None:
-        self.target_finished = segment.finished
 
+class SessionAgent(GenericAgent):
+    """What all agents share; ``output`` is one of ``OUTPUTS``."""
 
-@entrypoint
-class EchoStreamAgent(SpeechToSpeechAgent):
-    """Speech in, speech out; the text of each piece of speech rides in the segment's ``config``."""
+    source_type = "speech"
+    output = ""
 
     def __init__(self, args: Namespace) -> None:
         if args.threads < 1:
             raise EchoStreamError(f"--threads is {args.threads}; it must be at least 1")
         torch.set_num_threads(args.threads)
+        self.output = self.output or args.output_type
+        self.target_type = "speech" if OUTPUTS[self.output]["speech"] else "text"
         self.bundle = load_bundle(args.checkpoint_dir, args.device)
-        if self.bundle.vocoder is None:
-            raise EchoStreamError(f"checkpoint directory {args.checkpoint_dir} has no vocoder; this agent speaks")
-        asked = {name: getattr(args, name) for name in (*KNOBS, "chunk_ms", "segmenter")}
-        chosen = {**self.bundle.policy, **{name: value for name, value in asked.items() if value is not None}}
-        policy = make_policy("ctc", **{knob: chosen[knob] for knob in KNOBS if knob in chosen})
-        self.options = {
-            "policy": policy,
-            "chunk_ms": chosen.get("chunk_ms", CHUNK_MS),
-            "segmenter": chosen.get("segmenter", "punctuation"),
-        }
+        if self.bundle.vocoder is None and self.target_type == "speech":
+            raise EchoStreamError(
+                f"checkpoint directory {args.checkpoint_dir} has no vocoder, so that it cannot speak; "
+                "take --output-type text or source"
+            )
+        self.options = session_options(args, self.bundle)
         super().__init__(args)
 
     def build_states(self) -> SessionStates:
-        return SessionStates(self.bundle, self.options)
+        return SessionStates(self.bundle, self.output, self.options)
 
     def policy(self, states: SessionStates | None = None) -> Action:
-        """Hand the session what was pushed, and on what it says. The one call that sees the end flushes it all."""
+        """Text rides in the segment's ``config``: ``pieces`` of what this segment says, ``written`` ahead of it."""
         states = self.states if states is None else states
-        events = []
         try:
-            if len(states.pushed):
-                events += states.session.push(states.pushed, states.source_sample_rate)
-                states.pushed = np.zeros(0, dtype=np.float32)
-            if states.source_finished:
-                events += states.session.finish()
+            events = states.events()
         except EchoStreamError as error:
             sys.exit(f"error: {error}")
-        pieces, samples, rate = [], [], 0
-        for event in events:
-            if isinstance(event, TargetText):
-                states.unsaid += [self.bundle.target_dict[token].replace(WORD_START, " ") for token in event.tokens]
-            elif isinstance(event, TargetUnits):
-                # Read from MT states, the speech may stay some subwords behind the text.
-                pieces += states.say(event.inputs if self.bundle.config.unit_decoder_input == "mt" else None)
-            elif isinstance(event, Waveform):
-                samples.append(event.samples)
-                rate = event.sample_rate
-            elif isinstance(event, SourceText):
-                states.heard[event.sentence] = event.text
-            elif isinstance(event, SentenceEnd):
-                states.heard[event.sentence] = event.source_text
-                pieces += [*states.say(None), " "]
-                states.said = 0
+        if not events and not states.source_finished:
+            return ReadAction()
+        pieces, written = states.pieces(events)
         config = {"pieces": pieces, "source_text": " ".join(text for text in states.heard.values() if text)}
-        if samples and sum(map(len, samples)):
-            # tgt_lang must be said: SimulEval's default for it is no value that JSON knows.
-            segment: Segment = SpeechSegment(
-                content=np.concatenate(samples),
-                sample_rate=rate,
-                finished=states.source_finished,
-                tgt_lang=states.tgt_lang,
-                config=config,
-            )
-        elif pieces or states.source_finished:
-            segment = EmptySegment(finished=states.source_finished, config=config)
+        if self.output == "both":
+            config["written"] = written
+        # tgt_lang must be said: SimulEval's default for it is no value that JSON knows.
+        common = dict(finished=states.source_finished, tgt_lang=states.tgt_lang, config=config)
+        waves = [event for event in events if isinstance(event, Waveform)]
+        if waves:
+            samples = np.concatenate([wave.samples for wave in waves])
+            segment: Segment = SpeechSegment(content=samples, sample_rate=waves[-1].sample_rate, **common)
+        elif self.target_type == "text" and (pieces or states.source_finished):
+            segment = TextSegment(content="".join(pieces), **common)
+        elif pieces or written or states.source_finished:
+            segment = EmptySegment(**common)
         else:
             return ReadAction()
         states.update_target(segment)
         return WriteAction(segment, finished=segment.finished)
 
-    @staticmethod
-    def add_args(parser: ArgumentParser) -> None:
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
         parser.add_argument(
             "--checkpoint-dir", type=Path, default=DEFAULT_BUNDLE, help="made by scripts/export_checkpoint.py"
         )
-        for knob, text in KNOBS.items():
-            parser.add_argument(f"--{knob.replace('_', '-')}", type=int, help=f"{text} (default: the checkpoint's)")
-        parser.add_argument(
-            "--chunk-ms", type=int, help=f"source audio from one decision to the next (default: {CHUNK_MS})"
-        )
-        parser.add_argument(
-            "--segmenter",
-            choices=("punctuation", "none"),
-            help="where sentences end: at the model's punctuation (default), or with the recording only",
-        )
+        if not cls.output:
+            parser.add_argument(
+                "--output-type",
+                choices=tuple(OUTPUTS),
+                default="speech",
+                help="translated speech (default), text, the source's own text, or speech and text, each timed",
+            )
+        add_policy_arguments(parser)
+        add_segmenter_arguments(parser)
         # Steps this small leave a second thread nothing but waiting; on a busy machine two were 20 times slower.
         parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: 1)")
         parser.set_defaults(source_segment_size=SEGMENT_MS)
 
     @classmethod
-    def from_args(cls, args: Namespace) -> EchoStreamAgent:
+    def from_args(cls, args: Namespace) -> SessionAgent:
         try:
             return cls(args)
         except EchoStreamError as error:
@@ -176,3 +202,32 @@ class EchoStreamAgent(SpeechToSpeechAgent):
         if fp16:
             self.bundle.model.half()
             self.states = self.build_states()
+
+
+@entrypoint
+class EchoStreamAgent(SessionAgent):
+    """Speech to whatever ``--output-type`` says: speech, if it says nothing."""
+
+
+class EchoStreamSpeechAgent(SessionAgent):
+    """Speech to speech."""
+
+    output = "speech"
+
+
+class EchoStreamTextAgent(SessionAgent):
+    """Speech to text."""
+
+    output = "text"
+
+
+class EchoStreamSourceAgent(SessionAgent):
+    """Streaming speech recognition: speech to its own text."""
+
+    output = "source"
+
+
+class EchoStreamBothAgent(SessionAgent):
+    """Speech to speech and to text, each with its own latency."""
+
+    output = "both"

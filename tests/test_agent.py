@@ -18,8 +18,11 @@ pytest.importorskip("simuleval")
 from simuleval.data.segments import SpeechSegment  # noqa: E402
 from simuleval.utils.agent import EVALUATION_SYSTEM_LIST  # noqa: E402
 
+from agent import echostream_agent as agents  # noqa: E402
 from agent.echostream_agent import EchoStreamAgent  # noqa: E402
 from echostream.audio.io import read_audio, write_audio  # noqa: E402
+from echostream.checkpoint import load_bundle, save_bundle  # noqa: E402
+from echostream.streaming import SentenceEnd, SourceText, StreamingSession, TargetText  # noqa: E402
 
 EVALUATION_SYSTEM_LIST.clear()  # importing the agent announced it to SimulEval
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,11 +35,11 @@ def speech(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
     return (noise * (1 + np.sin(2 * np.pi * 4 * time))).astype(np.float32)
 
 
-def make_agent(bundle: Path, *options: str) -> EchoStreamAgent:
+def make_agent(bundle: Path, *options: str, kind: type = EchoStreamAgent) -> agents.SessionAgent:
     parser = ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    EchoStreamAgent.add_args(parser)
-    return EchoStreamAgent.from_args(parser.parse_args(["--checkpoint-dir", str(bundle), *options]))
+    kind.add_args(parser)
+    return kind.from_args(parser.parse_args(["--checkpoint-dir", str(bundle), *options]))
 
 
 def translate(agent: EchoStreamAgent, samples: np.ndarray, rate: int, segment_ms: int) -> list:
@@ -53,7 +56,7 @@ def translate(agent: EchoStreamAgent, samples: np.ndarray, rate: int, segment_ms
 
 
 def summary(segments: list) -> tuple[str, np.ndarray]:
-    samples = [np.asarray(s.content, dtype=np.float32) for s in segments if not s.is_empty]
+    samples = [np.asarray(s.content, dtype=np.float32) for s in segments if s.data_type == "speech"]
     text = "".join(piece for s in segments for piece in s.config.get("pieces", []))
     return text, np.concatenate([np.zeros(0, np.float32), *samples])
 
@@ -103,12 +106,109 @@ def test_segments_can_be_sent_over_the_wire(agent: EchoStreamAgent) -> None:
 
 
 def test_knobs_come_from_checkpoint_and_command_line(tiny_bundle: Path) -> None:
-    assert make_agent(tiny_bundle).options["chunk_ms"] == 320
-    options = make_agent(
-        tiny_bundle, "--chunk-ms", "640", "--lagging-k1", "3", "--stride-n2", "2", "--segmenter", "none"
-    ).options
-    assert options["chunk_ms"] == 640 and options["segmenter"] == "none"
-    assert (options["policy"].lagging_k1, options["policy"].stride_n2) == (3, 2)
+    assert make_agent(tiny_bundle).states.session.settings.chunk_ms == 320
+    options = ["--chunk-ms", "640", "--lagging-k1", "3", "--stride-n2", "2", "--segmenter", "none"]
+    engine = make_agent(tiny_bundle, *options).states.session.engine
+    assert engine.settings.chunk_ms == 640 and engine.segmenter.name == "none"
+    assert (engine.policy.lagging_k1, engine.policy.stride_n2) == (3, 2)
+
+
+@pytest.mark.parametrize("policy", ["ctc", "wait-k", "local-agreement", "alignatt", "sentence"])
+def test_every_policy(tiny_bundle: Path, policy: str) -> None:
+    """What the agent gives out is what the session writes, whatever the policy."""
+    samples = speech(1.3, 16000)
+    text, _ = summary(translate(make_agent(tiny_bundle, "--policy", policy), samples, 16000, 40))
+    session = StreamingSession(load_bundle(tiny_bundle), policy=policy)
+    events = session.push(samples) + session.finish()
+    assert text.split() == " ".join(e.text for e in events if isinstance(e, SentenceEnd)).split()
+
+
+@pytest.mark.parametrize(
+    ("kind", "output"),
+    [
+        (agents.EchoStreamSpeechAgent, "speech"),
+        (agents.EchoStreamTextAgent, "text"),
+        (agents.EchoStreamSourceAgent, "source"),
+        (agents.EchoStreamBothAgent, "both"),
+    ],
+)
+def test_agents_of_all_kinds(tiny_bundle: Path, kind: type, output: str) -> None:
+    samples = speech(1.5, 16000)
+    segments = translate(make_agent(tiny_bundle, kind=kind), samples, 16000, 320)
+    same = translate(make_agent(tiny_bundle, "--output-type", output), samples, 16000, 320)
+    text, sound = summary(segments)
+    assert text == summary(same)[0] and text.strip()
+    assert (len(sound) > 0) == (output in ("speech", "both"))
+    session = StreamingSession(load_bundle(tiny_bundle))
+    events = session.push(samples) + session.finish()
+    ends = [e for e in events if isinstance(e, SentenceEnd)]
+    expected = " ".join(e.source_text if output == "source" else e.text for e in ends)
+    assert text.split() == expected.split()
+    ahead = [segment.config.get("written", []) for segment in segments]
+    if output == "both":
+        # Text is out with the decision that writes it, speech or no speech.
+        assert "".join(sum(ahead, [])).split() == text.split()
+        first = next(e.source_time_s for e in events if isinstance(e, TargetText))
+        assert next(i for i, pieces in enumerate(ahead) if pieces) == max(0, int(np.ceil(first / 0.32)) - 1)
+    else:
+        assert not any(ahead)
+
+
+def asked(session: StreamingSession, monkeypatch: pytest.MonkeyPatch, samples: np.ndarray) -> set[str]:
+    """Which kinds of work the session has its model do."""
+    kinds: set[str] = set()
+    run = session._stages.run
+
+    def watched(requests: list) -> list:
+        kinds.update(type(request).__name__ for _, request in requests)
+        return run(requests)
+
+    monkeypatch.setattr(session._stages, "run", watched)
+    session.push(samples)
+    session.finish()
+    return kinds
+
+
+@pytest.mark.parametrize(
+    ("output", "spared"),
+    [
+        ("both", set()),
+        ("text", {"ReadUnits", "Speak"}),
+        ("source", {"ReadUnits", "Speak", "Extend", "Write", "Rewind"}),
+    ],
+)
+def test_what_is_not_wanted_is_not_computed(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, output: str, spared: set[str]
+) -> None:
+    session = StreamingSession(load_bundle(tiny_bundle), **agents.OUTPUTS[output])
+    kinds = asked(session, monkeypatch, speech(1.5, 16000))
+    every = {"Listen", "NewSentence", "Extend", "Write", "ReadUnits", "Speak"}
+    assert kinds - {"Rewind"} == every - spared and (spared or session.nbytes > 0)
+    if output == "text":
+        assert session.nbytes < StreamingSession(load_bundle(tiny_bundle)).nbytes
+
+
+def test_a_transcript_does_not_wait_for_the_translation(tiny_bundle: Path) -> None:
+    """The same source text, never later than beside a translation."""
+    bundle, samples = load_bundle(tiny_bundle), speech(2.0, 16000, seed=3)
+    times = []
+    for wanted in ({}, {"speech": False, "text": False}):
+        session = StreamingSession(bundle, segmenter="none", **wanted)
+        events = session.push(samples) + session.finish()
+        told = [(token, e.source_time_s) for e in events if isinstance(e, SourceText) for token in e.tokens]
+        times.append(told)
+        if wanted:
+            assert not any(isinstance(e, TargetText) for e in events)
+    assert [token for token, _ in times[0]] == [token for token, _ in times[1]] and times[0]
+    assert all(alone <= beside for (_, beside), (_, alone) in zip(*times))
+
+
+def test_a_model_without_a_voice_still_writes(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(tiny_bundle)
+    mute = save_bundle(tmp_path / "mute", bundle.model.state_dict(), bundle.config, tiny_data)
+    with pytest.raises(SystemExit, match="no vocoder.*--output-type text"):
+        make_agent(mute)
+    assert summary(translate(make_agent(mute, "--output-type", "text"), speech(1.0, 16000), 16000, 320))[0].strip()
 
 
 @pytest.mark.parametrize(
@@ -116,6 +216,8 @@ def test_knobs_come_from_checkpoint_and_command_line(tiny_bundle: Path) -> None:
     [
         pytest.param(["--checkpoint-dir", "/no/such"], "/no/such does not exist", id="no-checkpoint"),
         pytest.param(["--stride-n1", "0"], "stride_n1 is 0", id="bad-knob"),
+        pytest.param(["--policy", "wait-k", "--stride-n1", "2"], "--stride-n1 is no knob", id="another-policys-knob"),
+        pytest.param(["--segmenter", "breath"], "breath", id="bad-segmenter"),
         pytest.param(["--threads", "0"], "--threads is 0", id="no-thread"),
         pytest.param(["--chunk-ms", "-5"], "chunk_ms", id="bad-chunk"),
         pytest.param(["--device", "abacus"], "abacus", id="bad-device"),
@@ -137,16 +239,64 @@ def simuleval(*arguments: object) -> subprocess.CompletedProcess:
     )
 
 
+def two_recordings(folder: Path) -> list[object]:
+    write_audio(folder / "a.wav", speech(1.3, 8000), 8000)
+    write_audio(folder / "b.flac", speech(0.9, 44100), 44100)
+    (folder / "source.txt").write_text(f"{folder / 'a.wav'}\n{folder / 'b.flac'}\n")
+    (folder / "target.txt").write_text("The house is big.\nHello, my friend.\n")
+    return ["--source", folder / "source.txt", "--target", folder / "target.txt"]
+
+
+@pytest.mark.parametrize(
+    ("output", "chosen", "quality"),
+    [
+        pytest.param("text", ["--output-type", "text", "--policy", "alignatt"], "BLEU", id="text"),
+        pytest.param("source", ["--agent-class", "agent.echostream_agent.EchoStreamSourceAgent"], "WER", id="source"),
+        pytest.param("both", ["--output-type", "both", "--user-dir", "agent"], "BLEU", id="both"),
+    ],
+)
+def test_other_outputs_through_simuleval(
+    tiny_bundle: Path, tmp_path: Path, output: str, chosen: list[str], quality: str
+) -> None:
+    lists = two_recordings(tmp_path)
+    latencies = ["AL", "LAAL", "StartOffset", "EndOffset"]
+    if output == "both":
+        latencies += ["AL_TEXT", "LAAL_TEXT", "StartOffset_TEXT"]
+    agent = [] if "--agent-class" in chosen else ["--agent", "agent/echostream_agent.py"]
+    metrics = ["--quality-metrics", quality, "--latency-metrics", *latencies, "--computation-aware"]
+    out = tmp_path / "out"
+    done = simuleval(*agent, *chosen, "--checkpoint-dir", tiny_bundle, *lists, "--output", out, *metrics)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (out / "instances.log").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert [word["text"] for word in line["words"]] == line["text"].split() and line["words"]
+        if output == "both":
+            assert [word["text"] for word in line["written"]] == line["text"].split()
+            assert all(w["delay"] <= s["delay"] for w, s in zip(line["written"], line["words"]))
+            assert Path(line["prediction"]).exists()
+        else:
+            # SimulEval's own form of a text log, which other tools read.
+            assert line["prediction"] == line["text"] and len(line["delays"]) == len(line["elapsed"])
+            assert len(line["delays"]) == len(line["prediction"].split()) and not (out / "wavs").exists()
+        if output == "source":
+            assert line["prediction"].split() == line["source_text"].split()
+    scores = dict(zip(*(row.split("\t") for row in (out / "scores.tsv").read_text().splitlines()), strict=True))
+    assert set(scores) == {quality, *latencies, *(f"{name}_CA" for name in latencies)}
+    assert float(scores["StartOffset"]) <= 1300
+    again = ["--quality-metrics", quality, "--latency-metrics", latencies[-1]]
+    scored = simuleval("--user-dir", "agent", "--score-only", "--output", out, *again)
+    assert scored.returncode == 0, scored.stderr
+    assert [float(v) for v in scored.stdout.split()[-2:]] == [float(scores[n]) for n in (quality, latencies[-1])]
+
+
 def test_command_line_and_score_only(tiny_bundle: Path, tmp_path: Path) -> None:
-    write_audio(tmp_path / "a.wav", speech(1.3, 8000), 8000)
-    write_audio(tmp_path / "b.flac", speech(0.9, 44100), 44100)
-    (tmp_path / "source.txt").write_text(f"{tmp_path / 'a.wav'}\n{tmp_path / 'b.flac'}\n")
-    (tmp_path / "target.txt").write_text("The house is big.\nHello, my friend.\n")
+    lists = two_recordings(tmp_path)
     metrics = ["--quality-metrics", "BLEU", "--latency-metrics", "AL", "EndOffset"]
     out = tmp_path / "out"
     done = simuleval(
-        "--agent", "agent/echostream_agent.py", "--checkpoint-dir", tiny_bundle, "--source", tmp_path / "source.txt",
-        "--target", tmp_path / "target.txt", "--output", out, "--computation-aware", *metrics,
+        "--agent", "agent/echostream_agent.py", "--checkpoint-dir", tiny_bundle, *lists, "--output", out,
+        "--computation-aware", *metrics,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (out / "instances.log").read_text().splitlines()]

@@ -15,8 +15,15 @@ from typing import Any
 
 from echostream.errors import EchoStreamError, require
 
-QUALITY = ("BLEU", "ASR_BLEU", "ASR_WER")
+# By what the agent gives out (its --output-type).
+QUALITY = {
+    "speech": ("BLEU", "ASR_BLEU", "ASR_WER"),
+    "text": ("BLEU",),
+    "source": ("WER",),
+    "both": ("BLEU", "ASR_BLEU", "ASR_WER"),
+}
 LATENCY = ("StartOffset", "EndOffset", "AL", "LAAL")
+WRITTEN_LATENCY = ("StartOffset_TEXT", "AL_TEXT", "LAAL_TEXT")  # of the text that comes with speech: output "both"
 PLAIN_ONLY = ("RTF",)  # made of computing time alone
 
 
@@ -72,14 +79,16 @@ def simulate(
 
 def _join(output: Path, folders: Sequence[Path], starts: Sequence[int]) -> None:
     """Make the results of several processes look like those of one."""
-    (output / "wavs").mkdir(exist_ok=True)
     with (output / "instances.log").open("w", encoding="utf-8") as log:
         for folder, start in zip(folders, starts, strict=True):
             for line in read_log(folder):
                 line["index"] += start
-                wav = output / "wavs" / f"{line['index']}_pred.wav"
-                Path(line["prediction"]).replace(wav)
-                log.write(json.dumps({**line, "prediction": wav.as_posix()}) + "\n")
+                if "durations" in line:  # speech
+                    wav = output / "wavs" / f"{line['index']}_pred.wav"
+                    wav.parent.mkdir(exist_ok=True)
+                    Path(line["prediction"]).replace(wav)
+                    line["prediction"] = wav.as_posix()
+                log.write(json.dumps(line) + "\n")
             shutil.rmtree(folder)
 
 
@@ -98,10 +107,15 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
         raise EchoStreamError(f"{path} is damaged: {error}") from None
 
 
-def score(folder: str | Path, asr: str = "auto", quality: Sequence[str] = QUALITY) -> dict[str, float]:
+def latencies(output: str) -> tuple[str, ...]:
+    """The latencies that are measured of a kind of output."""
+    return LATENCY + (WRITTEN_LATENCY if output == "both" else ())
+
+
+def score(folder: str | Path, asr: str = "auto", output: str = "speech") -> dict[str, float]:
     """All figures of a finished run by the scorers of ``echostream.evaluation.simul``; also kept in ``scores.json``.
 
-    Latencies are in ms, computation-aware ones end in ``_CA``.
+    Latencies are in ms, computation-aware ones end in ``_CA``. ``output`` is what the agent gave out.
     """
     from simuleval.evaluator.instance import LogInstance
 
@@ -111,11 +125,11 @@ def score(folder: str | Path, asr: str = "auto", quality: Sequence[str] = QUALIT
     if not instances:
         raise EchoStreamError(f"{folder}/instances.log is empty: there is nothing to score")
     args = Namespace(asr=asr, no_use_ref_len=False, computation_aware=True)
-    figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in quality}
+    figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in QUALITY[output]}
     scorers = {scorer.name: scorer for scorer in simul.LATENCY_SCORERS}
-    for name in (*LATENCY, *PLAIN_ONLY):
+    for name in (*latencies(output), *PLAIN_ONLY):
         figures[name] = scorers[name].from_args(args)(instances)
-    for name in LATENCY:
+    for name in latencies(output):
         figures[f"{name}_CA"] = scorers[name](computation_aware=True)(instances)
     (Path(folder) / "scores.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures

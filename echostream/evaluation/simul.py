@@ -1,4 +1,4 @@
-"""SimulEval for speech output: instances, data loader and scorers that replace those of SimulEval 1.1.4.
+"""SimulEval for speech and text output: instances, data loaders and scorers that replace those of SimulEval 1.1.4.
 
 ``register()`` puts them into SimulEval's registries under the names users know (BLEU, ASR_BLEU, AL, LAAL, StartOffset,
 EndOffset, ...), so that ``simuleval --agent agent/echostream_agent.py`` gets them without further flags; for
@@ -15,7 +15,8 @@ entry can go when the defect it names is gone:
 * RTF is 1.0 by construction, Discontinuity* assert on logged instances → from what the log holds.
 
 Log lines (``instances.log``) gain ``text`` (what was said), ``source_text`` (what was heard), ``words`` (each with
-``text``, and ``delay`` and ``elapsed`` in ms of the ``segment`` of speech that brought its end) and ``compute`` (ms).
+``text``, and ``delay`` and ``elapsed`` in ms of the ``segment`` of speech that brought its end; of text output, of when
+it was written) and ``compute`` (ms). Where speech and text are both wanted, ``written`` has the words as text.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ require("simuleval", "simuleval")
 
 from simuleval.data.dataloader import DATALOADER_DICT  # noqa: E402  (after the check that it is there)
 from simuleval.data.dataloader.s2t_dataloader import SpeechToSpeechDataloader  # noqa: E402
-from simuleval.data.segments import Segment, SpeechSegment  # noqa: E402
+from simuleval.data.segments import Segment, SpeechSegment, TextSegment  # noqa: E402
 from simuleval.evaluator.instance import INSTANCE_TYPE_DICT, SpeechToSpeechInstance  # noqa: E402
 from simuleval.evaluator.scorers.latency_scorer import (  # noqa: E402
     LATENCY_SCORERS_DICT,
@@ -62,6 +63,37 @@ class SpeechDataloader(SpeechToSpeechDataloader):
             raise SystemExit(f"error: {error}") from None
 
 
+class TextDataloader(SpeechDataloader):
+    """The same for text output."""
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> TextDataloader:
+        loader = super().from_args(args)
+        args.target_type = "text"
+        return loader
+
+
+class Words:
+    """Words in the making, from pieces of text. A piece with a leading space starts a word, one with a trailing space
+    ends it."""
+
+    def __init__(self) -> None:
+        self.done: list[dict[str, Any]] = []
+        self.gap = False  # the text so far ended with a space
+
+    def add(self, pieces: list[str], **timing: float) -> None:
+        for piece in pieces:
+            for i, part in enumerate(piece.split()):
+                if i or self.gap or piece[0].isspace() or not self.done:
+                    self.done.append({"text": part, **timing})
+                else:
+                    word = self.done[-1]
+                    word["text"] += part
+                    if any(c.isalnum() for c in part):  # a full stop that follows later makes no sound
+                        word.update(timing)
+            self.gap = piece[-1:].isspace() or (self.gap and not piece)
+
+
 class SpeechInstance(SpeechToSpeechInstance):
     """One utterance: hands out its source and collects the speech and the words that come back."""
 
@@ -71,9 +103,9 @@ class SpeechInstance(SpeechToSpeechInstance):
         self.dataloader = dataloader
         self.reference = dataloader.get_target(index)
         self.tgt_lang = dataloader.get_tgt_lang(index)
-        self.words: list[dict[str, Any]] = []
+        self.out = Words()
+        self.ahead = Words()  # of an agent that also gives out text ahead of its speech
         self.waiting: list[str] = []
-        self.gap = False  # the text so far ended with a space
         self.source_text = ""
         self.recording: np.ndarray | None = None
 
@@ -109,12 +141,13 @@ class SpeechInstance(SpeechToSpeechInstance):
     def receive_prediction(self, segment: Segment) -> None:
         """Take one piece of output. Text comes in ``segment.config["pieces"]`` and is timed by the speech that follows.
 
-        A piece with a leading space starts a word. Text whose audio is not there yet waits for the next speech.
+        Text whose audio is not there yet waits for the next speech. Text that is written ahead of its speech, for
+        listeners who also read, comes in ``"written"`` as well, and counts there at once.
         """
-        self.compute_ms = 1000 * (time.time() - self.start_time)
-        self.finish_prediction = segment.finished
+        self._receive(segment)
         self.waiting += segment.config.get("pieces", [])
-        self.source_text = segment.config.get("source_text", self.source_text)
+        if "written" in segment.config:
+            self.ahead.add(segment.config["written"], **self._now())
         if isinstance(segment, SpeechSegment) and len(segment.content) > 0:
             if self.target_sample_rate < 0:
                 self.target_sample_rate = segment.sample_rate
@@ -126,20 +159,39 @@ class SpeechInstance(SpeechToSpeechInstance):
         if segment.finished:
             self._give_out_words()  # said in text only: no audio will come for them any more
 
-    def _give_out_words(self) -> None:
+    @property
+    def words(self) -> list[dict[str, Any]]:
+        return self.out.done
+
+    @property
+    def text(self) -> str:
+        return " ".join(word["text"] for word in self.words)
+
+    def _receive(self, segment: Segment) -> None:
+        self.compute_ms = 1000 * (time.time() - self.start_time)
+        self.finish_prediction = segment.finished
+        self.source_text = segment.config.get("source_text", self.source_text)
+
+    def _now(self) -> dict[str, float]:
         delay = self.len_sample_to_ms(self.step)
-        timing = {"delay": delay, "elapsed": delay + self.compute_ms, "segment": len(self.delays) - 1}
-        for piece in self.waiting:
-            for i, part in enumerate(piece.split()):
-                if i or self.gap or piece[0].isspace() or not self.words:
-                    self.words.append({"text": part, **timing})
-                else:
-                    word = self.words[-1]
-                    word["text"] += part
-                    if any(c.isalnum() for c in part):  # a full stop that follows later makes no sound
-                        word.update(timing)
-            self.gap = piece[-1:].isspace() or (self.gap and not piece)
+        return {"delay": delay, "elapsed": delay + self.compute_ms}
+
+    def _give_out_words(self) -> None:
+        self.out.add(self.waiting, **self._now(), segment=len(self.delays) - 1)
         self.waiting = []
+
+    def _summary(self) -> dict[str, Any]:
+        """What the log lines of all kinds of output have in common."""
+        return {
+            "index": self.index,
+            "text": self.text,
+            "source_text": self.source_text,
+            "words": self.words,
+            "compute": self.compute_ms,
+            "source_length": self.source_length,
+            "reference": self.reference,
+            "source": str(self.dataloader.get_source_audio_path(self.index)),
+        }
 
     def summarize(self) -> dict[str, Any]:
         """The log line; also writes the wav: silence where the listener waits, from the first piece of speech on."""
@@ -156,23 +208,35 @@ class SpeechInstance(SpeechToSpeechInstance):
         waveform = np.concatenate(pieces)
         write_audio(self.wav_path, waveform, rate)
         return {
-            "index": self.index,
+            **self._summary(),
+            **({"written": self.ahead.done} if self.ahead.done else {}),
             "prediction": self.wav_path.as_posix(),
-            "text": " ".join(word["text"] for word in self.words),
-            "source_text": self.source_text,
-            "words": self.words,
             "delays": self.delays,
             "elapsed": self.elapsed,
             "durations": self.durations,
             "intervals": self.intervals,
             "silences": self.silences,
-            "compute": self.compute_ms,
             "prediction_offset": self.intervals[0][0] if self.intervals else self.source_length,
             "prediction_length": 1000 * len(waveform) / rate,
-            "source_length": self.source_length,
-            "reference": self.reference,
-            "source": str(self.dataloader.get_source_audio_path(self.index)),
         }
+
+
+class TextInstance(SpeechInstance):
+    """One utterance whose translation, or transcript, is text. Its log line has a delay for each word of it."""
+
+    def receive_prediction(self, segment: Segment) -> None:
+        """Take one piece of output: the segment's ``config["pieces"]``, or, of an agent without, its words."""
+        self._receive(segment)
+        content = f"{segment.content} " if isinstance(segment, TextSegment) and segment.content else ""
+        self.out.add(segment.config.get("pieces", [content]), **self._now())
+        if segment.finished:
+            self.delays = [word["delay"] for word in self.words]
+            self.elapsed = [word["elapsed"] for word in self.words]
+
+    def summarize(self) -> dict[str, Any]:
+        """The log line: as SimulEval's own of text, with ``words``."""
+        timing = {"delays": self.delays, "elapsed": self.elapsed, "prediction_length": len(self.words)}
+        return {**self._summary(), "prediction": self.text, **timing}
 
 
 class TextBLEU(QualityScorer):
@@ -184,6 +248,14 @@ class TextBLEU(QualityScorer):
     @classmethod
     def from_args(cls, args: Namespace) -> TextBLEU:
         return cls()
+
+
+class TextWER(TextBLEU):
+    """Word error rate of a streaming transcript against the source's text, in percent."""
+
+    def __call__(self, instances: dict[int, Any]) -> float:
+        references = [instance.reference for instance in instances.values()]
+        return quality.word_error_rate([spoken_text(i) for i in instances.values()], references, numbers=False)
 
 
 class SpeechBLEU(QualityScorer):
@@ -307,6 +379,34 @@ class WordLAAL(WordAL):
     lagging = staticmethod(latency.length_adaptive_average_lagging)
 
 
+class WrittenScorer(WordScorer):
+    """For speech with text: figures of the words as they were written, ahead of their speech."""
+
+    def word_delays(self, instance: Any) -> list[float]:
+        return [word["elapsed" if self.computation_aware else "delay"] for word in getattr(instance, "written", [])]
+
+
+class WrittenAL(WrittenScorer, WordAL):
+    """AL per target word at its writing (ms)."""
+
+    name = "AL_TEXT"
+
+
+class WrittenLAAL(WrittenScorer, WordLAAL):
+    """LAAL per target word at its writing (ms)."""
+
+    name = "LAAL_TEXT"
+
+
+class WrittenStart(WrittenScorer):
+    """From the start of the source to the first word written (ms)."""
+
+    name = "StartOffset_TEXT"
+
+    def measure(self, instance: Any) -> float | None:
+        return next(iter(self.word_delays(instance)), None)
+
+
 class StartOffset(WordScorer):
     """From the start of the source to the first sound of the translation (ms)."""
 
@@ -369,8 +469,9 @@ class SilenceAverage(SilenceSum):
 
 LATENCY_SCORERS = (
     WordAL, WordLAAL, StartOffset, EndOffset, RealTimeFactor, SilenceSum, SilenceNumber, SilenceAverage,
+    WrittenAL, WrittenLAAL, WrittenStart,
 )  # fmt: skip
-QUALITY_SCORERS = {"BLEU": TextBLEU, "ASR_BLEU": SpeechBLEU, "ASR_WER": SpeechWER}
+QUALITY_SCORERS = {"BLEU": TextBLEU, "WER": TextWER, "ASR_BLEU": SpeechBLEU, "ASR_WER": SpeechWER}
 
 
 def register() -> None:
@@ -380,8 +481,8 @@ def register() -> None:
     version = _version("simuleval")
     if version != "1.1.4":
         logger.warning(f"simuleval {version}: EchoStream's scorers were made for 1.1.4 ({simuleval.__file__})")
-    DATALOADER_DICT["speech-to-speech"] = SpeechDataloader
-    INSTANCE_TYPE_DICT["speech-speech"] = SpeechInstance
+    DATALOADER_DICT.update({"speech-to-speech": SpeechDataloader, "speech-to-text": TextDataloader})
+    INSTANCE_TYPE_DICT.update({"speech-speech": SpeechInstance, "speech-text": TextInstance})
     QUALITY_SCORERS_DICT.update(QUALITY_SCORERS)
     for scorer in LATENCY_SCORERS:
         LATENCY_SCORERS_DICT[scorer.name] = scorer
@@ -394,4 +495,4 @@ def _version(package: str) -> str:
     return version(package)
 
 
-__all__ = ["SpeechDataloader", "SpeechInstance", "register", "spoken_text", "transcribe"]
+__all__ = ["SpeechDataloader", "SpeechInstance", "TextInstance", "register", "spoken_text", "transcribe"]

@@ -46,7 +46,8 @@ class Settings:
     Attributes:
         chunk_ms: milliseconds of source audio from one decision to the next.
         whole_words: commit text, and so speech, in whole words only (until the sentence's end).
-        speech: without, only text is written.
+        speech: without, only text is written: neither the unit decoder nor the vocoder is run.
+        text: without (and without ``speech``), only the source is written down: the MT decoder is not run either.
         max_sentence_frames: encoder frames (40 ms) after which a sentence is ended whatever it says; None: as many as
             the model's buffers hold. Rounded down to those.
         tail_frames: encoder frames behind its closing token that a sentence may see.
@@ -60,6 +61,7 @@ class Settings:
     chunk_ms: int = 320
     whole_words: bool = True
     speech: bool = True
+    text: bool = True
     max_sentence_frames: int | None = None
     tail_frames: int = 4
     lookback_frames: int = 125
@@ -69,6 +71,8 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if self.speech and not self.text:
+            raise ConfigError("speech is True, but text is False; speech is made from text")
         if self.max_sentence_frames is not None and self.max_sentence_frames < 25:
             raise ConfigError(f"max_sentence_frames is {self.max_sentence_frames}; a sentence needs at least 25 (1 s)")
 
@@ -236,12 +240,13 @@ class Engine:
         """Begin the sentence once there is something to translate; until then it starts no earlier than the lookback.
 
         The ST head decides. At the end of a stream the first sentence also begins if only the ASR head has heard words:
-        a weak ST head should not silence a whole recording.
+        a weak ST head should not silence a whole recording. Where only the source is written, ASR words are enough.
         """
         sentence = stream.sentence
         if sentence.begun:
             return
-        if sentence.target or (finished and sentence.index == 0 and sentence.source):
+        enough = not self.settings.text or (finished and sentence.index == 0)
+        if sentence.target or (enough and sentence.source):
             sentence.begun = True
         first = sentence.target[0].frame if sentence.target else stream.frames
         earliest = max(first - self.lookback, stream.frames - len(stream.recent))
@@ -254,8 +259,10 @@ class Engine:
             return
         begin = sentence.extended - stream.frames + len(stream.recent)
         frames = stream.recent[begin : begin + visible - sentence.extended]
-        yield Extend(frames)
         sentence.extended = visible
+        if not self.settings.text:
+            return
+        yield Extend(frames)
         if not self.units_read_text:
             sentence.inputs = np.concatenate([sentence.inputs, frames])
 
@@ -299,6 +306,8 @@ class Engine:
         sentence too early, full stop included.) What is drafted but not committed is forgotten and written anew later,
         with more of the source in view.
         """
+        if not self.settings.text:
+            return
         committed, vocabulary = len(sentence.tokens), self.target_dict
         room = min(self.config.max_target_tokens - 1, BASE_TOKENS + int(TOKENS_PER_SECOND * sentence.visible * FRAME_S))
         progress = None if closes else self._progress(sentence)

@@ -42,12 +42,20 @@ KNOBS = {
 }
 
 
-def add_policy_arguments(parser: ArgumentParser | argparse._ArgumentGroup) -> None:
-    """``--policy``, a flag for each knob of any policy, and ``--chunk-ms``. What is not said stays None."""
+SEGMENTER_OPTIONS = (
+    "segmenter", "punctuation_model", "punctuation_side", "vad_model", "min_pause_ms", "max_sentence_s",
+)  # fmt: skip
+
+
+def add_policy_arguments(
+    parser: ArgumentParser | argparse._ArgumentGroup, chunks: tuple[int, ...] = ()
+) -> None:
+    """``--policy``, a flag for each knob of any policy, and ``--chunk-ms``. What is not said stays None.
+
+    With ``chunks``, which are then its default, ``--chunk-ms`` takes any number of sizes.
+    """
     parser.add_argument("--policy", choices=tuple(POLICIES), help="when to write (default: the checkpoint's, or ctc)")
-    parser.add_argument(
-        "--chunk-ms", type=int, metavar="MS", help="source audio from one decision to the next (default: 320)"
-    )
+    add_chunk_argument(parser, chunks)
     for name, knob in KNOBS.items():
         parser.add_argument(
             "--" + name.replace("_", "-"),
@@ -56,6 +64,16 @@ def add_policy_arguments(parser: ArgumentParser | argparse._ArgumentGroup) -> No
             metavar=None if knob.choices else "N",
             help=knob.help,
         )
+
+
+def add_chunk_argument(parser: ArgumentParser | argparse._ArgumentGroup, several: tuple[int, ...] = ()) -> None:
+    """``--chunk-ms``; with ``several``, which are then its default, any number of them."""
+    text = "source audio from one decision to the next"
+    if several:
+        text += f"; one run for each (default: {' '.join(map(str, several))})"
+        parser.add_argument("--chunk-ms", type=int, nargs="+", default=list(several), metavar="MS", help=text)
+    else:
+        parser.add_argument("--chunk-ms", type=int, metavar="MS", help=f"{text} (default: the checkpoint's, or 320)")
 
 
 def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -76,6 +94,12 @@ def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) ->
     parser.add_argument(
         "--max-sentence-s", type=float, metavar="S", help="end a sentence after S seconds (default: the model's most)"
     )
+
+
+def said_options(args: Namespace) -> dict[str, Any]:
+    """The options of this file that were said, but for ``--chunk-ms``: to hand them on to another program."""
+    names = ("policy", *KNOBS, *SEGMENTER_OPTIONS)
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def session_options(args: Namespace, bundle: Bundle) -> dict[str, Any]:
