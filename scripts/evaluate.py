@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Results tables: of fairseq-generate's output, and of simultaneous translation by SimulEval.
+"""Results: of fairseq-generate, of simultaneous translation by SimulEval, of all policies, and of whole talks.
 
     python scripts/evaluate.py offline runs/es-en/generate-test.jsonl
     python scripts/evaluate.py simul --manifest data/es-en/test.tsv --chunk-ms 320 960 --output runs/es-en/simul
+    python scripts/evaluate.py sweep --manifest data/es-en/test.tsv --output runs/es-en/sweep
+    python scripts/evaluate.py talks --manifest data/es-en/test.tsv --count 10 --minutes 5 --output data/es-en/talks
+    python scripts/evaluate.py longform --talks data/es-en/talks --output runs/es-en/longform
 """
 
 from __future__ import annotations
@@ -10,19 +13,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from echostream.checkpoint import DEFAULT_BUNDLE
-from echostream.data.manifest import read_manifest
-from echostream.errors import EchoStreamError
-from echostream.evaluation import quality, run
-from echostream.evaluation.asr import RECOGNISERS, load_recogniser
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from echostream.audio.io import load_audio  # noqa: E402
+from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle  # noqa: E402
+from echostream.data.manifest import read_manifest  # noqa: E402
+from echostream.errors import EchoStreamError  # noqa: E402
+from echostream.evaluation import longform, quality, run, sweep  # noqa: E402
+from echostream.evaluation.asr import RECOGNISERS, load_recogniser  # noqa: E402
+from echostream.evaluation.streams import stream  # noqa: E402
+from echostream.evaluation.table import markdown  # noqa: E402
+from echostream.streaming.options import (  # noqa: E402
+    add_chunk_argument,
+    add_policy_arguments,
+    add_segmenter_arguments,
+    said_options,
+    session_options,
+)
+from echostream.streaming.policy import POLICIES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-KNOBS = ("lagging_k1", "stride_n1", "lagging_k2", "stride_n2")
 
 
 def main() -> None:
@@ -34,31 +50,93 @@ def main() -> None:
     offline.add_argument("--asr", default="auto", choices=("auto", "none", *RECOGNISERS), help="listens to the wavs")
     offline.add_argument("--output", type=Path, help="write the figures as JSON too")
 
-    simul = commands.add_parser("simul", help="quality and latency of the simultaneous agent")
-    source = simul.add_mutually_exclusive_group(required=True)
-    source.add_argument("--manifest", type=Path, help="corpus manifest with audio files (src_audio, tgt_text)")
-    source.add_argument("--source", type=Path, help="list of recordings, one a line; with --target")
-    simul.add_argument("--target", type=Path, help="list of reference translations, one a line")
-    simul.add_argument("--audio-root", type=Path, help="what src_audio is relative to (default: the manifest's folder)")
-    simul.add_argument("--checkpoint-dir", type=Path, default=DEFAULT_BUNDLE)
-    simul.add_argument("--chunk-ms", type=int, nargs="+", default=[320, 960], help="one run for each")
-    for knob in KNOBS:
-        simul.add_argument(f"--{knob.replace('_', '-')}", type=int, help="of the policy (default: the checkpoint's)")
-    simul.add_argument("--segmenter", choices=("punctuation", "none"), help="none: one sentence a recording")
-    simul.add_argument("--device", default="cpu")
-    simul.add_argument("--limit", type=int, help="only the first N recordings")
+    simul = commands.add_parser("simul", help="quality and latency of the simultaneous agent, by SimulEval")
+    add_recordings(simul)
+    simul.add_argument(
+        "--output-type", choices=tuple(run.QUALITY), default="speech", help="what the agent gives out (default: speech)"
+    )
+    add_policy_arguments(simul, chunks=(320, 960))
+    add_segmenter_arguments(simul)
     simul.add_argument("--jobs", type=int, default=1, help="processes; more than one falsifies computation-aware times")
     simul.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS))
     simul.add_argument("--output", type=Path, required=True, help="a folder for each chunk size, and results.json")
 
+    sweeping = commands.add_parser("sweep", help="quality against latency of every policy: table and picture")
+    add_recordings(sweeping)
+    sweeping.add_argument("--policies", nargs="+", choices=tuple(POLICIES), default=list(POLICIES), metavar="POLICY")
+    sweeping.add_argument(
+        "--grid", nargs="+", default=[], metavar="KNOB=VALUE,VALUE",
+        help="values of a knob, for every policy that has it (default: "
+        + " ".join(f"{knob}={','.join(map(str, values))}" for knob, values in sweep.GRID.items()) + ")",
+    )  # fmt: skip
+    add_chunk_argument(sweeping, sweep.CHUNKS_MS)
+    add_segmenter_arguments(sweeping)
+    sweeping.add_argument("--speech", action="store_true", help="measure the speech too, which takes far longer")
+    sweeping.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS), help="hears the speech")
+    add_batch(sweeping)
+    sweeping.add_argument(
+        "--output", type=Path, required=True, help="a file for each point; sweep.md, .tsv, .json, .png"
+    )
+
+    talks = commands.add_parser("talks", help="join a manifest's sentences into talks")
+    talks.add_argument("--manifest", type=Path, required=True)
+    talks.add_argument("--audio-root", type=Path, help="of src_audio (default: the manifest's folder)")
+    talks.add_argument("--count", type=int, default=10, help="how many (default: 10)")
+    length = talks.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=5.0, help="length of each (default: 5)")
+    length.add_argument("--sentences", type=int, help="or how many sentences each has")
+    talks.add_argument(
+        "--pause", type=float, nargs=2, default=[0.1, 1.0], metavar=("MIN", "MAX"), help="seconds (default: 0.1 1)"
+    )
+    talks.add_argument("--seed", type=int, default=1)
+    talks.add_argument("--output", type=Path, required=True, help="folder for wavs, segments.yaml and texts")
+
+    long = commands.add_parser("longform", help="whole talks in one session each: sentence ends, BLEU, latency")
+    long.add_argument("--talks", type=Path, required=True, help="folder made by talks, or one of the same layout")
+    long.add_argument("--limit", type=int, help="only the first N talks")
+    add_model(long)
+    add_policy_arguments(long)
+    add_segmenter_arguments(long)
+    add_batch(long)
+    long.add_argument("--resegmenter", choices=("auto", *longform.RESEGMENTERS), default="auto")
+    long.add_argument(
+        "--tolerance-words", type=float, default=longform.TOLERANCE_WORDS, metavar="N",
+        help="a sentence end is right so many words from the true one (default: %(default)s)",
+    )  # fmt: skip
+    long.add_argument(
+        "--tolerance-s", type=float, default=longform.TOLERANCE_S, metavar="S",
+        help="or, by the clock, so many seconds (default: %(default)s)",
+    )  # fmt: skip
+    long.add_argument("--output", type=Path, required=True, help="a file a talk; longform.json, hypothesis.jsonl")
+
     args = parser.parse_args()
     try:
-        if args.command == "offline":
-            offline_tables(args)
-        else:
-            simultaneous_table(args)
+        COMMANDS[args.command](args)
     except EchoStreamError as error:
         sys.exit(f"error: {error}")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint-dir", type=Path, default=DEFAULT_BUNDLE)
+    parser.add_argument("--device", default="cpu")
+
+
+def add_recordings(parser: argparse.ArgumentParser) -> None:
+    """What is translated, by what."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--manifest", type=Path, help="corpus manifest with audio files (src_audio, tgt_text)")
+    source.add_argument("--source", type=Path, help="list of recordings, one a line; with --target")
+    parser.add_argument("--target", type=Path, help="list of reference texts, one a line")
+    parser.add_argument("--audio-root", type=Path, help="of src_audio (default: the manifest's folder)")
+    parser.add_argument("--limit", type=int, help="only the first N recordings")
+    add_model(parser)
+
+
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch", type=int, default=8, help="recordings translated together, and lost together (default: 8)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: 1)")
 
 
 def offline_tables(args: argparse.Namespace) -> None:
@@ -67,7 +145,8 @@ def offline_tables(args: argparse.Namespace) -> None:
         rows = read_results(path)
         figures[path.stem] = score_offline(rows, path.parent, args.asr)
         print(f"\n{path} ({len(rows)} utterances)\n")
-        print_table(["part", "measure", "value"], [[part, name, f"{v:.2f}"] for part, name, v in figures[path.stem]])
+        rows = [[part, name, f"{value:.2f}"] for part, name, value in figures[path.stem]]
+        print(markdown(["part", "measure", "value"], rows))
     if args.output:
         args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
@@ -124,42 +203,151 @@ def score_offline(rows: list[dict[str, Any]], folder: Path, asr: str = "auto") -
 
 
 def simultaneous_table(args: argparse.Namespace) -> None:
-    sources, references = read_pairs(args)
+    sources, references = read_pairs(args, "src_text" if args.output_type == "source" else "tgt_text")
     results = {}
     for chunk in args.chunk_ms:
         folder = args.output / f"chunk{chunk}"
         print(f"chunk {chunk} ms: {len(sources)} recordings", file=sys.stderr)
         options = {"checkpoint_dir": args.checkpoint_dir, "chunk_ms": chunk, "device": args.device}
-        options |= {name: getattr(args, name) for name in (*KNOBS, "segmenter")}
+        options |= {"output_type": args.output_type, **said_options(args)}
         run.simulate(sources, references, folder, ROOT / "agent" / "echostream_agent.py", options, args.jobs)
-        results[chunk] = run.score(folder, args.asr)
+        results[chunk] = run.score(folder, args.asr, args.output_type)
     listener = run.recogniser_name(args.output / f"chunk{args.chunk_ms[-1]}")
-    (args.output / "results.json").write_text(
-        json.dumps({"recordings": len(sources), "asr": listener, "chunks": results}, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(args.output / "results.json", {"recordings": len(sources), "asr": listener, "chunks": results})
     print(f"\n{len(sources)} recordings; ASR is {listener}; times in ms, computation-aware ones in brackets\n")
-    header = ["chunk", "BLEU", "ASR-BLEU", "ASR-WER", *run.LATENCY, "RTF"]
-    print_table(header, [table_row(chunk, figures) for chunk, figures in results.items()])
-
-
-def table_row(chunk: int, figures: dict[str, float]) -> list[str]:
-    return [
-        f"{chunk} ms",
-        *(f"{figures[name]:.2f}" for name in ("BLEU", "ASR_BLEU", "ASR_WER")),
-        *(f"{figures[name]:.0f} ({figures[name + '_CA']:.0f})" for name in run.LATENCY),
-        f"{figures['RTF']:.3f}",
+    quality_names, latencies = run.QUALITY[args.output_type], run.latencies(args.output_type)
+    rows = [
+        [
+            f"{chunk} ms",
+            *(f"{figures[name]:.2f}" for name in quality_names),
+            *(f"{figures[name]:.0f} ({figures[name + '_CA']:.0f})" for name in latencies),
+            f"{figures['RTF']:.3f}",
+        ]
+        for chunk, figures in results.items()
     ]
+    print(markdown(["chunk", *(name.replace("_", "-") for name in quality_names), *latencies, "RTF"], rows))
 
 
-def read_pairs(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """Recordings and references, from a manifest or from two lists."""
+def policy_sweep(args: argparse.Namespace) -> None:
+    points = sweep.plan(args.policies, sweep.parse_grid(args.grid), args.chunk_ms)
+    sources, references = read_pairs(args)
+    bundle = load(args)
+    recogniser = load_recogniser(args.asr) if args.speech else None
+    of = {
+        "model": bundle.digest,
+        "recordings": len(sources),
+        "data": sweep.fingerprint([source.name for source in sources], references),
+        "segmenter": {name: str(value) for name, value in said_options(args).items()},
+        "speech": recogniser.name if recogniser else None,
+    }
+
+    def options(point: sweep.Point) -> dict[str, Any]:
+        said = {**vars(args), **dict(point.knobs), "policy": point.policy, "chunk_ms": point.chunk_ms}
+        return {"speech": args.speech, **session_options(argparse.Namespace(**said), bundle)}
+
+    settled = [(point, options(point)) for point in points]  # a bad knob is known before hours of work
+    results = []
+    for point, chosen in tqdm(settled, desc="sweep", unit="point"):
+        path = args.output / "points" / f"{point.name}.json"
+        result = sweep.read_result(path, of)
+        if result is None:
+            recordings = map(load_audio, tqdm(sources, desc=point.name, leave=False))
+            streamed = list(stream(bundle, recordings, chosen, args.batch))
+            figures = sweep.measure(streamed, references, recogniser)
+            result = {"of": of, "figures": figures, "texts": [s.text for s in streamed]}
+            sweep.write_result(path, result)
+        results.append((point, result["figures"]))
+    print(sweep.report(results, args.output, f"{len(sources)} recordings; latencies in ms"))
+    print(f"\npicture: {args.output / 'sweep.png'}")
+
+
+def join_talks(args: argparse.Namespace) -> None:
+    rows = read_manifest(args.manifest)
+    root = args.audio_root or args.manifest.parent
+    talks = longform.make_talks(
+        rows, root, args.output, args.count, args.minutes, args.sentences, tuple(args.pause), args.seed
+    )
+    minutes = sum(talk.seconds for talk in talks) / 60
+    print(f"{len(talks)} talks, {sum(len(t.segments) for t in talks)} sentences, {minutes:.1f} minutes: {args.output}")
+
+
+def longform_table(args: argparse.Namespace) -> None:
+    talks = longform.read_talks(args.talks)[: args.limit]
+    bundle = load(args)
+    resegmenter = longform.choose_resegmenter(args.resegmenter)
+    options = {"speech": False, **session_options(args, bundle)}
+
+    def file_of(talk: longform.Talk) -> tuple[Path, dict[str, Any]]:
+        of = {
+            "model": bundle.digest,
+            "data": sweep.fingerprint([talk.path.name], talk.references),
+            "options": {name: repr(getattr(value, "name", value)) for name, value in options.items()},
+        }
+        return args.output / "talks" / f"{talk.path.stem}.json", of
+
+    missing = [talk for talk in talks if sweep.read_result(*file_of(talk)) is None]
+    seconds = sum(t.seconds + sum(segment.duration for segment in t.segments) for t in missing)
+    with tqdm(total=round(seconds), desc="talks, and their sentences alone", unit="s") as bar:
+        for start in range(0, len(missing), args.batch):
+            group = missing[start : start + args.batch]
+            recordings = [load_audio(talk.path) for talk in group]
+            for talk, samples, whole in zip(group, recordings, stream(bundle, recordings, options, args.batch, bar)):
+                sentences = (longform.cut(samples, segment) for segment in talk.segments)
+                alone = [s.text for s in stream(bundle, sentences, options, args.batch, bar)]
+                path, of = file_of(talk)
+                words, delays = [w.text for w in whole.words], [1000 * w.seconds for w in whole.words]
+                spoken = asdict(longform.Spoken(words, delays, whole.ends, alone))
+                sweep.write_result(path, {"of": of, "source_length": 1000 * whole.seconds, "spoken": spoken})
+    results = [sweep.read_result(*file_of(talk)) for talk in talks]
+    # SimulEval's layout, so that `omnisteval longform` can score the same talks by itself.
+    lines = [
+        {
+            "source": talk.path.name,
+            "prediction": " ".join(result["spoken"]["words"]),
+            "delays": result["spoken"]["delays"],
+            "source_length": result["source_length"],
+        }
+        for talk, result in zip(talks, results)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (args.output / "hypothesis.jsonl").write_text(text, encoding="utf-8")
+    figures = longform.score(
+        talks,
+        [longform.Spoken(**result["spoken"]) for result in results],
+        resegmenter,
+        bundle.target_lang,
+        args.tolerance_words,
+        args.tolerance_s,
+    )
+    figures |= {"tolerance_words": args.tolerance_words, "tolerance_s": args.tolerance_s, "talks": len(talks)}
+    write_json(args.output / "longform.json", figures)
+    rows = [[name, f"{value:.3f}" if isinstance(value, float) else str(value)] for name, value in figures.items()]
+    print(markdown(["measure", "value"], rows))
+
+
+def load(args: argparse.Namespace) -> Bundle:
+    import torch
+
+    if args.threads < 1 or args.batch < 1:
+        raise EchoStreamError(f"--threads {args.threads} and --batch {args.batch} must be at least 1")
+    torch.set_num_threads(args.threads)
+    return load_bundle(args.checkpoint_dir, args.device)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_pairs(args: argparse.Namespace, column: str = "tgt_text") -> tuple[list[Path], list[str]]:
+    """Recordings and references, from a manifest (its ``column``) or from two lists."""
     if args.manifest is not None:
         root = args.audio_root or args.manifest.parent
         rows = read_manifest(args.manifest)[: args.limit]
         packed = [row.id for row in rows if ".zip:" in row.audio or row.audio.endswith(".npy")]
         if packed:
             raise EchoStreamError(f"row {packed[0]!r} of {args.manifest} holds features; the agent needs recordings")
-        return [root / row.audio for row in rows], [row.tgt_text for row in rows]
+        return [root / row.audio for row in rows], [getattr(row, column) for row in rows]
     if args.target is None:
         raise EchoStreamError("--source needs --target, the list of reference translations")
     lists = []
@@ -170,12 +358,13 @@ def read_pairs(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
     return [Path(line) for line in lists[0]], lists[1]
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table with aligned columns."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, ["-" * width for width in widths], *rows]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-
+COMMANDS = {
+    "offline": offline_tables,
+    "simul": simultaneous_table,
+    "sweep": policy_sweep,
+    "talks": join_talks,
+    "longform": longform_table,
+}
 
 if __name__ == "__main__":
     main()

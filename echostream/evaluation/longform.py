@@ -1,0 +1,387 @@
+"""Long form: whole talks, unsegmented, translated in one session and scored against the talk's own sentences.
+
+A directory of talks holds the recordings, ``segments.yaml`` (a list of ``{wav, offset, duration}`` in seconds, in
+order), and ``references.txt`` and ``sources.txt`` with a line for each segment: the layout of the IWSLT and MuST-C test
+sets, which OmniSTEval reads as it stands. ``make_talks`` joins one from the sentences of a manifest.
+
+What a session says of a talk is one run of words. To be scored it is cut anew at the reference's sentences, by
+
+* ``omnisteval``: SoftSegmenter (Polák et al., 2025, arXiv 2509.17349), a maintained package (extra ``longform``); or
+* ``levenshtein``: each word goes where the reference word goes that it is aligned with when as few words as possible
+  are inserted, left out and replaced (Matusov et al., 2005; mwerSegmenter). Words inserted go with the word before.
+
+Sentence ends are scored by F1 on the same Levenshtein alignment: see ``boundary_places`` and ``f1``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from echostream.audio.io import load_audio, write_audio
+from echostream.constants import SAMPLE_RATE
+from echostream.data.manifest import Utterance
+from echostream.errors import EchoStreamError, require
+from echostream.evaluation import quality
+from echostream.evaluation.latency import length_adaptive_average_lagging
+
+SEGMENTS, REFERENCES, SOURCES = "segments.yaml", "references.txt", "sources.txt"
+RESEGMENTERS = ("omnisteval", "levenshtein")
+# A sentence end counts as right so far from the true one: in words of the reference, and in seconds of source.
+TOLERANCE_WORDS, TOLERANCE_S = 1, 0.5
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A sentence of a talk: seconds from the talk's start, and its texts (the source's may be empty: not known)."""
+
+    offset: float
+    duration: float
+    reference: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A recording and its sentences, in order."""
+
+    path: Path
+    segments: tuple[Segment, ...]
+
+    @property
+    def references(self) -> list[str]:
+        return [segment.reference for segment in self.segments]
+
+    @property
+    def seconds(self) -> float:
+        """Until its last sentence ends."""
+        return self.segments[-1].offset + self.segments[-1].duration
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What a talk's words say of one reference sentence: their text, and their delays, ms from its start."""
+
+    text: str
+    delays: tuple[float, ...]
+
+
+# ---- talks ---------------------------------------------------------------------------------------------------------
+
+
+def make_talks(
+    rows: Sequence[Utterance],
+    root: Path,
+    output: Path,
+    count: int,
+    minutes: float | None = 5.0,
+    sentences: int | None = None,
+    pauses: Span = (0.1, 1.0),
+    seed: int = 1,
+) -> list[Talk]:
+    """Join sentences in random order, silence between them, and write a directory of talks.
+
+    No sentence is used a second time before all have been used once. Voices follow each other as the sentences do.
+
+    Args:
+        rows, root: a manifest's rows, and what their audio is relative to.
+        minutes: a talk ends with the sentence that reaches this length, or
+        sentences: after so many.
+        pauses: shortest and longest pause in seconds, drawn evenly.
+
+    Raises:
+        EchoStreamError: a length is not positive, or the pauses are out of order.
+        AudioError: a recording cannot be read.
+    """
+    if count < 1 or (sentences is not None and sentences < 1) or (sentences is None and not minutes > 0):
+        size = f"{sentences} sentences" if sentences is not None else f"{minutes} minutes"
+        raise EchoStreamError(f"{count} talks of {size} cannot be made; both must be above 0")
+    if not 0 <= pauses[0] <= pauses[1]:
+        raise EchoStreamError(f"pauses of {pauses[0]:g} to {pauses[1]:g} s are impossible; give them in order, from 0")
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    talks = []
+    output.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        parts: list[np.ndarray] = []
+        segments: list[Segment] = []
+        length = 0
+        while len(segments) < sentences if sentences else length < minutes * 60 * SAMPLE_RATE:
+            order = order or rng.permutation(len(rows)).tolist()
+            row = rows[order.pop()]
+            samples = load_audio(root / row.audio)
+            if segments:
+                parts.append(np.zeros(round(rng.uniform(*pauses) * SAMPLE_RATE), dtype=np.float32))
+                length += len(parts[-1])
+            segments.append(
+                Segment(length / SAMPLE_RATE, len(samples) / SAMPLE_RATE, row.tgt_text.strip(), row.src_text.strip())
+            )
+            parts.append(samples)
+            length += len(samples)
+        path = output / f"talk{number:02}.wav"
+        write_audio(path, np.concatenate(parts))
+        talks.append(Talk(path, tuple(segments)))
+    entries = [
+        {"wav": talk.path.name, "offset": s.offset, "duration": s.duration} for talk in talks for s in talk.segments
+    ]
+    style = dict(default_flow_style=True, width=1000, sort_keys=False)  # one segment a line
+    text = "".join(f"- {yaml.safe_dump(entry, **style)}" for entry in entries)
+    (output / SEGMENTS).write_text(text, encoding="utf-8")
+    every = [segment for talk in talks for segment in talk.segments]
+    (output / REFERENCES).write_text("".join(f"{s.reference}\n" for s in every), encoding="utf-8")
+    (output / SOURCES).write_text("".join(f"{s.source}\n" for s in every), encoding="utf-8")
+    return talks
+
+
+def read_talks(directory: Path) -> list[Talk]:
+    """The talks of a directory; see the top of this file.
+
+    Raises:
+        EchoStreamError: a file is missing or not of its form, or has another number of sentences.
+    """
+    try:
+        entries = yaml.safe_load((directory / SEGMENTS).read_text(encoding="utf-8"))
+        references = (directory / REFERENCES).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise EchoStreamError(f"{error.filename} does not exist; scripts/evaluate.py talks makes it") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EchoStreamError(f"{directory / SEGMENTS} cannot be read: {str(error).splitlines()[0]}") from None
+    path = directory / SOURCES
+    sources = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [""] * len(references)
+    if not isinstance(entries, list) or not len(entries) == len(references) == len(sources) > 0:
+        count = len(entries) if isinstance(entries, list) else "no list of"
+        raise EchoStreamError(
+            f"{directory}: {count} segments, {len(references)} references, {len(sources)} sources; they must match"
+        )
+    talks: dict[str, list[Segment]] = {}
+    for number, (entry, reference, source) in enumerate(zip(entries, references, sources), 1):
+        try:
+            wav, offset, duration = str(entry["wav"]), float(entry["offset"]), float(entry["duration"])
+        except (KeyError, TypeError, ValueError):
+            raise EchoStreamError(
+                f"{directory / SEGMENTS}, segment {number}: {str(entry)[:60]!r} lacks wav, offset or duration"
+            ) from None
+        talks.setdefault(wav, []).append(Segment(offset, duration, reference.strip(), source.strip()))
+    return [Talk(directory / wav, tuple(segments)) for wav, segments in talks.items()]
+
+
+def cut(samples: np.ndarray, segment: Segment) -> np.ndarray:
+    """The recording of one sentence: of float32 [N] at 16 kHz, a part."""
+    start = round(segment.offset * SAMPLE_RATE)
+    return samples[start : start + round(segment.duration * SAMPLE_RATE)]
+
+
+# ---- alignment -----------------------------------------------------------------------------------------------------
+
+
+def align(words: Sequence[str], references: Sequence[str]) -> list[int | None]:
+    """Which reference word each word stands for (as many words right as possible); None for a word too many.
+
+    Words are compared without case and punctuation.
+    """
+    levenshtein = require("rapidfuzz.distance", "simuleval").Levenshtein
+    places: list[int | None] = [None] * len(words)
+    for code in levenshtein.opcodes(_keys(words), _keys(references)):
+        if code.tag in ("equal", "replace"):
+            for i in range(code.src_end - code.src_start):
+                places[code.src_start + i] = code.dest_start + i
+    return places
+
+
+def _keys(words: Sequence[str]) -> list[str]:
+    return [quality.spoken_form(word, numbers=False).replace(" ", "") or word for word in words]
+
+
+def boundary_places(ends: Sequence[int], places: Sequence[int | None], length: int) -> list[Span]:
+    """Where in the reference sentences end that end after so many words: as (earliest, latest) counts of its words.
+
+    The end lies behind the reference word of the last aligned word before it, and not behind the first aligned word
+    after it; where the translation left words out between these, the alignment cannot tell, and any place will do.
+
+    Args:
+        ends: numbers of words, rising; an end behind the last word is no boundary and left out.
+        places: of ``align``.
+        length: words of the reference.
+    """
+    spans = []
+    for end in ends:
+        if 0 < end < len(places):
+            before = next((p for p in reversed(places[:end]) if p is not None), -1)
+            after = next((p for p in places[end:] if p is not None), length)
+            spans.append((before + 1, after))
+    return spans
+
+
+def matches(found: Sequence[Span], true: Sequence[float], tolerance: float) -> int:
+    """How many true places are met by a span (rising, widened by ``tolerance``), each by one of its own."""
+    count, i, j = 0, 0, 0
+    while i < len(found) and j < len(true):
+        earliest, latest = found[i][0] - tolerance, found[i][1] + tolerance
+        if earliest <= true[j] <= latest:
+            count, i, j = count + 1, i + 1, j + 1
+        elif latest < true[j]:
+            i += 1
+        else:
+            j += 1
+    return count
+
+
+def f1(correct: int, found: int, true: int) -> dict[str, float]:
+    """Precision, recall and their harmonic mean; 0 where there is nothing."""
+    precision, recall = correct / max(1, found), correct / max(1, true)
+    return {"precision": precision, "recall": recall, "f1": 2 * correct / max(1, found + true)}
+
+
+# ---- resegmentation ------------------------------------------------------------------------------------------------
+
+
+def resegment(talk: Talk, words: Sequence[str], delays: Sequence[float]) -> list[Aligned]:
+    """Cut a talk's words at the reference's sentences, by ``levenshtein``.
+
+    Args:
+        words, delays: the words, and when each was given out, ms from the talk's start.
+    """
+    counts = [len(reference.split()) for reference in talk.references]
+    sentence_of = np.repeat(np.arange(len(counts)), counts)
+    chosen: list[list[int]] = [[] for _ in counts]
+    sentence = 0
+    for i, place in enumerate(align(words, " ".join(talk.references).split())):
+        if place is not None:
+            sentence = int(sentence_of[place])
+        chosen[sentence].append(i)
+    return [
+        Aligned(" ".join(words[i] for i in picked), tuple(delays[i] - 1000 * segment.offset for i in picked))
+        for picked, segment in zip(chosen, talk.segments, strict=True)
+    ]
+
+
+def resegment_softly(
+    talks: Sequence[Talk], words: Sequence[Sequence[str]], delays: Sequence[Sequence[float]], lang: str
+) -> tuple[list[list[Aligned]], dict[str, float]]:
+    """The same by OmniSTEval 0.1.10, which also knows LongYAAL (Polák et al., 2025).
+
+    Args:
+        lang: of the words, for Moses' tokenizer (it needs perl).
+
+    Raises:
+        MissingExtraError: OmniSTEval is not installed.
+    """
+    omnisteval = require("omnisteval", "longform")
+    segmentation, references, reference_words = [], [], []
+    for talk in talks:
+        end = 1000 * talk.seconds
+        reference_words.append([])
+        for s in talk.segments:
+            offset, number = 1000 * s.offset, len(references)
+            reference_words[-1] += [
+                omnisteval.Word(word, emission_cu=offset, seq_id=number) for word in s.reference.lower().split()
+            ]
+            references.append(s.reference)
+            segmentation.append(
+                {"offset": offset, "duration": 1000 * s.duration, "time_to_recording_end": end - offset}
+            )
+    spoken = [
+        [omnisteval.Word(word, emission_cu=delay) for word, delay in zip(*pair, strict=True)]
+        for pair in zip(words, delays, strict=True)
+    ]
+    instances, _ = omnisteval.resegment(reference_words, spoken, segmentation, references, lang=lang or None)
+    found = iter(Aligned(i.prediction, tuple(i.emission_cu or ())) for i in instances)
+    aligned = [[next(found) for _ in talk.segments] for talk in talks]
+    return aligned, {"LongYAAL": omnisteval.YAALScorer(is_longform=True)(instances)}
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What was made of a talk.
+
+    Attributes:
+        words, delays: the words, and when each was given out, ms from the talk's start.
+        ends: of each sentence the session ended: how many words there are up to there, and at what second it was heard.
+        isolated: the translation of each sentence's recording alone.
+    """
+
+    words: list[str]
+    delays: list[float]
+    ends: list[tuple[int, float]]
+    isolated: list[str]
+
+
+def choose_resegmenter(name: str) -> str:
+    """``auto`` is OmniSTEval where it is installed.
+
+    Raises:
+        EchoStreamError: there is no such resegmenter.
+    """
+    if name == "auto":
+        return RESEGMENTERS[importlib.util.find_spec("omnisteval") is None]
+    if name not in RESEGMENTERS:
+        raise EchoStreamError(f"resegmenter {name!r} is unknown; choose auto, {' or '.join(RESEGMENTERS)}")
+    return name
+
+
+def score(
+    talks: Sequence[Talk],
+    spoken: Sequence[Spoken],
+    resegmenter: str = "auto",
+    lang: str = "en",
+    tolerance_words: float = TOLERANCE_WORDS,
+    tolerance_s: float = TOLERANCE_S,
+) -> dict[str, float | str]:
+    """Boundary F1, BLEU of the talks and of their sentences alone, and latency.
+
+    Returns:
+        ``boundary_*``: precision, recall and F1 of sentence ends inside the talks, by words (see ``boundary_places``);
+        ``boundary_time_*``: the same by the clock, the time of a sentence's last CTC token against the end of its
+        recording. ``BLEU``, ``isolated_BLEU``, and the first as a ``share`` of the second. ``StreamLAAL`` (Papi et al.,
+        2024, arXiv 2406.00177): LAAL of each reference sentence with words, from its own start, in ms; with OmniSTEval
+        ``LongYAAL``, ms.
+
+    Raises:
+        EchoStreamError: the resegmenter is unknown. MissingExtraError: it is not installed.
+    """
+    resegmenter = choose_resegmenter(resegmenter)
+    extra: dict[str, float] = {}
+    if resegmenter == "omnisteval":
+        aligned, extra = resegment_softly(talks, [s.words for s in spoken], [s.delays for s in spoken], lang)
+    else:
+        aligned = [resegment(talk, s.words, s.delays) for talk, s in zip(talks, spoken, strict=True)]
+    totals = np.zeros(5, dtype=np.int64)  # right by words, found by words, right by time, found by time, true
+    lags = []
+    for talk, said, parts in zip(talks, spoken, aligned, strict=True):
+        reference = " ".join(talk.references).split()
+        counts = np.cumsum([len(r.split()) for r in talk.references])[:-1].tolist()
+        times = [s.offset + s.duration for s in talk.segments[:-1]]
+        ends = [end for end in said.ends if end[0] < len(said.words)]
+        places = boundary_places([end for end, _ in ends], align(said.words, reference), len(reference))
+        heard = [(second, second) for _, second in ends]
+        right = matches(places, counts, tolerance_words), matches(heard, times, tolerance_s)
+        totals += right[0], len(places), right[1], len(heard), len(counts)
+        for segment, part in zip(talk.segments, parts):
+            if part.delays and segment.duration > 0:
+                words = max(1, len(segment.reference.split()))
+                lags.append(length_adaptive_average_lagging(part.delays, 1000 * segment.duration, words))
+    references = [reference for talk in talks for reference in talk.references]
+    bleu = quality.bleu([part.text for parts in aligned for part in parts], references)
+    isolated = quality.bleu([text for said in spoken for text in said.isolated], references)
+    words_right, words_found, time_right, time_found, true = totals.tolist()
+    return {
+        **{f"boundary_{name}": value for name, value in f1(words_right, words_found, true).items()},
+        **{f"boundary_time_{name}": value for name, value in f1(time_right, time_found, true).items()},
+        "sentences_found": words_found + len(talks),
+        "sentences": true + len(talks),
+        "BLEU": bleu,
+        "isolated_BLEU": isolated,
+        "share": bleu / isolated if isolated else float("nan"),
+        "StreamLAAL": float(np.mean(lags)) if lags else float("nan"),
+        **extra,
+        "resegmenter": resegmenter,
+    }
