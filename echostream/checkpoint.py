@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import pickle
-import re
 import shutil
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +21,7 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import CheckpointError, ManifestError, require
 from echostream.text import Vocabulary
+from echostream.weights import read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +120,7 @@ def load_bundle(directory: str | Path = DEFAULT_BUNDLE, device: str = "cpu") -> 
 
     vocoder = None
     if paths["vocoder"].exists() or paths["vocoder_config"].exists():
-        from echostream.models.decoders.vocoder import load_vocoder
+        from echostream.models.decoders.vocoder_checkpoint import load_vocoder
 
         vocoder = load_vocoder(paths["vocoder"], paths["vocoder_config"], device).eval()
     return Bundle(
@@ -139,39 +137,6 @@ def load_bundle(directory: str | Path = DEFAULT_BUNDLE, device: str = "cpu") -> 
         target_lang=values.get("target_lang", ""),
         digest=hashlib.sha256(paths["model"].read_bytes()).hexdigest(),
     )
-
-
-def read_weights(path: str | Path) -> Any:
-    """``torch.load`` of a file onto the CPU with ``weights_only=True``, its many exceptions made one.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, no checkpoint, or asks for code to be run.
-    """
-    import torch
-
-    from echostream import compat
-
-    compat.apply()
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"checkpoint {path} is empty (0 bytes); fetch or export it again")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch tells only in prose which it was: a forbidden object, or bytes that are no pickle at all
-        named = re.search(r"(?:GLOBAL|class) ([\w.]+\.[\w.]+)", str(error))
-        if named:
-            raise CheckpointError(
-                f"checkpoint {path} holds an object ({named[1]}) whose loading would run code; it was refused"
-            ) from None
-        raise CheckpointError(f"checkpoint {path} is damaged or no torch checkpoint; export it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(f"checkpoint {path} is damaged or truncated ({reason}); export it again") from None
-    except zipfile.BadZipFile:
-        raise CheckpointError(f"checkpoint {path} is damaged or truncated; export it again") from None
 
 
 def check_vocabulary(path: str | Path, vocabulary: Vocabulary, expected: int, name: str) -> None:
@@ -263,7 +228,7 @@ def save_bundle(
     weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
     torch.save({"format": FORMAT, "model": weights}, directory / FILES["model"])
     if vocoder is not None:
-        from echostream.models.decoders.vocoder import load_vocoder, save_vocoder
+        from echostream.models.decoders.vocoder_checkpoint import load_vocoder, save_vocoder
 
         voice = load_vocoder(*vocoder)
         save_vocoder(voice, directory / FILES["vocoder"], directory / FILES["vocoder_config"], half=True)

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from echostream import __version__
+from echostream import __version__, vocode
 from echostream.errors import CheckpointError, EchoStreamError
 
 EXAMPLES = """examples:
@@ -88,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     add_policy_arguments(translate.add_argument_group("when to write", "Knobs belong to the policy named before them."))
     add_segmenter_arguments(translate.add_argument_group("where sentences end"))
+
+    speak = commands.add_parser(
+        "vocode", help="speak a file of units", description=vocode.DESCRIPTION, formatter_class=raw
+    )
+    speak.set_defaults(run=vocode.vocode)
+    vocode.add_arguments(speak)
 
     info = commands.add_parser(
         "info",

@@ -166,7 +166,7 @@ def find_vocoder(cfg: Any, device: torch.device | str = "cpu") -> nn.Module | No
         return None
     if not checkpoint or not config:
         raise ConfigError("a vocoder needs both --vocoder and --vocoder-config, or --vocoder-dir with both files")
-    from echostream.models.decoders.vocoder import load_vocoder
+    from echostream.models.decoders.vocoder_checkpoint import load_vocoder
 
     return load_vocoder(checkpoint, config, device)
 

@@ -101,7 +101,8 @@ def tiny_bundle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A checkpoint directory with an untrained model and an untrained voice; ``load_bundle`` reads it."""
     torch = pytest.importorskip("torch")
     from echostream.checkpoint import save_bundle
-    from echostream.models.decoders.vocoder import CodeHiFiGAN, save_vocoder
+    from echostream.models.decoders.vocoder import CodeHiFiGAN
+    from echostream.models.decoders.vocoder_checkpoint import save_vocoder
     from echostream.models.echostream_model import build_echostream_model
 
     torch.manual_seed(1)

@@ -98,7 +98,8 @@ def test_prefix_is_kept(trained, tmp_path):
 
 def test_vocoder_speaks(trained, tmp_path):
     from echostream.audio.io import load_audio
-    from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig, save_vocoder
+    from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
+    from echostream.models.decoders.vocoder_checkpoint import save_vocoder
 
     torch.manual_seed(0)
     voice = VocoderConfig.preset(

@@ -12,7 +12,8 @@ import soundfile
 import torch
 
 from echostream.errors import AudioError, CheckpointError, ConfigError, ManifestError
-from echostream.models.decoders.vocoder import VocoderConfig, load_vocoder
+from echostream.models.decoders.vocoder import VocoderConfig
+from echostream.models.decoders.vocoder_checkpoint import load_vocoder
 from echostream.vocoder.dataset import PieceSampler, hold_out, read_samples, read_units
 from echostream.vocoder.discriminators import Discriminators
 from echostream.vocoder.losses import (

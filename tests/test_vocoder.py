@@ -11,13 +11,9 @@ import torch
 from torch import Tensor
 
 from echostream.errors import CheckpointError, ConfigError, UnitError
-from echostream.models.decoders.vocoder import (
-    CodeHiFiGAN,
-    VocoderConfig,
-    load_vocoder,
-    load_weights,
-    save_vocoder,
-)
+from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
+from echostream.models.decoders.vocoder_checkpoint import load_vocoder, load_weights, save_vocoder
+from echostream.models.decoders.vocoder_layers import Whole
 from echostream.models.state import State
 
 UNITS = 40
@@ -233,9 +229,7 @@ def test_lookahead_is_what_it_says(model):
 
 
 def _frames(model: CodeHiFiGAN, row: Tensor) -> Tensor:
-    from echostream.models.decoders.vocoder import _Whole
-
-    return model.predict_durations(model.embed(row[None], _Whole(None)), _Whole(None))[0]
+    return model.predict_durations(model.embed(row[None], Whole(None)), Whole(None))[0]
 
 
 def test_lookahead_of_the_presets():

@@ -16,14 +16,9 @@ from tqdm import tqdm
 
 from echostream.constants import UNIT_HOP
 from echostream.errors import CheckpointError, ConfigError
-from echostream.models.decoders.vocoder import (
-    CodeHiFiGAN,
-    VocoderConfig,
-    _Whole,
-    load_generator_state,
-    load_weights,
-    save_vocoder,
-)
+from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
+from echostream.models.decoders.vocoder_checkpoint import load_generator_state, load_weights, save_vocoder
+from echostream.models.decoders.vocoder_layers import Whole
 from echostream.vocoder.dataset import Batch, PieceSampler, Utterance, read_samples
 from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS, build_discriminators
 from echostream.vocoder.losses import (
@@ -218,7 +213,7 @@ class Trainer:
         """
         model, options = self.model, self.options
         piece = batch.wav.shape[1] // UNIT_HOP
-        flow = _Whole(batch.lengths)
+        flow = Whole(batch.lengths)
         with self._autocast():
             x = model.embed(batch.units, flow)
             log_durations = (
@@ -234,7 +229,7 @@ class Trainer:
             at = at.clamp(0, frames.shape[2] - 1).unsqueeze(1)
             frames = frames.gather(2, at.expand(-1, frames.shape[1], -1))
             features = model.frame_features(frames, _Masked(inside))[..., reach : reach + piece]
-            waveform = model.upsample(features, _Whole(None))
+            waveform = model.upsample(features, Whole(None))
             mel = self.readout(features)
         waveform = waveform.float()
         # True samples stand in where the receptive field was not filled, and behind an utterance's end.
@@ -369,7 +364,7 @@ class Trainer:
             real = torch.from_numpy(read_samples(item)).unsqueeze(0).to(self.device)
             mels.append(float(self.spectral(wav, real)[0]))
             if self.ema.dur_predictor is not None:
-                predicted = self.ema.predict_durations(self.ema.embed(units, _Whole(None)), _Whole(None))
+                predicted = self.ema.predict_durations(self.ema.embed(units, Whole(None)), Whole(None))
                 duration_errors.append(float((predicted - durations).abs().float().mean()))
                 totals.append(float(predicted.sum() / durations.sum()))
         out = {"mel": float(np.mean(mels))}
@@ -387,7 +382,7 @@ class Trainer:
             yield item, self.ema(units, durations=durations)[0][0].float().cpu().numpy()
 
 
-class _Masked(_Whole):
+class _Masked(Whole):
     """Zeros before an utterance's first frame and behind its last, at every convolution's own input."""
 
     def __init__(self, inside: Tensor):

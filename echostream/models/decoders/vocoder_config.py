@@ -1,0 +1,233 @@
+"""Shape of a CodeHiFiGAN: the keys of the field's ``config.json``, EchoStream's own, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Mapping
+
+from echostream.constants import SAMPLE_RATE, UNIT_HOP
+from echostream.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DurationConfig:
+    """``dur_predictor_params`` of the field's config.json."""
+
+    encoder_embed_dim: int
+    var_pred_hidden_dim: int
+    var_pred_kernel_size: int = 3
+    var_pred_dropout: float = 0.5
+
+
+@dataclass(frozen=True)
+class VocoderConfig:
+    """A generator's shape: the keys of the field's ``config.json``, then EchoStream's own.
+
+    Keys that only concern training elsewhere (``batch_size``, ``segment_size`` ...) are ignored by ``from_dict``.
+
+    Raises:
+        ConfigError: a key is missing, contradicts another, or asks for what is not supported (``f0``).
+    """
+
+    upsample_rates: tuple[int, ...]
+    upsample_kernel_sizes: tuple[int, ...]
+    upsample_initial_channel: int
+    resblock_kernel_sizes: tuple[int, ...]
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...]
+    num_embeddings: int
+    embedding_dim: int
+    model_in_dim: int = 0  # 0: what the embeddings give
+    resblock: str = "1"  # "1": two convolutions per dilation, "2": one
+    dur_predictor_params: DurationConfig | None = None
+    multispkr: str | None = None
+    num_speakers: int = 200
+    code_hop_size: int = UNIT_HOP  # samples per frame
+    sampling_rate: int = SAMPLE_RATE
+    # EchoStream's own
+    causal: bool = False  # no layer sees ahead, except the first context layer
+    lookahead_units: int = 0  # units ahead that the first context layer sees
+    context_layers: int = 0  # residual convolutions over the units, before they are stretched to frames
+    context_kernel_size: int = 5  # units a context layer sees, look-ahead included
+    position_buckets: int = 0  # frames since a unit's start and until its end are told apart up to this many
+    frame_layers: int = 0  # residual convolutions at the frame rate, dilated 1, 2, 4 ...
+    frame_kernel_size: int = 5
+    upsample_channels: tuple[int, ...] = ()  # width behind each upsampling; empty: halved each time, as in HiFi-GAN
+    resblock_stages: int | None = None  # only so many upsamplings are followed by residual blocks; None: all
+
+    def __post_init__(self) -> None:
+        stages = len(self.upsample_rates)
+        if len(self.upsample_kernel_sizes) != stages or not stages:
+            raise ConfigError(
+                f"upsample_kernel_sizes has {len(self.upsample_kernel_sizes)} entries, upsample_rates {stages}; "
+                "they need one each per upsampling"
+            )
+        if len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes) or not self.resblock_kernel_sizes:
+            raise ConfigError("resblock_kernel_sizes and resblock_dilation_sizes need one entry each per block")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ConfigError(f"{f.name} is {value!r}; it must be a whole number")
+            if f.type.startswith("tuple[int") and not all(isinstance(v, int) and v > 0 for v in value):
+                raise ConfigError(f"{f.name} is {list(value)!r}; it must hold whole numbers from 1 up")
+        for name in ("num_embeddings", "embedding_dim", "upsample_initial_channel"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if math.prod(self.upsample_rates) != self.code_hop_size:
+            raise ConfigError(
+                f"upsample_rates {list(self.upsample_rates)} multiply to {math.prod(self.upsample_rates)}; "
+                f"they must give code_hop_size {self.code_hop_size}"
+            )
+        for rate, kernel in zip(self.upsample_rates, self.upsample_kernel_sizes):
+            if kernel < rate or (not self.causal and (kernel - rate) % 2):
+                raise ConfigError(
+                    f"upsample_kernel_sizes has {kernel} for rate {rate}; it must be at least the rate, and differ "
+                    "from it by an even number unless the generator is causal"
+                )
+        if not self.causal and any(kernel % 2 == 0 for kernel in self.resblock_kernel_sizes):
+            raise ConfigError(f"resblock_kernel_sizes {list(self.resblock_kernel_sizes)}: even sizes need causal: true")
+        if self.resblock not in ("1", "2"):
+            raise ConfigError(f"resblock is {self.resblock!r}; it must be '1' or '2'")
+        if self.upsample_channels and len(self.upsample_channels) != stages:
+            raise ConfigError(f"upsample_channels needs {stages} entries, one per upsampling")
+        if self.channels[-1] < 1:
+            raise ConfigError(
+                f"upsample_initial_channel {self.upsample_initial_channel} cannot be halved {stages} times"
+            )
+        if self.resblock_stages is not None and not 0 <= self.resblock_stages <= stages:
+            raise ConfigError(f"resblock_stages is {self.resblock_stages}; it must lie in 0..{stages}")
+        width = self.embedding_dim * (2 if self.multispkr else 1)
+        if self.model_in_dim not in (0, width):
+            raise ConfigError(
+                f"model_in_dim is {self.model_in_dim}; unit{' and speaker' if self.multispkr else ''} embeddings "
+                f"of embedding_dim {self.embedding_dim} give {width}"
+            )
+        if not self.causal and (self.lookahead_units or self.context_layers or self.frame_layers):
+            raise ConfigError("lookahead_units, context_layers and frame_layers need causal: true")
+        if self.lookahead_units and not self.context_layers:
+            raise ConfigError(f"lookahead_units is {self.lookahead_units}; it needs context_layers of at least 1")
+        if self.lookahead_units >= self.context_kernel_size:
+            raise ConfigError(
+                f"lookahead_units is {self.lookahead_units}; context_kernel_size {self.context_kernel_size} must be "
+                "larger"
+            )
+        if self.sampling_rate != SAMPLE_RATE:
+            raise ConfigError(
+                f"sampling_rate is {self.sampling_rate}; EchoStream's output is {SAMPLE_RATE} Hz, use a vocoder of "
+                "that rate"
+            )
+        if self.dur_predictor_params is not None:
+            params = self.dur_predictor_params
+            if params.encoder_embed_dim != self.embedding_dim:
+                raise ConfigError(
+                    f"dur_predictor_params.encoder_embed_dim is {params.encoder_embed_dim}; it must equal "
+                    f"embedding_dim {self.embedding_dim}"
+                )
+            if not self.causal and params.var_pred_kernel_size != 3:
+                # The field's second convolution pads by 1 whatever its size, so no other size keeps the length.
+                raise ConfigError(f"var_pred_kernel_size is {params.var_pred_kernel_size}; it must be 3")
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Width behind each upsampling."""
+        if self.upsample_channels:
+            return self.upsample_channels
+        return tuple(self.upsample_initial_channel >> (i + 1) for i in range(len(self.upsample_rates)))
+
+    @property
+    def input_width(self) -> int:
+        return self.embedding_dim * (2 if self.multispkr else 1)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "VocoderConfig":
+        """Read the keys of a config.json; those that do not shape the generator are ignored."""
+        for key in ("f0", "embedder_params"):
+            if values.get(key):
+                raise ConfigError(f"the vocoder configuration sets {key!r}, which is not supported; use one without it")
+        if int(values.get("f0_quant_num_bin") or 0) > 0:
+            raise ConfigError("the vocoder configuration sets 'f0_quant_num_bin', which is not supported")
+        known = {f.name: f for f in fields(cls)}
+        for name, f in known.items():
+            if f.default is dataclasses.MISSING and name not in values:
+                raise ConfigError(f"the vocoder configuration has no key {name!r}")
+        chosen = {name: values[name] for name in known if name in values}
+        chosen["resblock"] = str(chosen.get("resblock", "1"))
+        chosen["multispkr"] = str(chosen["multispkr"]) if chosen.get("multispkr") else None
+        try:
+            for name in ("upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes", "upsample_channels"):
+                chosen[name] = tuple(chosen.get(name) or ())
+            chosen["resblock_dilation_sizes"] = tuple(tuple(d) for d in chosen["resblock_dilation_sizes"])
+            params = chosen.get("dur_predictor_params") or None
+            if params is not None and not isinstance(params, DurationConfig):
+                params = DurationConfig(**{f.name: params[f.name] for f in fields(DurationConfig) if f.name in params})
+            chosen["dur_predictor_params"] = params
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(f"the vocoder configuration has a value of the wrong form: {error}") from None
+        return cls(**chosen)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "VocoderConfig":
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (FileNotFoundError, IsADirectoryError):
+            raise ConfigError(f"vocoder configuration {path} does not exist") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"vocoder configuration {path} is not JSON: {str(error).splitlines()[0]}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"vocoder configuration {path} holds {type(values).__name__}, not an object")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as config.json holds it, ``model_in_dim`` filled in."""
+        values = {**dataclasses.asdict(self), "model_in_dim": self.input_width, "f0": False}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def preset(cls, name: str, num_embeddings: int = 1000, **changes: Any) -> "VocoderConfig":
+        """One of ``PRESETS`` (``v1``: the field's 13.5M generator; ``small``: causal, for a CPU)."""
+        if name not in PRESETS:
+            raise ConfigError(f"no vocoder preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], "num_embeddings": num_embeddings, **changes})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "v1": dict(
+        upsample_rates=[5, 4, 4, 2, 2],
+        upsample_kernel_sizes=[11, 8, 8, 4, 4],
+        upsample_initial_channel=512,
+        resblock_kernel_sizes=[3, 7, 11],
+        resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5], [1, 3, 5]],
+        embedding_dim=128,
+        model_in_dim=128,
+        dur_predictor_params=dict(
+            encoder_embed_dim=128, var_pred_hidden_dim=128, var_pred_kernel_size=3, var_pred_dropout=0.5
+        ),
+    ),
+    "small": dict(
+        upsample_rates=[5, 4, 2, 8],
+        upsample_kernel_sizes=[10, 8, 4, 32],
+        upsample_initial_channel=224,
+        upsample_channels=[160, 96, 64, 8],
+        resblock="2",
+        resblock_stages=3,
+        resblock_kernel_sizes=[3, 7],
+        resblock_dilation_sizes=[[1, 3], [1, 3]],
+        embedding_dim=128,
+        dur_predictor_params=dict(
+            encoder_embed_dim=128, var_pred_hidden_dim=128, var_pred_kernel_size=3, var_pred_dropout=0.2
+        ),
+        causal=True,
+        lookahead_units=2,
+        context_layers=3,
+        context_kernel_size=5,
+        position_buckets=12,
+        frame_layers=3,
+        frame_kernel_size=5,
+    ),
+}
