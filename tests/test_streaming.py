@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,14 +15,19 @@ from hypothesis import strategies as st
 
 from echostream.audio.cmvn import GlobalCMVN
 from echostream.audio.fbank import fbank
+from echostream.audio.io import load_audio
 from echostream.audio.resample import Resampler
-from echostream.checkpoint import load_bundle
+from echostream.benchmarks import parity
+from echostream.benchmarks.parity import random_pieces as cut
+from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle
 from echostream.constants import BLANK, EOS, NUM_SPECIALS
 from echostream.errors import AudioError, ConfigError, SessionError
 from echostream.models.decoders.vocoder import CodeHiFiGAN
 from echostream.models.echostream_model import build_echostream_model
 from echostream.streaming import (
+    AlignAttPolicy,
     CTCCountPolicy,
+    LocalAgreementPolicy,
     SentenceEnd,
     SessionBatch,
     SourceText,
@@ -29,6 +35,7 @@ from echostream.streaming import (
     TargetText,
     TargetUnits,
     WaitForSentenceEnd,
+    WaitKPolicy,
     Waveform,
     make_policy,
 )
@@ -126,13 +133,6 @@ def translate(bundle, samples, splits=None, rate=16000, **options) -> list:
     return events + session.finish()
 
 
-def cut(total: int, rng: np.random.Generator, largest: int) -> list[int]:
-    sizes = []
-    while sum(sizes) < total:
-        sizes.append(int(rng.integers(0, largest + 1)))
-    return sizes
-
-
 def of(kind, events):
     return [event for event in events if isinstance(event, kind)]
 
@@ -172,69 +172,60 @@ def test_single_samples_give_the_same_events():
     assert_same(translate(BUNDLES["mt"], samples, [1] * len(samples)), translate(BUNDLES["mt"], samples))
 
 
-def recorded(bundle, monkeypatch):
-    """What the decoders computed in streaming: MT scores and unit scores, every call."""
-    mt, units = [], []
-    mt_step, unit_step = bundle.model.mt_decoder.step, bundle.model.unit_decoder.step
-
-    def step_mt(tokens, active, state, **kwargs):
-        out = mt_step(tokens, active, state, **kwargs)
-        mt.append((int(state.positions[0]), out[0][0, 0].clone()))
-        return out
-
-    def step_units(inputs, lengths, state, **kwargs):
-        out = unit_step(inputs, lengths, state, **kwargs)
-        units.append((int(state.positions[0]), out[0][0].clone()))
-        return out
-
-    monkeypatch.setattr(bundle.model.mt_decoder, "step", step_mt)
-    monkeypatch.setattr(bundle.model.unit_decoder, "step", step_units)
-    return mt, units
+TRIED = {
+    "ctc": CTCCountPolicy(1, 2),
+    "wait-k-ms": WaitKPolicy(2, 1, "ms", 280),
+    "wait-k-words": WaitKPolicy(1, 1, "words"),
+    "local-agreement": LocalAgreementPolicy(2),
+    "alignatt": AlignAttPolicy(6),
+    "sentence": WaitForSentenceEnd(),
+}
 
 
 @pytest.mark.parametrize("unit_input", ["mt", "encoder"])
 @pytest.mark.parametrize("whole_words", [True, False])
-def test_streamed_scores_are_those_of_the_masked_training_forward(unit_input, whole_words, monkeypatch):
+@pytest.mark.parametrize("policy", TRIED)
+def test_streamed_scores_are_those_of_the_masked_training_forward(policy, whole_words, unit_input):
     """Spec, reading 3: teacher forcing with cross-attention limited to g gives the streamed MT and unit scores."""
-    bundle = BUNDLES[unit_input]
-    samples = speech(6.0, seed=9)
-    mt_calls, unit_calls = recorded(bundle, monkeypatch)
-    session = StreamingSession(bundle, policy=CTCCountPolicy(1, 2), whole_words=whole_words)
-    sentences, marks = [], []
-    close = session.engine._close
+    options = dict(policy=TRIED[policy], whole_words=whole_words)
+    found, ends = parity.compare_with_training(BUNDLES[unit_input], speech(6.0, seed=9), **options)
+    assert len(ends) >= 2 and found.tokens > 15 and found.unit_positions > 50
+    assert policy == "sentence" or any(len(set(end.frames)) > 1 for end in ends)
+    assert found.text < 1e-9 and found.units < 1e-9
 
-    def remember(sentence, reason, now):
-        sentences.append(sentence)
-        marks.append((len(mt_calls), len(unit_calls)))
-        return close(sentence, reason, now)
 
-    monkeypatch.setattr(session.engine, "_close", remember)
-    session.push(samples)
-    session.finish()
-    monkeypatch.undo()
-    assert len(sentences) >= 2 and any(len(s.tokens) > 3 and len(set(s.frames)) > 1 for s in sentences)
+def test_the_comparison_with_training_notices_a_wrong_g(monkeypatch):
+    """Whoever sees a frame more or less than it says is found out."""
+    step = BUNDLES["mt"].model.mt_decoder.step
 
-    features = torch.from_numpy(bundle.cmvn.apply(fbank(samples))).double()[None]
-    with torch.no_grad():
-        frames, lengths = bundle.model.encoder(features, torch.tensor([features.shape[1]]))
-    begin = (0, 0)
-    for sentence, mark in zip(sentences, marks):
-        calls = dict(mt_calls[begin[0] : mark[0]])  # of every position, the last call: the one that was committed
-        unit_scores = torch.cat([scores for _, scores in unit_calls[begin[1] : mark[1]]])
-        begin = mark
-        window = frames[:, sentence.start : sentence.extended]
-        size = torch.tensor([window.shape[1]])
-        prev = torch.tensor([[EOS, *sentence.tokens]])
-        visible = torch.tensor([[*sentence.frames, sentence.visible]])
-        with torch.no_grad():
-            scores, hidden = bundle.model.mt_decoder(prev, window, size, visible)
-            for i in range(prev.shape[1]):
-                torch.testing.assert_close(calls[i], scores[0, i], atol=1e-9, rtol=0)
-            inputs = hidden if unit_input == "mt" else window
-            unit_visible = torch.tensor([sentence.unit_frames])
-            assert unit_visible.shape[1] == inputs.shape[1]
-            expected = bundle.model.unit_decoder(inputs, torch.tensor([inputs.shape[1]]), window, size, unit_visible)
-        torch.testing.assert_close(unit_scores, expected[0], atol=1e-9, rtol=0)
+    def blind(tokens, active, state, **kwargs):
+        return step(tokens, active, dataclasses.replace(state, frames=(state.frames - 1).clamp(min=0)), **kwargs)
+
+    monkeypatch.setattr(BUNDLES["mt"].model.mt_decoder, "step", blind)
+    found, _ = parity.compare_with_training(BUNDLES["mt"], speech(6.0, seed=9), policy=CTCCountPolicy(1, 2))
+    assert found.text > 1e-3
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    if not (DEFAULT_BUNDLE / "model.pt").is_file():
+        pytest.skip("no model is shipped with this checkout")
+    return load_bundle()
+
+
+@pytest.mark.parametrize("name", ["03.ogg", "08.ogg"])
+def test_the_shipped_model_keeps_its_promises_on_recordings(shipped, name, tmp_path):
+    """In fp32, as it is used; scripts/check_streaming.py does this for any number of recordings, and batches."""
+    samples = load_audio(DEFAULT_BUNDLE.parent / "demo" / name)
+    expected, rng = parity.translate(shipped, samples), np.random.default_rng(5)
+    assert of(TargetText, expected) and of(Waveform, expected)
+    for again in (
+        parity.translate(shipped, samples, cut(len(samples), rng, 7000)),
+        parity.translate_with_breaks(shipped, samples, rng.integers(0, len(samples), 2), tmp_path / "saved.npz"),
+    ):
+        assert not parity.differs(again, expected) and parity.wave_difference(again, expected) <= 1e-4
+    found, _ = parity.compare_with_training(shipped, samples)
+    assert found.tokens and found.text < 1e-4 and found.units < 1e-4
 
 
 def test_streamed_ctc_tokens_are_the_offline_ones():
@@ -473,30 +464,10 @@ def test_a_batch_gives_each_stream_what_it_gets_alone(unit_input):
     """Streams of different ages, lengths and paces; places are taken over by later streams."""
     bundle = BUNDLES[unit_input]
     rng = np.random.default_rng(1)
-    batch = SessionBatch(bundle, capacity=3, policy=CTCCountPolicy(1, 1))
-    waiting = {i: speech(float(rng.uniform(0.5, 4.0)), seed=9 + i) for i in range(5)}
-    alone = {i: translate(bundle, samples) for i, samples in waiting.items()}
-    got: dict[int, list] = {i: [] for i in waiting}
-    playing: dict[int, list] = {}  # number in the batch -> [which, samples, position]
-    while waiting or playing:
-        if waiting and len(playing) < 3 and (not playing or rng.random() < 0.4):
-            which = min(waiting)
-            playing[batch.join()] = [which, waiting.pop(which), 0]
-        parts = {}
-        for number, entry in playing.items():
-            if rng.random() < 0.7:
-                size = int(rng.integers(0, 9000))
-                parts[number] = entry[1][entry[2] : entry[2] + size]
-                entry[2] += size
-        for number, events in batch.push(parts).items():
-            got[playing[number][0]] += events
-        ended = [number for number, entry in playing.items() if entry[2] >= len(entry[1])]
-        for number, events in batch.finish(*ended).items():
-            got[playing[number][0]] += events
-            batch.leave(number)
-            del playing[number]
-    for which, events in got.items():
-        assert_same(events, alone[which])
+    recordings = [speech(float(rng.uniform(0.5, 4.0)), seed=9 + i) for i in range(5)]
+    together = parity.translate_together(bundle, recordings, 3, rng, policy=CTCCountPolicy(1, 1))
+    for events, samples in zip(together, recordings):
+        assert_same(events, translate(bundle, samples))
 
 
 def test_batch_refusals():

@@ -39,7 +39,7 @@ from echostream.constants import BLANK, ENCODER_FRAME_MS, EOS, NUM_MEL_BINS, NUM
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.echostream_model import build_echostream_model
 from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, TargetUnits, Waveform, track
-from echostream.streaming.stages import Listen, ReadUnits, Request, Write
+from echostream.streaming.stages import Backend, Listen, NewSentence, ReadUnits, Request, Rewind, Write
 from echostream.streaming.torch_stages import TorchStages
 from echostream.text import WORD_START, Vocabulary
 
@@ -95,39 +95,62 @@ class Script:
         return NUM_SPECIALS + 37 * i % self.units if i > int(position * self.unit_rate) else BLANK
 
 
-class ScriptedStages(TorchStages):
-    """The ordinary stages, whose answers follow a script. What to say next stands in the model's own state."""
+class ScriptedStages:
+    """A backend around another one, which does all the work; only then its answers are made to follow the script."""
 
-    def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True, *, script: Script):
-        super().__init__(bundle, rows, speech)
-        self.script = script
+    def __init__(
+        self, bundle: Bundle, rows: int = 1, speech: bool = True, *, script: Script, backend: Backend = TorchStages
+    ):
+        self.stages, self.script, self.rows = backend(bundle, rows=rows, speech=speech), script, rows
+        # Of each row: frames of the stream, and of the sentence positions of the MT and of the unit decoder.
+        self.counts = np.zeros((rows, 3), dtype=np.int64)
 
     def run(self, requests: list[tuple[int, Request]]) -> list[Any]:
-        before = self.state
-        answers = super().run(requests)
-        return [self._say(row, request, answer, before) for (row, request), answer in zip(requests, answers)]
+        answers = self.stages.run(requests)
+        return [self._say(self.counts[row], request, answer) for (row, request), answer in zip(requests, answers)]
 
-    def _say(self, row: int, request: Request, answer: Any, before: Any) -> Any:
+    def _say(self, counts: np.ndarray, request: Request, answer: Any) -> Any:
+        frames, position, units = counts.tolist()
         if isinstance(request, Listen):
-            start = int(before.encoder.segments[row]) * self.model.config.segment_length
-            symbols = np.array([self.script.heard(start + i) for i in range(len(answer.frames))], dtype=np.int64)
+            counts[0] = 0 if request.finished else frames + len(answer.frames)
+            symbols = np.array([self.script.heard(frames + i) for i in range(len(answer.frames))], dtype=np.int64)
             return answer._replace(source=symbols, target=symbols)
+        if isinstance(request, NewSentence):
+            counts[1:] = 0
+        if isinstance(request, Rewind):
+            counts[1] = request.positions
         if isinstance(request, Write):
+            counts[1] += 1
             scores = answer.scores.copy()
-            scores[self.script.written(int(before.mt.positions[row]))] = scores.max() + 1
+            scores[self.script.written(position)] = scores.max() + 1
             return answer._replace(scores=scores)
         if isinstance(request, ReadUnits):
-            start = int(before.unit[0].positions[row])
-            return np.array([self.script.unit(start + i) for i in range(len(answer))], dtype=np.int64)
+            counts[2] += len(answer)
+            return np.array([self.script.unit(units + i) for i in range(len(answer))], dtype=np.int64)
         return answer
 
+    @property
+    def nbytes(self) -> int:
+        return self.stages.nbytes
 
-def random_bundle(config: EchoStreamConfig) -> Bundle:
-    """A model of random weights and a ``small`` voice in which every unit lasts ``FRAMES_PER_UNIT`` frames."""
+    def reset(self, row: int) -> None:
+        self.stages.reset(row)
+        self.counts[row] = 0
+
+    def snapshot(self, row: int) -> dict[str, np.ndarray]:
+        return {**self.stages.snapshot(row), "script": self.counts[row].copy()}
+
+    def restore(self, row: int, arrays: dict[str, np.ndarray]) -> None:
+        self.counts[row] = arrays["script"]
+        self.stages.restore(row, arrays)
+
+
+def random_bundle(config: EchoStreamConfig, voice: VocoderConfig | None = None) -> Bundle:
+    """A model of random weights and a voice (default: ``small``) in which a unit lasts ``FRAMES_PER_UNIT`` frames."""
     torch.manual_seed(1)
     words = [f"{WORD_START if i % 4 else ''}w{i}" for i in range(config.mt_vocab_size - NUM_SPECIALS - 1)]
     vocabulary = Vocabulary([".", *words])
-    vocoder = CodeHiFiGAN(VocoderConfig.preset("small", config.num_units)).eval()
+    vocoder = CodeHiFiGAN(voice or VocoderConfig.preset("small", config.num_units)).eval()
     with torch.no_grad():
         vocoder.dur_predictor.proj.weight.zero_()
         vocoder.dur_predictor.proj.bias.fill_(np.log(FRAMES_PER_UNIT + 1))
