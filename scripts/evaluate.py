@@ -41,7 +41,7 @@ from echostream.streaming.policy import POLICIES  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -109,7 +109,7 @@ def main() -> None:
     )  # fmt: skip
     long.add_argument("--output", type=Path, required=True, help="a file a talk; longform.json, hypothesis.jsonl")
 
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         COMMANDS[args.command](args)
     except EchoStreamError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from echostream.errors import EchoStreamError, MissingExtraError  # noqa: E402
 from echostream.evaluation import longform  # noqa: E402
 from echostream.evaluation.longform import Segment, Spoken, Talk  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = ["The house is big.", "Hello, my friend.", "What time is it now?"]
 TALK = Talk(Path("talk.wav"), tuple(Segment(3.0 * i, 2.0, text) for i, text in enumerate(REFERENCES)))
 
@@ -213,12 +211,10 @@ def test_omnisteval_resegments_and_knows_longyaal() -> None:
     assert [part.text for part in aligned[0]] == ["The house is big.", "Hello, my dear friend.", "What time is it?"]
 
 
-def evaluate(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_command_line(rows: tuple[Path, list[Utterance]], tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tests.evaluate_script import evaluate
+
     folder, _ = rows
     talks, out = tmp_path / "talks", tmp_path / "out"
     made = evaluate("talks", "--manifest", folder / "test.tsv", "--count", 2, "--sentences", 2, "--output", talks)

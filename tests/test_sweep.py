@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("matplotlib")
 
-from echostream.audio.io import write_audio  # noqa: E402
+from echostream.audio.io import load_audio, write_audio  # noqa: E402
 from echostream.checkpoint import load_bundle  # noqa: E402
 from echostream.errors import EchoStreamError  # noqa: E402
 from echostream.evaluation import sweep  # noqa: E402
@@ -22,6 +20,7 @@ from echostream.evaluation.streams import Streamed, stream  # noqa: E402
 from echostream.output.words import TimedWord, WordTimes  # noqa: E402
 from echostream.streaming import SentenceEnd, StreamingSession, make_policy  # noqa: E402
 from echostream.text import Vocabulary  # noqa: E402
+from tests.evaluate_script import evaluate  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,11 +30,6 @@ def speech(seconds: float, seed: int) -> np.ndarray:
     time = np.arange(round(seconds * 16000)) / 16000
     noise = np.random.default_rng(seed).normal(0, 0.1, len(time))
     return (noise * (1 + np.sin(2 * np.pi * 4 * time))).astype(np.float32)
-
-
-def evaluate(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_plan_is_every_combination_of_the_knobs_a_policy_has() -> None:
@@ -112,8 +106,6 @@ def test_sweep_measures_what_simuleval_measures(tiny_bundle: Path, tmp_path: Pat
     options = {"checkpoint_dir": tiny_bundle, "chunk_ms": 320, "output_type": "text", "policy": "wait-k", "wait_k": 1}
     run.simulate(paths, references, tmp_path / "out", ROOT / "agent" / "echostream_agent.py", options)
     theirs = run.score(tmp_path / "out", output="text")
-    from echostream.audio.io import load_audio
-
     policy = make_policy("wait-k", wait_k=1)
     found = list(stream(load_bundle(tiny_bundle), map(load_audio, paths), {"policy": policy, "speech": False}))
     ours = sweep.measure(found, references)
@@ -131,7 +123,7 @@ def swept(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     command = [
         "sweep", "--source", folder / "source.txt", "--target", folder / "target.txt", "--limit", 2,
         "--policies", "ctc", "sentence", "--chunk-ms", 320, "--grid", "lagging_k1=0,2", "--checkpoint-dir", tiny_bundle,
-        "--output", folder / "out",
+        "--segmenter", "none", "--output", folder / "out",
     ]  # fmt: skip
     done = evaluate(*command)
     assert done.returncode == 0, done.stderr
