@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -187,21 +188,21 @@ def test_paper_sized_discriminators():
 
 
 # --------------------------------------------------------------------------------------------------------------- loop
+FIELD = dict(
+    embedding_dim=8,
+    upsample_initial_channel=32,
+    resblock_kernel_sizes=[3],
+    resblock_dilation_sizes=[[1]],
+    dur_predictor_params=dict(encoder_embed_dim=8, var_pred_hidden_dim=8),
+)
+
+
 @pytest.mark.parametrize("shape", ["causal", "field"])
 def test_pieces_are_what_the_generator_says(items, tmp_path, shape):
     """Training on a piece of an utterance computes what the generator computes there in the whole utterance."""
     run = trainer(items, tmp_path, warmup_frames=8, piece_frames=20)
     if shape == "field":
-        field = VocoderConfig.preset(
-            "v1",
-            UNITS,
-            embedding_dim=8,
-            model_in_dim=8,
-            upsample_initial_channel=32,
-            resblock_kernel_sizes=[3],
-            resblock_dilation_sizes=[[1]],
-            dur_predictor_params=dict(encoder_embed_dim=8, var_pred_hidden_dim=8),
-        )
+        field = VocoderConfig.preset("v1", UNITS, model_in_dim=8, **FIELD)
         run = Trainer(field, run.options, run.train_items, run.held_out, tmp_path)
     run.model.eval()
     batch = PieceSampler(run.train_items, 4, 28, seed=3).batch(0)
@@ -250,6 +251,33 @@ def test_resumed_equals_uninterrupted(items, tmp_path, normed):
         assert (vocoder(units)[0] - second.ema(units)[0]).abs().max() < 1e-5
 
 
+def test_many_speakers_with_v1(corpus, tmp_path):
+    """The field's generator with two speakers: spectral steps, then GAN steps; the voices part, the file tells them."""
+    header, *rows = (corpus / "target" / "units.tsv").read_text().splitlines()
+    rows = [f"{row}\t{i % 2}" for i, row in enumerate(rows)]
+    (tmp_path / "target").symlink_to(corpus / "target")
+    (tmp_path / "units.tsv").write_text("\n".join([f"{header}\tspeaker", *rows]).replace("\tt", "\ttarget/t") + "\n")
+    items = read_units(tmp_path / "units.tsv")
+    assert [item.speaker for item in items[:3]] == [0, 1, 0]
+    assert PieceSampler(items, 4, 15, 1).batch(0).speakers.max() == 1
+    shape = VocoderConfig.preset("v1", UNITS, multispkr="from_input_file", model_in_dim=16, num_speakers=2, **FIELD)
+    options = dataclasses.replace(OPTIONS, gan_start=4)
+    run = Trainer(shape, options, items[:8], items[8:], tmp_path / "run")
+    before = run.model.spkr.weight.detach().clone()
+    sampler = PieceSampler(run.train_items, 2, 15, seed=1)
+    logs = [run.update(sampler.batch(step)) for step in range(10)]
+    assert all(np.isfinite(value) for log in logs for value in log.values())
+    assert "discriminator" not in logs[3] and "discriminator" in logs[4]
+    assert ((run.model.spkr.weight - before).abs().amax(1) > 1e-4).all()
+    assert np.isfinite(run.validate()["mel"]) and len(list(run.resynthesize(2))) == 2
+    run.save()
+    vocoder = load_vocoder(tmp_path / "run" / "vocoder.pt", tmp_path / "run" / "vocoder.json")
+    units = torch.tensor([[0, 3, 1], [0, 3, 1]])
+    with torch.no_grad():
+        one, other = vocoder(units, durations=torch.full_like(units, 2), speakers=torch.tensor([0, 1]))[0]
+    assert (one - other).abs().max() > 1e-6
+
+
 def test_the_average_follows_the_weights(items, tmp_path):
     """Every weight of the EMA, biases and embeddings included, arrives at the model's when that stands still."""
     run = trainer(items, tmp_path)
@@ -296,6 +324,12 @@ def test_what_cannot_be_trained_is_refused(corpus, items, tmp_path):
     for option, says in (("piece-frames", "piece_frames is 0"), ("batch-size", "batch_size is 0")):
         with pytest.raises(ConfigError, match=says):
             train_vocoder.main([str(corpus), "--save-dir", str(tmp_path), f"--{option}", "0"])
-    many = VocoderConfig.preset("v1", UNITS, multispkr="_", model_in_dim=256)
-    with pytest.raises(ConfigError, match="multispkr"):
-        Trainer(many, OPTIONS, items, items, tmp_path)
+    many = VocoderConfig.preset("v1", UNITS, multispkr="_", model_in_dim=16, num_speakers=2, **FIELD)
+    for speaker in (None, 2):
+        unfit = [dataclasses.replace(item, speaker=speaker) for item in items]
+        with pytest.raises(ConfigError, match=f"multispkr.*speaker {speaker}"):
+            Trainer(many, OPTIONS, unfit, unfit, tmp_path)
+    table = (corpus / "target" / "units.tsv").read_text().splitlines()
+    (tmp_path / "units.tsv").write_text(f"{table[0]}\tspeaker\n{table[1]}\tAnna\n")
+    with pytest.raises(ManifestError, match="line 2: speaker 'Anna'"):
+        read_units(tmp_path / "units.tsv")

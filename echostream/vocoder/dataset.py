@@ -28,6 +28,7 @@ class Utterance:
     units: np.ndarray
     durations: np.ndarray
     text: str | None = None
+    speaker: int | None = None  # number, for multi-speaker vocoders
 
     @property
     def frames(self) -> int:
@@ -37,7 +38,7 @@ class Utterance:
 def read_units(path: str | Path, num_units: int | None = None) -> list[Utterance]:
     """Read ``units.tsv``: tab separated, a header with id, audio (relative to the file), units, durations.
 
-    A column ``text`` is kept where there is one.
+    Columns ``text`` and ``speaker`` (a number from 0 up) are kept where there are any.
 
     Raises:
         ManifestError: the file or a column is missing, or a row contradicts itself.
@@ -68,7 +69,11 @@ def _utterance(path: Path, number: int, row: dict[str, str], num_units: int | No
         raise ManifestError(f"{path}, line {number}: a unit below 0 or a duration below 1")
     if num_units is not None and units.max() >= num_units:
         raise ManifestError(f"{path}, line {number}: unit {units.max()} is out of range 0..{num_units - 1}")
-    return Utterance(row["id"], path.parent / row["audio"], units, durations, row.get("text"))
+    speaker = row.get("speaker") or None
+    if speaker is not None and not speaker.isdecimal():
+        raise ManifestError(f"{path}, line {number}: speaker {speaker!r} is no whole number from 0 up")
+    number_of = None if speaker is None else int(speaker)
+    return Utterance(row["id"], path.parent / row["audio"], units, durations, row.get("text"), number_of)
 
 
 def hold_out(
@@ -114,6 +119,7 @@ class Batch:
         units, durations: [B, U] of the whole utterances, padded with 0. lengths: [B] units.
         begin: [B] first frame of the piece. valid: [B] frames of the piece that are the utterance's.
         wav: [B, frames * 320] of the piece.
+        speakers: [B] numbers; 0 where units.tsv names none.
     """
 
     units: Tensor
@@ -122,6 +128,7 @@ class Batch:
     begin: Tensor
     valid: Tensor
     wav: Tensor
+    speakers: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
@@ -164,4 +171,5 @@ def collate(items: list[Utterance], begin: list[int], frames: int, wav: np.ndarr
         begin=torch.tensor(begin),
         valid=torch.tensor(valid),
         wav=torch.from_numpy(wav.astype(np.float32)),
+        speakers=torch.tensor([item.speaker or 0 for item in items]),
     )

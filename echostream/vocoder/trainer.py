@@ -90,8 +90,12 @@ class Trainer:
         directory: Path,
         device: str = "cpu",
     ):
-        if config.multispkr:
-            raise ConfigError("multispkr is set; units.tsv names no speakers, train one vocoder per voice")
+        for item in (*train, *held_out) if config.multispkr else ():
+            if item.speaker is None or item.speaker >= config.num_speakers:
+                raise ConfigError(
+                    f"multispkr is set, and {item.id} is of speaker {item.speaker}; the column speaker of units.tsv "
+                    f"must hold numbers 0..{config.num_speakers - 1}"
+                )
         torch.manual_seed(options.seed)
         self.config, self.options, self.directory, self.device = config, options, directory, torch.device(device)
         self.train_items, self.held_out = train, held_out
@@ -228,6 +232,7 @@ class Trainer:
             inside = (at >= 0) & (at < frame_lengths[:, None])
             at = at.clamp(0, frames.shape[2] - 1).unsqueeze(1)
             frames = frames.gather(2, at.expand(-1, frames.shape[1], -1))
+            frames = model.with_speaker(frames, batch.speakers)
             features = model.frame_features(frames, _Masked(inside))[..., reach : reach + piece]
             waveform = model.upsample(features, Whole(None))
             mel = self.readout(features)
@@ -360,7 +365,7 @@ class Trainer:
         for item in self.held_out:
             units = torch.from_numpy(item.units).unsqueeze(0).to(self.device)
             durations = torch.from_numpy(item.durations).unsqueeze(0).to(self.device)
-            wav, _ = self.ema(units, durations=durations)
+            wav, _ = self.ema(units, durations=durations, speakers=self._speaker(item))
             real = torch.from_numpy(read_samples(item)).unsqueeze(0).to(self.device)
             mels.append(float(self.spectral(wav, real)[0]))
             if self.ema.dur_predictor is not None:
@@ -379,7 +384,11 @@ class Trainer:
         for item in self.held_out[:count]:
             units = torch.from_numpy(item.units).unsqueeze(0).to(self.device)
             durations = torch.from_numpy(item.durations).unsqueeze(0).to(self.device) if true_durations else None
-            yield item, self.ema(units, durations=durations)[0][0].float().cpu().numpy()
+            wav, _ = self.ema(units, durations=durations, speakers=self._speaker(item))
+            yield item, wav[0].float().cpu().numpy()
+
+    def _speaker(self, item: Utterance) -> Tensor | None:
+        return None if item.speaker is None else torch.tensor([item.speaker], device=self.device)
 
 
 class _Masked(Whole):
