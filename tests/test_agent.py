@@ -22,7 +22,11 @@ from agent import echostream_agent as agents  # noqa: E402
 from agent.echostream_agent import EchoStreamAgent  # noqa: E402
 from echostream.audio.io import read_audio, write_audio  # noqa: E402
 from echostream.checkpoint import load_bundle, save_bundle  # noqa: E402
+from echostream.data.manifest import Utterance, write_manifest  # noqa: E402
+from echostream.errors import ConfigError  # noqa: E402
+from echostream.evaluation.quality import word_error_rate  # noqa: E402
 from echostream.streaming import SentenceEnd, SourceText, StreamingSession, TargetText  # noqa: E402
+from tests.evaluate_script import evaluate  # noqa: E402
 
 EVALUATION_SYSTEM_LIST.clear()  # importing the agent announced it to SimulEval
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,6 +192,11 @@ def test_what_is_not_wanted_is_not_computed(
         assert session.nbytes < StreamingSession(load_bundle(tiny_bundle)).nbytes
 
 
+def test_speech_needs_text(tiny_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="speech is made from text"):
+        StreamingSession(load_bundle(tiny_bundle), text=False)
+
+
 def test_a_transcript_does_not_wait_for_the_translation(tiny_bundle: Path) -> None:
     """The same source text, never later than beside a translation."""
     bundle, samples = load_bundle(tiny_bundle), speech(2.0, 16000, seed=3)
@@ -288,6 +297,28 @@ def test_other_outputs_through_simuleval(
     scored = simuleval("--user-dir", "agent", "--score-only", "--output", out, *again)
     assert scored.returncode == 0, scored.stderr
     assert [float(v) for v in scored.stdout.split()[-2:]] == [float(scores[n]) for n in (quality, latencies[-1])]
+
+
+def test_evaluate_simul_takes_transcripts_from_the_manifest(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Two processes, whose logs of text are joined; references are the manifest's source texts."""
+    rows = []
+    for i, text in enumerate(["Hola, amigo.", "La casa es grande."]):
+        write_audio(tmp_path / f"{i}.wav", speech(1.0, 16000, seed=i))
+        rows.append(Utterance(f"u{i}", f"{i}.wav", 98, text, "x", np.array([1], np.int16)))
+    write_manifest(tmp_path / "test.tsv", rows)
+    out = tmp_path / "out"
+    done = evaluate(
+        "simul", "--manifest", tmp_path / "test.tsv", "--output-type", "source", "--policy", "wait-k", "--wait-k", 2,
+        "--chunk-ms", 320, "--jobs", 2, "--checkpoint-dir", tiny_bundle, "--output", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (out / "chunk320" / "instances.log").read_text().splitlines()]
+    assert [(line["index"], line["reference"]) for line in lines] == [(i, row.src_text) for i, row in enumerate(rows)]
+    figures = json.loads((out / "results.json").read_text())["chunks"]["320"]
+    assert figures["WER"] == pytest.approx(
+        word_error_rate([line["text"] for line in lines], [row.src_text for row in rows], numbers=False)
+    )
+    assert "BLEU" not in figures and f"{figures['WER']:.2f}" in done.stdout
 
 
 def test_command_line_and_score_only(tiny_bundle: Path, tmp_path: Path) -> None:
