@@ -569,6 +569,36 @@ def test_the_rate_may_change_midway():
     assert_same(again + split.push(second[5:], 48000) + split.finish(), events)
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    parts=st.lists(
+        st.tuples(st.sampled_from([8000, 16000, 44100]), st.floats(0.0, 0.7), st.sampled_from([None, np.nan, np.inf])),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 2**16),
+)
+def test_changes_of_rate_and_refused_pushes_leave_no_trace(parts, seed):
+    """Parts at their own rates, pushed whole; or in pieces, among pushes of nothing and of what must be refused."""
+    rng = np.random.default_rng(seed)
+    whole, pieces = (StreamingSession(BUNDLES["mt"], policy=CTCCountPolicy(1, 1)) for _ in range(2))
+    expected, events = [], []
+    for rate, seconds, bad in parts:
+        samples, at = speech(seconds, rate, seed), 0
+        expected += whole.push(samples, rate)
+        for size in cut(len(samples), rng, 5000):
+            events += pieces.push(samples[:0], 22050)
+            if bad is not None:
+                with pytest.raises(AudioError, match="NaN or infinite"):
+                    pieces.push(np.array([0.1, bad]), 48000)
+            events += pieces.push(samples[at : at + size], rate)
+            at += size
+    assert_same(events + pieces.finish(), expected + whole.finish())
+    assert pieces.source_time_s == whole.source_time_s
+    with pytest.raises(SessionError, match="reset"):
+        pieces.push(speech(0.1))
+
+
 def test_int16_samples():
     bundle = BUNDLES["mt"]
     samples = np.round(speech(2.0) * 32768).astype(np.int16)
