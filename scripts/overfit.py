@@ -3,8 +3,8 @@
 
     python scripts/overfit.py --data data/es-en --work runs/overfit
 
-Trains in rounds until the validation figures (on the very same utterances) leave room below the bars, or
-``--max-update`` is reached; then decodes by fairseq-generate and by the streaming session, and prints a table. The exit
+Trains in rounds, ``--min-update`` at least, until the validation figures (on the very same utterances) leave room below
+the bars, or ``--max-update`` is reached; then decodes by fairseq-generate and by the streaming session, and prints a table. The exit
 status is 0 only if every bar is met. A run that was stopped goes on where it was. Further flags go to fairseq-train.
 """
 
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/overfit"), help="directory to work in")
     parser.add_argument("--utterances", type=int, default=64)
     parser.add_argument("--round", type=int, default=200, help="updates between looks at the figures")
+    parser.add_argument("--min-update", type=int, default=1000, help="beam search is right later than greedy search")
     parser.add_argument("--max-update", type=int, default=2000)
     parser.add_argument("--chunk-ms", type=int, default=320, help="of the streaming session")
     parser.add_argument("--skip-streaming", action="store_true", help="leave the simultaneous translation out")
@@ -156,7 +157,7 @@ def train(args: argparse.Namespace, data: Path, further: Sequence[str]) -> dict[
             figures = found or figures
             if found:
                 tqdm.write(f"{bar.n} updates: " + ", ".join(f"{k} {found[k]:.2f}" for k in (*ENOUGH, "bleu")))
-            if figures and all(figures[name] <= most for name, most in ENOUGH.items()) and figures["bleu"] > 98:
+            if limit >= args.min_update and figures and all(figures[name] <= most for name, most in ENOUGH.items()) and figures["bleu"] > 98:
                 break
     return figures
 
