@@ -4,8 +4,9 @@
     python scripts/overfit.py --data data/es-en --work runs/overfit
 
 Trains in rounds, ``--min-update`` at least, until the validation figures (on the very same utterances) leave room below
-the bars, or ``--max-update`` is reached; then decodes by fairseq-generate and by the streaming session, and prints a table. The exit
-status is 0 only if every bar is met. A run that was stopped goes on where it was. Further flags go to fairseq-train.
+the bars, or ``--max-update`` is reached; then decodes by fairseq-generate and by the streaming session, and prints a
+table. The exit status is 0 only if every bar is met. A run that was stopped goes on where it was. Further flags go to
+fairseq-train.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ def train(args: argparse.Namespace, data: Path, further: Sequence[str]) -> dict[
             figures = found or figures
             if found:
                 tqdm.write(f"{bar.n} updates: " + ", ".join(f"{k} {found[k]:.2f}" for k in (*ENOUGH, "bleu")))
-            if limit >= args.min_update and figures and all(figures[name] <= most for name, most in ENOUGH.items()) and figures["bleu"] > 98:
+            learnt = figures and all(figures[name] <= most for name, most in ENOUGH.items()) and figures["bleu"] > 98
+            if learnt and limit >= args.min_update:
                 break
     return figures
 
