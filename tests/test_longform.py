@@ -161,6 +161,16 @@ def test_boundary_f1(sentences: list[str], precision: float, recall: float) -> N
     assert figures["boundary_recall"] == pytest.approx(recall)
     total = precision + recall
     assert figures["boundary_f1"] == pytest.approx(2 * precision * recall / total if total else 0.0)
+    assert figures["boundary_f1_ceiling"] == 1.0
+
+
+def test_a_weak_translation_lowers_the_ceiling() -> None:
+    """Its words align badly, so that even ends in the right places seem wrong."""
+    words, ends = ends_of(*REFERENCES)
+    alone = [REFERENCES[1], "Goodbye!", REFERENCES[2]]  # the first sentence came out as the second one's words
+    spoken = Spoken(words, [0.0] * len(words), [(end, 0.0) for end in ends], alone)
+    figures = longform.score([TALK], [spoken], "levenshtein")
+    assert (figures["boundary_f1"], figures["boundary_f1_ceiling"]) == (1.0, 0.5)
 
 
 def test_tolerance_is_what_it_says() -> None:

@@ -339,11 +339,12 @@ def score(
     """Boundary F1, BLEU of the talks and of their sentences alone, and latency.
 
     Returns:
-        ``boundary_*``: precision, recall and F1 of sentence ends inside the talks, by words (see ``boundary_places``);
-        ``boundary_time_*``: the same by the clock, the time of a sentence's last CTC token against the end of its
-        recording. ``BLEU``, ``isolated_BLEU``, and the first as a ``share`` of the second. ``StreamLAAL`` (Papi et al.,
-        2024, arXiv 2406.00177): LAAL of each reference sentence with words, from its own start, in ms; with OmniSTEval
-        ``LongYAAL``, ms.
+        ``boundary_*``: precision, recall and F1 of sentence ends inside the talks, by words (see ``boundary_places``).
+        ``boundary_f1_ceiling``: the F1 by words of the sentences translated alone, whose ends are known; a weak
+        translation aligns badly, and a segmenter can hardly reach more. ``boundary_time_*``: by the clock, the time of
+        a sentence's last CTC token against the end of its recording. ``BLEU``, ``isolated_BLEU``, and the first as a
+        ``share`` of the second. ``StreamLAAL`` (Papi et al., 2024, arXiv 2406.06097), ms: LAAL of each reference
+        sentence with words, from its own start. With OmniSTEval ``LongYAAL``, ms.
 
     Raises:
         EchoStreamError: the resegmenter is unknown. MissingExtraError: it is not installed.
@@ -354,17 +355,17 @@ def score(
         aligned, extra = resegment_softly(talks, [s.words for s in spoken], [s.delays for s in spoken], lang)
     else:
         aligned = [resegment(talk, s.words, s.delays) for talk, s in zip(talks, spoken, strict=True)]
-    totals = np.zeros(5, dtype=np.int64)  # right by words, found by words, right by time, found by time, true
+    totals = np.zeros((3, 3), dtype=np.int64)  # by words, by the clock, ceiling: right, found, true
     lags = []
     for talk, said, parts in zip(talks, spoken, aligned, strict=True):
-        reference = " ".join(talk.references).split()
-        counts = np.cumsum([len(r.split()) for r in talk.references])[:-1].tolist()
-        times = [s.offset + s.duration for s in talk.segments[:-1]]
-        ends = [end for end in said.ends if end[0] < len(said.words)]
-        places = boundary_places([end for end, _ in ends], align(said.words, reference), len(reference))
-        heard = [(second, second) for _, second in ends]
-        right = matches(places, counts, tolerance_words), matches(heard, times, tolerance_s)
-        totals += right[0], len(places), right[1], len(heard), len(counts)
+        times = [segment.offset + segment.duration for segment in talk.segments[:-1]]
+        heard = [(second, second) for end, second in said.ends if end < len(said.words)]
+        alone = [text.split() for text in said.isolated]
+        totals += (
+            _ends_by_words(talk, said.words, [end for end, _ in said.ends], tolerance_words),
+            (matches(heard, times, tolerance_s), len(heard), len(times)),
+            _ends_by_words(talk, sum(alone, []), np.cumsum([len(words) for words in alone]).tolist(), tolerance_words),
+        )
         for segment, part in zip(talk.segments, parts):
             if part.delays and segment.duration > 0:
                 words = max(1, len(segment.reference.split()))
@@ -372,12 +373,13 @@ def score(
     references = [reference for talk in talks for reference in talk.references]
     bleu = quality.bleu([part.text for parts in aligned for part in parts], references)
     isolated = quality.bleu([text for said in spoken for text in said.isolated], references)
-    words_right, words_found, time_right, time_found, true = totals.tolist()
+    by_words, by_time, ceiling = totals.tolist()
     return {
-        **{f"boundary_{name}": value for name, value in f1(words_right, words_found, true).items()},
-        **{f"boundary_time_{name}": value for name, value in f1(time_right, time_found, true).items()},
-        "sentences_found": words_found + len(talks),
-        "sentences": true + len(talks),
+        **{f"boundary_{name}": value for name, value in f1(*by_words).items()},
+        "boundary_f1_ceiling": f1(*ceiling)["f1"],
+        **{f"boundary_time_{name}": value for name, value in f1(*by_time).items()},
+        "sentences_found": by_time[1] + len(talks),
+        "sentences": by_time[2] + len(talks),
         "BLEU": bleu,
         "isolated_BLEU": isolated,
         "share": bleu / isolated if isolated else float("nan"),
@@ -385,3 +387,11 @@ def score(
         **extra,
         "resegmenter": resegmenter,
     }
+
+
+def _ends_by_words(talk: Talk, words: Sequence[str], ends: Sequence[int], tolerance: float) -> tuple[int, int, int]:
+    """Of sentence ends inside a talk: how many are right, how many there are, and how many there should be."""
+    reference = " ".join(talk.references).split()
+    true = np.cumsum([len(text.split()) for text in talk.references])[:-1].tolist()
+    places = boundary_places(ends, align(words, reference), len(reference))
+    return matches(places, true, tolerance), len(places), len(true)
