@@ -3,6 +3,7 @@
 
     python scripts/benchmark.py train                       # training cost of the Emformer layers
     python scripts/benchmark.py stream                      # what a chunk costs, from 10 s to 60 minutes
+    python scripts/benchmark.py vocoder                     # speaking, offline and in chunks of 320 ms
     python scripts/benchmark.py stream --minutes 2 --clock cpu --json figures.json
 
 Tables go to the screen, ``--json FILE`` keeps the figures. ``--clock cpu`` counts this process's own time, for a
@@ -13,7 +14,7 @@ same sizes, and how the cost grows with the utterance's length. The candidates t
 slows all of them alike; the figures are medians. ``--matmul-precision medium`` lets oneDNN do the single-precision
 matrix products, for both candidates: on AMD processors it is twice as fast as the MKL that torch uses by default.
 
-``stream`` is described in ``echostream/benchmarks/stream.py``.
+``stream`` is described in ``echostream/benchmarks/stream.py``, ``vocoder`` in ``echostream/benchmarks/vocoder.py``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from echostream.benchmarks import stream as streaming  # noqa: E402
+from echostream.benchmarks import vocoder  # noqa: E402
 from echostream.compat import import_torchaudio  # noqa: E402
 from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.constants import ENCODER_FRAME_MS  # noqa: E402
@@ -190,6 +192,9 @@ def get_parser() -> argparse.ArgumentParser:
     stream = commands.add_parser("stream", help="cost of a chunk of a running session, at any age")
     streaming.add_arguments(stream)
     stream.set_defaults(run=streaming.run, show=streaming.show)
+    voice = commands.add_parser("vocoder", help="cost of speaking, offline and in chunks")
+    vocoder.add_arguments(voice)
+    voice.set_defaults(run=vocoder.run, show=vocoder.show)
     return parser
 
 
