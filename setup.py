@@ -56,10 +56,13 @@ EXTRAS = {
         "onnxruntime>=1.17",
         "scikit-learn>=1.3",
     ],
-    "onnx": ["onnx>=1.16", "onnxruntime>=1.17"],
+    # running what `echostream export` wrote: no torch
+    "onnx": ["onnxruntime>=1.20"],
+    # echostream export
+    "export": [TORCH, "onnx>=1.16", "onnxruntime>=1.20"],
     # sentences that end where the speaker pauses
     "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
-    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "onnx>=1.16", "onnxruntime>=1.17", "silero-vad==6.2.3"],
+    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "onnx>=1.16", "onnxruntime>=1.20", "silero-vad==6.2.3"],
 }
 EXTRAS["demo"] = EXTRAS["simuleval"]
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
     from echostream.models.decoders.vocoder import CodeHiFiGAN
     from echostream.models.echostream_model import EchoStreamModel
+    from echostream.streaming.exported.model import ExportedModel, ExportedVoice
 
 FORMAT = "echostream/1"
+EXPORTED_FORMAT = "echostream-onnx/1"  # graphs in place of weights, written by ``echostream export``
+BACKENDS = ("torch", "onnx")
 FILES = {
     "model": "model.pt",
     "source_spm": "spm.src.model",
@@ -51,47 +54,56 @@ class Bundle:
     Attributes:
         directory: where it came from.
         config: the model's configuration.
-        model: in eval mode, fp32, on the device asked for; the vocoder is not attached to it.
+        model: in eval mode, fp32, on the device asked for, the vocoder not attached; or the exported graphs.
         source_dict, target_dict: the text dictionaries.
         unit_count: number of discrete units.
         cmvn: normalisation of the source features.
         vocoder: None for a bundle that only writes text and units.
         policy: the policy's defaults that were chosen for this model (``lagging_k1`` and so on).
         source_lang, target_lang: language codes.
-        digest: sha256 of ``model.pt``, hexadecimal: names the weights a saved session belongs to.
+        digest: sha256 of ``model.pt`` (of all graphs), hexadecimal: names the weights a saved session belongs to.
     """
 
     directory: Path
     config: EchoStreamConfig
-    model: EchoStreamModel
+    model: EchoStreamModel | ExportedModel
     source_dict: Vocabulary
     target_dict: Vocabulary
     unit_count: int
     cmvn: GlobalCMVN
-    vocoder: CodeHiFiGAN | None = None
+    vocoder: CodeHiFiGAN | ExportedVoice | None = None
     policy: dict[str, Any] = field(default_factory=dict)
     source_lang: str = ""
     target_lang: str = ""
     digest: str = ""
 
 
-def load_bundle(directory: str | Path = DEFAULT_BUNDLE, device: str = "cpu") -> Bundle:
-    """Load a checkpoint directory.
+def load_bundle(
+    directory: str | Path = DEFAULT_BUNDLE, device: str = "cpu", backend: str | None = None, threads: int | None = None
+) -> Bundle:
+    """Load a checkpoint directory, or one that ``echostream export`` made of it.
+
+    Args:
+        device: where torch keeps the model; exported graphs run on the CPU.
+        backend: ``torch`` or ``onnx``, to refuse a directory of the other kind. Default: what the directory holds.
+        threads: CPU threads that compute. Default: torch's own choice; 1 for exported graphs.
 
     Raises:
         CheckpointError: a file is missing, truncated, of another format, would run code when loaded, or holds weights
-            that do not fit the configuration.
+            that do not fit the configuration; or the directory is not for this backend.
         ManifestError: a dictionary is missing, unreadable, or of another size than the model's.
         ConfigError: the configuration holds unknown keys or values out of range.
-        MissingExtraError: torch is not installed.
+        MissingExtraError: torch (for exported graphs: ONNX Runtime) is not installed.
     """
-    require("torch", "simuleval")
-    from echostream.models.echostream_model import build_echostream_model
-
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint directory {directory} does not exist")
     values = _read_config(directory / "config.yaml")
+    exported = values["format"] == EXPORTED_FORMAT
+    if backend == "torch" and exported:
+        raise CheckpointError(f"{directory} holds exported graphs; they run on the backend onnx")
+    if backend == "onnx" and not exported:
+        raise CheckpointError(f"{directory} holds a torch model; first: echostream export {directory} -o DIRECTORY")
     config = EchoStreamConfig.from_dict(values["model"])
     paths = {name: directory / file for name, file in {**FILES, **values.get("files", {})}.items()}
 
@@ -102,8 +114,34 @@ def load_bundle(directory: str | Path = DEFAULT_BUNDLE, device: str = "cpu") -> 
     check_vocabulary(paths["target_dict"], target_dict, config.st_vocab_size, "st_vocab_size")
     check_vocabulary(paths["target_dict"], target_dict, config.mt_vocab_size, "mt_vocab_size")
     check_vocabulary(paths["unit_dict"], unit_dict, config.num_units + NUM_SPECIALS, "num_units (4 specials more)")
-    cmvn = GlobalCMVN.load(paths["cmvn"])
+    load = _load_exported if exported else _load_torch
+    model, vocoder, digest = load(directory, values, config, paths, device, threads)
+    return Bundle(
+        directory=directory,
+        config=config,
+        model=model,
+        source_dict=source_dict,
+        target_dict=target_dict,
+        unit_count=config.num_units,
+        cmvn=GlobalCMVN.load(paths["cmvn"]),
+        vocoder=vocoder,
+        policy=values.get("policy", {}),
+        source_lang=values.get("source_lang", ""),
+        target_lang=values.get("target_lang", ""),
+        digest=digest,
+    )
 
+
+def _load_torch(
+    directory: Path, values: dict[str, Any], config: EchoStreamConfig, paths: dict[str, Path], device: str,
+    threads: int | None,
+) -> tuple[EchoStreamModel, CodeHiFiGAN | None, str]:  # fmt: skip
+    """Model, vocoder and digest of a checkpoint directory."""
+    torch = require("torch", "simuleval")
+    from echostream.models.echostream_model import build_echostream_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
     weights = read_weights(paths["model"])
     if not isinstance(weights, Mapping) or weights.get("format") != FORMAT or not isinstance(weights["model"], Mapping):
         found = weights.get("format") if isinstance(weights, Mapping) else type(weights).__name__
@@ -123,20 +161,23 @@ def load_bundle(directory: str | Path = DEFAULT_BUNDLE, device: str = "cpu") -> 
         from echostream.models.decoders.vocoder_checkpoint import load_vocoder
 
         vocoder = load_vocoder(paths["vocoder"], paths["vocoder_config"], device).eval()
-    return Bundle(
-        directory=directory,
-        config=config,
-        model=model,
-        source_dict=source_dict,
-        target_dict=target_dict,
-        unit_count=config.num_units,
-        cmvn=cmvn,
-        vocoder=vocoder,
-        policy=values.get("policy", {}),
-        source_lang=values.get("source_lang", ""),
-        target_lang=values.get("target_lang", ""),
-        digest=hashlib.sha256(paths["model"].read_bytes()).hexdigest(),
-    )
+    return model, vocoder, hashlib.sha256(paths["model"].read_bytes()).hexdigest()
+
+
+def _load_exported(
+    directory: Path, values: dict[str, Any], config: EchoStreamConfig, paths: dict[str, Path], device: str,
+    threads: int | None,
+) -> tuple[ExportedModel, ExportedVoice | None, str]:  # fmt: skip
+    """The same of an exported directory."""
+    from echostream.models.decoders.vocoder_config import VocoderConfig
+    from echostream.streaming.exported.model import ExportedModel, ExportedVoice
+
+    require("onnxruntime", "onnx")
+    if device != "cpu":
+        raise CheckpointError(f"exported graphs run on the CPU, not on {device!r}; leave the device out")
+    voice = ExportedVoice(VocoderConfig.from_json(paths["vocoder_config"])) if values.get("vocoder") else None
+    model = ExportedModel(directory, values.get("precision", "fp32"), threads or 1, values.get("parameters", {}))
+    return model, voice, values.get("digest", "")
 
 
 def check_vocabulary(path: str | Path, vocabulary: Vocabulary, expected: int, name: str) -> None:
@@ -266,8 +307,10 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     values = _yaml(path)
-    if values.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is of format {values.get('format')!r}; this EchoStream reads {FORMAT!r}")
+    if values.get("format") not in (FORMAT, EXPORTED_FORMAT):
+        raise CheckpointError(
+            f"{path} is of format {values.get('format')!r}; this EchoStream reads {FORMAT!r} and {EXPORTED_FORMAT!r}"
+        )
     if not isinstance(values.get("model"), dict):
         raise CheckpointError(f"{path} lacks the section 'model'")
     return values

@@ -1,4 +1,4 @@
-"""The command ``echostream``: translate recordings and live speech, look at checkpoints."""
+"""The command ``echostream``: translate recordings and live speech, look at checkpoints, export them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ EXAMPLES = """examples:
   echostream translate talk.wav -o english.wav
   echostream translate talk.mp3 --subtitles talk.srt --segmenter punctuation+pause
   echostream translate talk.wav -o english.wav --policy alignatt --alignatt-frames 12 --timeline talk.png
+  echostream export echostream/assets/es-en -o es-en-int8 --int8
+  echostream translate talk.wav -o english.wav --checkpoint-dir es-en-int8
   arecord -f S16_LE -r 16000 | echostream translate - | aplay
   arecord -t raw -f S16_LE -r 48000 | echostream translate - --input-rate 48000 -o - | aplay -t raw -f S16_LE -r 16000
 """
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    from echostream.checkpoint import BACKENDS
     from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments
 
     raw = argparse.RawDescriptionHelpFormatter
@@ -83,11 +86,31 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--realtime", action="store_true", help="read a recording no faster than it was spoken")
     model = translate.add_argument_group("model")
     model.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="default: the model shipped with EchoStream")
-    model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    model.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="refuse a model of the other kind (default: torch for a checkpoint, onnx for an exported directory)",
+    )
+    model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu; exported: cpu only)")
     # More threads hardly help matrices this small, and on a busy machine they wait for each other.
     model.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     add_policy_arguments(translate.add_argument_group("when to write", "Knobs belong to the policy named before them."))
     add_segmenter_arguments(translate.add_argument_group("where sentences end"))
+
+    export = commands.add_parser(
+        "export",
+        help="make a directory of ONNX graphs of a checkpoint, to be run without torch",
+        description="Write every streaming stage as an ONNX graph, with all that a session needs beside them. It runs "
+        "where torch is not installed (pip install 'echostream[onnx]'), by the same commands. The graphs are compared "
+        "with the torch model.",
+    )
+    export.set_defaults(run=run_export)
+    export.add_argument(
+        "checkpoint", nargs="?", type=Path, help="a checkpoint directory (default: the model shipped with EchoStream)"
+    )
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
+    export.add_argument("--int8", action="store_true", help="weights of encoder and decoders as int8: faster, inexact")
+    export.add_argument("--no-vocoder", action="store_true", help="text and units only")
 
     speak = commands.add_parser(
         "vocode", help="speak a file of units", description=vocode.DESCRIPTION, formatter_class=raw
@@ -106,7 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoint",
         nargs="?",
         type=Path,
-        help="a checkpoint directory, or a .pt file of fairseq-train (default: the model shipped with EchoStream)",
+        help="a checkpoint directory, an exported one, or a .pt file of fairseq-train (default: the model shipped with "
+        "EchoStream)",
     )
     info.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
@@ -117,6 +141,21 @@ def run_translate(args: argparse.Namespace) -> int:
 
     args.checkpoint_dir = checkpoint_directory(args.checkpoint_dir)
     return translate(args)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from echostream.export.directory import export_directory
+
+    path = args.checkpoint if args.checkpoint is not None and args.checkpoint.is_file() else None
+    directory, differences = export_directory(
+        path or checkpoint_directory(args.checkpoint), args.output, int8=args.int8, vocoder=not args.no_vocoder
+    )
+    for stage, difference in differences.items():
+        print(f"{stage:<14} differs from torch by {difference:.0e}{' in single precision' if args.int8 else ''}")
+    for path in sorted(directory.glob("*.onnx")):
+        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")
+    print(f"{sum(path.stat().st_size for path in directory.iterdir()) / 1e6:8.2f} MB  {directory}")
+    return 0
 
 
 def run_info(args: argparse.Namespace) -> int:

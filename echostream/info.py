@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from echostream.checkpoint import load_bundle, read_fairseq_checkpoint
+from echostream.checkpoint import Bundle, load_bundle, read_fairseq_checkpoint
 from echostream.config import EchoStreamConfig
 from echostream.constants import ENCODER_FRAME_MS, FRAME_LENGTH, SAMPLE_RATE
+from echostream.streaming.exported.model import ExportedModel
 
 COMPONENTS = {
     "encoder": "encoder",
@@ -33,14 +34,15 @@ def _describe_directory(path: Path) -> dict[str, Any]:
     from echostream.streaming.session import StreamingSession
 
     bundle = load_bundle(path)
-    modules = {name: getattr(bundle.model, name) for name in COMPONENTS if name != "vocoder"}
-    if bundle.vocoder is not None:
-        modules["vocoder"] = bundle.vocoder
-    parameters = {COMPONENTS[name]: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    if isinstance(bundle.model, ExportedModel):
+        backend, parameters = f"onnx, {bundle.model.precision}", bundle.model.parameters
+    else:
+        backend, parameters = "torch", count_parameters(bundle)
     session = StreamingSession(bundle, segmenter="punctuation")
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
     return {
         "checkpoint": str(path),
+        "backend": backend,
         "languages": {"source": bundle.source_lang, "target": bundle.target_lang},
         "parameters": {**parameters, "in all": sum(parameters.values())},
         "vocabularies": {
@@ -60,6 +62,14 @@ def _describe_directory(path: Path) -> dict[str, Any]:
         "configuration": bundle.config.to_dict(),
         "sha256 of the model": bundle.digest,
     }
+
+
+def count_parameters(bundle: Bundle) -> dict[str, int]:
+    """Parameters of a torch bundle's components."""
+    modules = {name: getattr(bundle.model, name) for name in COMPONENTS if name != "vocoder"}
+    if bundle.vocoder is not None:
+        modules["vocoder"] = bundle.vocoder
+    return {COMPONENTS[name]: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

@@ -45,8 +45,9 @@ def translate(args: Namespace) -> int:
             output = "-"
         if output == "-" and sys.stdout.isatty():
             raise EchoStreamError("standard output is a terminal; pipe the speech on (| aplay) or name a file")
-        set_threads(args.threads)
-        bundle = load_bundle(args.checkpoint_dir, args.device)
+        if args.threads < 1:
+            raise ConfigError(f"--threads is {args.threads}; it must be at least 1")
+        bundle = load_bundle(args.checkpoint_dir, args.device, args.backend, args.threads)
         if output is not None and bundle.vocoder is None:
             raise CheckpointError(f"{args.checkpoint_dir} has no vocoder: it cannot speak, leave -o out")
         session = StreamingSession(
@@ -186,11 +187,3 @@ def timeline_output(args: Namespace, bundle: Bundle, rate: int) -> TimelinePictu
         units_read_text=bundle.config.unit_decoder_input == "mt",
         seconds=args.timeline_seconds,
     )
-
-
-def set_threads(count: int) -> None:
-    if count < 1:
-        raise ConfigError(f"--threads is {count}; it must be at least 1")
-    from echostream.errors import require
-
-    require("torch", "simuleval").set_num_threads(count)

@@ -2,7 +2,7 @@
 
 The state lives with the caller, in rings: a layer's newest keys and values overwrite the oldest ones, for attention
 does not mind their order. So a graph is given whole caches and hands back only what is new, and which place may be seen
-by whom is said by the masks (``streaming.onnx_stages``).
+by whom is said by the masks (``streaming.exported``).
 
 Letters: B streams, G segments, S frames in a segment, R frames of right context, W = S + R, L frames of left context,
 M summaries, D width, H heads, d = D / H.
@@ -24,11 +24,11 @@ def encoder_graph(encoder: EchoStreamEncoder, int8: bool) -> Graph:
 
     Inputs: ``features`` [B, 3 + 4 (G S + R), F], three frames of context first, zero where there is no speech;
     ``inside`` [B, 1 + 2 (G S + R), 1, 1], 0 for frames of the first convolution that lie outside of the stream;
-    ``mask`` [B, 1, G W, M + L + G + G W] (without M + G where there is no memory bank); with right context ``places``
-    [G W], which subsampled frame stands where; and per layer ``keys.i`` and ``values.i`` [B, H, M + L, d].
+    ``mask`` [B, 1, G W, M + L + G W + G] (without M and G where there is no memory bank); with right context
+    ``places`` [G W], which subsampled frame stands where; and per layer ``keys.i`` and ``values.i`` [B, H, M + L, d].
 
-    Outputs: ``frames`` [B, G S, D]; ``kept`` [2 layers, B, H, G S + G, d], what to put into the rings: keys, then
-    values of each layer, frames and then summaries.
+    Outputs: ``frames`` [B, G S, D]; ``kept`` [B, G W + G, 2 layers * D], what to put into the rings: keys, then values
+    of each layer, of all frames and then of the summaries.
     """
     g = Graph("encoder", int8)
     dim, right = encoder.embed_dim, encoder.right_context_length
@@ -43,9 +43,8 @@ def encoder_graph(encoder: EchoStreamEncoder, int8: bool) -> Graph:
     if right:
         x = g.slice(g("Reshape", x, [0, -1, width, dim]), 2, 0, encoder.segment_length)
         x = g("Reshape", x, [0, -1, dim])
-    heads = encoder.layers[0].num_heads
     g.output("frames", x, "B", "N", dim)
-    g.output("kept", g.stack(kept), len(kept), "B", heads, "new", dim // heads)
+    g.output("kept", g("Concat", *kept, axis=2), "B", "new", len(kept) * dim)
     return g
 
 
@@ -71,41 +70,31 @@ def subsample(g: Graph, subsampler: Subsampler) -> str:
 
 
 def emformer_layer(g: Graph, layer: EmformerLayer, i: int, x: str, mask: str, kept: list[str]) -> str:
-    """One layer, x [B, G W, D] to the same shape; ``kept`` gets its new keys and values [B, H, G S + G, d]."""
+    """One layer, x [B, G W, D] to the same shape; ``kept`` gets its new keys and values [B, G W + G, D]."""
     dim, heads = layer.qkv_proj.in_features, layer.num_heads
     segment, width = layer.segment_length, layer.segment_length + layer.right_context_length
     places = layer.left_context_length + layer.memory_size
     weight, bias = scaled(layer.qkv_proj.weight, layer.qkv_proj.bias, dim, heads)
     h = g.norm(x, layer.attention_norm) if layer.normalize_before else x
-    query, *own = g.heads(g.linear(h, weight, bias), heads, dim, parts=3)
-    bank = [[], []]
+    query, *new = g.split(g.linear(h, weight, bias), 3)
     if layer.summary_proj is not None:
         # The mean goes through two projections with nothing between them: one matrix serves.
-        summary = as_array(layer.summary_proj.weight).astype(np.float64)
-        folded = weight[dim:] @ summary
+        folded = weight[dim:] @ as_array(layer.summary_proj.weight).astype(np.float64)
         shift = weight[dim:] @ as_array(layer.summary_proj.bias) + bias[dim:]
         frames = g("Reshape", x, [0, -1, width, dim])
         if width > segment:
             frames = g.slice(frames, 2, 0, segment)
-        mean = g("ReduceMean", frames, [2], keepdims=0)
-        bank = [[part] for part in g.heads(g.linear(mean, folded, shift), heads, dim, parts=2)]
-    attended = []
-    for name, new, summaries in zip(("keys", "values"), own, bank):
-        main = new
-        if width > segment:
-            main = g.slice(g("Reshape", new, [0, heads, -1, width, dim // heads]), 3, 0, segment)
-            main = g("Reshape", main, [0, heads, -1, dim // heads])
-        cache = g.input(f"{name}.{i}", "B", heads, places, dim // heads)
-        attended.append(g("Concat", cache, *summaries, new, axis=2))
-        kept.append(g("Concat", main, *summaries, axis=2) if summaries else main)
-    context, _ = g.attention(query, *attended, mask, dim)
-    x = g("Add", x, g.dense(context, layer.out_proj))
-    if not layer.normalize_before:
-        x = g.norm(x, layer.attention_norm)
-    h = g.norm(x, layer.ffn_norm) if layer.normalize_before else x
-    h = g("Relu", g.dense(h, layer.fc1))
-    x = g("Add", x, g.dense(h, layer.fc2))
-    return g.norm(x, layer.output_norm if layer.output_norm is not None else layer.ffn_norm)
+        summaries = g.split(g.linear(g("ReduceMean", frames, [2], keepdims=0), folded, shift), 2)
+        new = [g("Concat", *pair, axis=1) for pair in zip(new, summaries)]
+    kept += new
+    rings = [g.input(f"{name}.{i}", "B", heads, places, dim // heads) for name in ("keys", "values")]
+    context = g.attention(query, *new, mask, heads, *rings)
+    if layer.normalize_before:
+        x = g("Add", x, g.dense(context, layer.out_proj))
+        h = g("Relu", g.dense(g.norm(x, layer.ffn_norm), layer.fc1))
+        return g.residual(x, h, layer.fc2, layer.output_norm)
+    x = g.residual(x, context, layer.out_proj, layer.attention_norm)
+    return g.residual(x, g("Relu", g.dense(x, layer.fc1)), layer.fc2, layer.ffn_norm)
 
 
 def heads_graph(asr: CTCHead, st: STDecoder, int8: bool) -> Graph:
@@ -114,7 +103,7 @@ def heads_graph(asr: CTCHead, st: STDecoder, int8: bool) -> Graph:
     Inputs: ``frames`` [B, N, D]; ``mask`` [B, 1, N, window - 1 + N]; per ST layer ``keys.i``, ``values.i``
     [B, H, window - 1, d], rings like the encoder's.
 
-    Outputs: ``source`` and ``target`` [B, N, vocabulary], the scores; ``kept`` [2 layers, B, H, N, d] (none without
+    Outputs: ``source`` and ``target`` [B, N, vocabulary], the scores; ``kept`` [B, N, 2 layers * D] (none without
     layers).
     """
     g = Graph("heads", int8)
@@ -124,30 +113,22 @@ def heads_graph(asr: CTCHead, st: STDecoder, int8: bool) -> Graph:
     kept: list[str] = []
     if st.layers:
         mask = g.input("mask", "B", 1, "N", "K")
-        heads = st.layers[0].self_attention.heads
     for i, layer in enumerate(st.layers):
-        qkv = layer.self_attention.qkv
-        query, *own = g.heads(g.linear(x, *scaled(qkv.weight, qkv.bias, dim, heads)), heads, dim, parts=3)
-        kept += own
-        caches = [g.input(f"{name}.{i}", "B", heads, st.window - 1, dim // heads) for name in ("keys", "values")]
-        keys, values = (g("Concat", cache, new, axis=2) for cache, new in zip(caches, own))
-        context, _ = g.attention(query, keys, values, mask, dim)
-        x = finish_layer(g, layer, x, g.dense(context, layer.self_attention.out))
+        attention, heads = layer.self_attention, layer.self_attention.heads
+        query, *new = g.split(g.linear(x, *scaled(attention.qkv.weight, attention.qkv.bias, dim, heads)), 3)
+        kept += new
+        rings = [g.input(f"{name}.{i}", "B", heads, st.window - 1, dim // heads) for name in ("keys", "values")]
+        x = g.residual(x, g.attention(query, *new, mask, heads, *rings), attention.out, layer.self_norm)
+        x = feed_forward(g, layer, x)
     g.output("target", g.dense(x, st.head.output), "B", "N", st.head.output.out_features)
     if kept:
-        g.output("kept", g.stack(kept), len(kept), "B", heads, "N", dim // heads)
+        g.output("kept", g("Concat", *kept, axis=2), "B", "N", len(kept) * dim)
     return g
-
-
-def finish_layer(g: Graph, layer: object, x: str, attended: str) -> str:
-    """Residual and norm behind self-attention, then the feed-forward network with its own (post-norm)."""
-    return feed_forward(g, layer, g.norm(g("Add", x, attended), layer.self_norm))
 
 
 def feed_forward(g: Graph, layer: object, x: str) -> str:
     """The feed-forward network of a post-norm layer with its residual and norm."""
-    h = g("Relu", g.dense(x, layer.ffn.inner))
-    return g.norm(g("Add", x, g.dense(h, layer.ffn.outer)), layer.ffn_norm)
+    return g.residual(x, g("Relu", g.dense(x, layer.ffn.inner)), layer.ffn.outer, layer.ffn_norm)
 
 
 def scaled(weight: object, bias: object, dim: int, heads: int) -> tuple[np.ndarray, np.ndarray]:

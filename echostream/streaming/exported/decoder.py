@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from echostream.errors import EchoStreamError
-from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pad, pick
+from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pad, pick, unstack
 
 
 class ExportedDecoder(Rows):
@@ -52,7 +52,7 @@ class ExportedDecoder(Rows):
         new = self.model.run(self.memory_graph, {"frames": padded})["memory"]
         for i, (row, count) in enumerate(zip(rows, lengths)):
             at = 1 + self.frames[row]
-            self.memory[:, row, at : at + count] = new[:, i, :count]
+            self.memory[:, row, at : at + count] = unstack(new[i, :count], len(self.memory))
         self.frames[rows] += lengths
 
     def step(self, rows: list[int], given: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, np.ndarray]:
@@ -68,20 +68,21 @@ class ExportedDecoder(Rows):
         past = np.broadcast_to(past, (len(rows), len(new), used))
         causal = np.broadcast_to(new <= new[:, None], (len(rows), len(new), len(new)))
         frames = np.arange(int(seen.max()) + 1)
-        visible = np.where(seen[:, None], (frames > 0) & (frames <= seen[:, None]), frames == 0)
+        visible = np.where(seen[:, None], (frames > 0) & (frames <= seen[:, None]), frames == 0)[:, None]
+        visible = np.broadcast_to(visible, (len(rows), len(new), len(frames)))
         out = self.model.run(
             self.graph,
             {
                 **given,
                 "positions": np.minimum(before[:, None] + new, places - 1),
                 "mask": additive(np.concatenate([past, causal], axis=2))[:, None],
-                "memory_mask": additive(visible)[:, None, None],
+                "memory_mask": additive(visible)[:, None],
                 **layers(("keys", "values"), pick(self.own, rows, used)),
                 **layers(("memory_keys", "memory_values"), pick(self.memory, rows, len(frames))),
             },
         )
         for i, (row, at, count) in enumerate(zip(rows, before, lengths)):
-            self.own[:, row, at : at + count] = out["kept"][:, i, :count]
+            self.own[:, row, at : at + count] = unstack(out["kept"][i, :count], len(self.own))
         self.positions[rows] += lengths
         return out
 

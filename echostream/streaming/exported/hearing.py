@@ -13,7 +13,7 @@ import numpy as np
 
 from echostream.config import EchoStreamConfig
 from echostream.constants import SUBSAMPLING
-from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pick
+from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pick, unstack
 from echostream.streaming.stages import Heard, Listen
 
 CONTEXT = SUBSAMPLING - 1  # feature frames before an encoder frame that the subsampler sees
@@ -103,11 +103,13 @@ class ExportedHearing(Rows):
             own = np.arange(count)[:, None] * segment + np.arange(segment + self.right)
             feeds["places"] = own.reshape(-1)
         out = self.model.run("encoder", feeds)
-        memory, left, new = self.config.memory_size, self.config.left_context_length, count * segment
+        memory, new, size = self.config.memory_size, count * segment, count * (segment + self.right)
         for i, row in enumerate(rows):
-            ring, kept, age = self.ring[:, row], out["kept"][:, i], int(self.segments[row])
-            write_ring(ring[:, :, :memory], kept[:, :, new:], age)
-            write_ring(ring[:, :, memory : memory + left], kept[:, :, :new], age * segment)
+            ring, age = self.ring[:, row], int(self.segments[row])
+            kept = unstack(out["kept"][i], len(ring))
+            frames = kept[:, :size].reshape(len(ring), count, -1, kept.shape[2])[:, :, :segment]  # no right contexts
+            write_ring(ring[:, :, :memory], kept[:, size:], age)
+            write_ring(ring[:, :, memory:], frames.reshape(len(ring), new, -1), age * segment)
         self.segments[rows] += count
         source, target = self._heads(rows, out["frames"])
         counts = np.minimum(-(-valid // SUBSAMPLING), new)
@@ -127,12 +129,12 @@ class ExportedHearing(Rows):
         out = self.model.run("heads", feeds)
         if len(self.st_ring):
             for i, row in enumerate(rows):
-                write_ring(self.st_ring[:, row], out["kept"][:, i], int(self.frames[row]))
+                write_ring(self.st_ring[:, row], unstack(out["kept"][i], len(self.st_ring)), int(self.frames[row]))
         self.frames[rows] += frames.shape[1]
         return out["source"].argmax(-1), out["target"].argmax(-1)
 
     def _mask(self, before: np.ndarray, frames: np.ndarray, count: int) -> np.ndarray:
-        """Which keys the queries of ``count`` segments may attend: [B, 1, Q, M + L + G + G W], to be added to scores.
+        """Which keys the queries of ``count`` segments may attend: [B, 1, Q, M + L + G W + G], to be added to scores.
 
         Args:
             before: [B] segments of the stream before these.
@@ -156,7 +158,7 @@ class ExportedHearing(Rows):
             bank = ring_ages(before, memory)
             parts.insert(0, (bank[:, None] >= query - memory) & (bank >= -before[:, None])[:, None])
             fresh = (np.arange(count) < query) & (np.arange(count) >= query - memory)
-            parts.insert(2, np.broadcast_to(fresh, (len(before), *fresh.shape)))
+            parts.append(np.broadcast_to(fresh, (len(before), *fresh.shape)))
         return additive(np.concatenate(parts, axis=2))[:, None]
 
 
@@ -180,12 +182,13 @@ def ring_ages(count: np.ndarray, size: int) -> np.ndarray:
 
 
 def write_ring(ring: np.ndarray, new: np.ndarray, count: int) -> None:
-    """Put new items [n, H, N, d] into one stream's ring [n, H, size, d] that ``count`` items went through before."""
+    """Put new items [n, N, H * d] into one stream's ring [n, H, size, d] that ``count`` items went through before."""
     size = ring.shape[2]
     if not size:
         return
-    skipped = max(0, new.shape[2] - size)
-    at, new = (count + skipped) % size, new[:, :, skipped:]
+    skipped = max(0, new.shape[1] - size)
+    at, new = (count + skipped) % size, new[:, skipped:]
+    new = new.reshape(*new.shape[:2], ring.shape[1], -1).transpose(0, 2, 1, 3)
     head = min(new.shape[2], size - at)
     ring[:, :, at : at + head] = new[:, :, :head]
     ring[:, :, : new.shape[2] - head] = new[:, :, head:]

@@ -27,11 +27,13 @@ class ExportedModel:
         directory: holds ``<name>.onnx`` for each of them.
         precision: ``fp32`` or ``int8``.
         threads: CPU threads of each graph.
+        parameters: how many the torch model had, by component.
     """
 
     directory: Path
     precision: str = "fp32"
     threads: int = 1
+    parameters: dict[str, int] = field(default_factory=dict, repr=False)
     _graphs: dict[str, tuple[Any, list[str]]] = field(default_factory=dict, repr=False)
 
     def check(self, names: tuple[str, ...]) -> None:
@@ -113,6 +115,11 @@ def pick(array: np.ndarray, rows: list[int], used: int | None = None) -> np.ndar
 def layers(names: tuple[str, str], stacked: np.ndarray) -> dict[str, np.ndarray]:
     """A stack [2 layers, ...] of keys and values in turn as inputs ``<name>.<layer>``."""
     return {f"{names[i % 2]}.{i // 2}": np.ascontiguousarray(part) for i, part in enumerate(stacked)}
+
+
+def unstack(kept: np.ndarray, count: int) -> np.ndarray:
+    """New keys and values of all layers, [N, count * D], as [count, N, D]."""
+    return kept.reshape(len(kept), count, -1).transpose(1, 0, 2)
 
 
 def additive(allowed: np.ndarray) -> np.ndarray:

@@ -1,0 +1,349 @@
+"""Exported graphs: the same as the torch model, without torch, for streams of any age, and refusals."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from echostream.audio.io import read_audio, write_audio  # noqa: E402
+from echostream.audio.stream import to_pcm  # noqa: E402
+from echostream.checkpoint import load_bundle, save_bundle  # noqa: E402
+from echostream.cli import main  # noqa: E402
+from echostream.errors import CheckpointError, ConfigError, EchoStreamError, SessionError, UnitError  # noqa: E402
+from echostream.export.check import TOLERANCE, compare  # noqa: E402
+from echostream.export.directory import export_directory  # noqa: E402
+from echostream.export.voice import upsampling  # noqa: E402
+from echostream.models.decoders.vocoder import CodeHiFiGAN  # noqa: E402
+from echostream.models.decoders.vocoder_config import VocoderConfig  # noqa: E402
+from echostream.models.echostream_model import build_echostream_model  # noqa: E402
+from echostream.streaming import SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
+from echostream.streaming.exported.hearing import ring_ages, write_ring  # noqa: E402
+from echostream.streaming.exported.model import ExportedModel  # noqa: E402
+from echostream.streaming.exported.stages import ExportedStages  # noqa: E402
+from echostream.streaming.stages import Extend, Listen, NewSentence, Speak, Write  # noqa: E402
+from tests.conftest import tiny_config, tiny_voice  # noqa: E402
+from tests.test_streaming import speech  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_directory(tiny_bundle, tmp_path_factory.mktemp("exported") / "fp32")[0]
+
+
+@pytest.fixture(scope="module")
+def int8(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_directory(tiny_bundle, tmp_path_factory.mktemp("exported") / "int8", int8=True)[0]
+
+
+def bundle_of(data: Path, folder: Path, voice: VocoderConfig | None = None, **changes: object) -> Path:
+    """A checkpoint directory of an untrained tiny model."""
+    from echostream.models.decoders.vocoder_checkpoint import save_vocoder
+
+    torch.manual_seed(3)
+    config = tiny_config(**changes)
+    files = None
+    if voice is not None:
+        files = folder / "voice.pt", folder / "voice.json"
+        save_vocoder(CodeHiFiGAN(voice), *files)
+    return save_bundle(folder / "bundle", build_echostream_model(config).state_dict(), config, data, vocoder=files)
+
+
+def said(session: StreamingSession, samples: np.ndarray) -> tuple[list, np.ndarray]:
+    """What a session says of a recording pushed in uneven pieces: its events without times, and its speech."""
+    events = []
+    for part in np.split(samples, [100, 9000, 9001, 30000]):
+        events += session.push(part)
+    events += session.finish()
+    waves = [e.samples for e in events if isinstance(e, Waveform)]
+    texts = [(type(e).__name__, getattr(e, "tokens", ()), getattr(e, "units", ())) for e in events]
+    return texts, np.concatenate([np.zeros(0, np.float32), *waves])
+
+
+# ---------------------------------------------------------------------------------------------------- parity with torch
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(right_context_length=2, encoder_normalize_before=True),
+        dict(memory_size=0, left_context_length=9, segment_length=3),
+        dict(left_context_length=0, st_decoder_layers=0),
+        dict(unit_decoder_input="encoder", ctc_upsample_ratio=1, st_left_context=1),
+        dict(segment_length=1, memory_size=5, unit_decoder_embed_dim=16, mt_decoder_embed_dim=48, mt_decoder_heads=3),
+    ],
+    ids=["default", "right-context", "no-memory", "no-left", "encoder-units", "single-frames"],
+)
+def test_graphs_compute_what_torch_does(tiny_data: Path, tmp_path: Path, changes: dict) -> None:
+    directory, differences = export_directory(bundle_of(tiny_data, tmp_path, tiny_voice(), **changes), tmp_path / "out")
+    stages = {"encoder", "ASR head", "ST head", "MT decoder", "MT attention", "unit decoder", "vocoder"}
+    assert differences.keys() == stages and max(differences.values()) <= TOLERANCE
+    again = compare(load_bundle(tmp_path / "bundle"), load_bundle(directory), seed=5)
+    assert max(again.values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(resblock="1", resblock_stages=None),
+        dict(context_layers=0, lookahead_units=0, position_buckets=0, frame_layers=0, dur_predictor_params=None),
+        dict(lookahead_units=0, upsample_kernel_sizes=[11, 9, 5, 33]),
+    ],
+    ids=["type-1-blocks", "bare", "odd-kernels"],
+)
+def test_voices_sound_the_same(tiny_data: Path, tmp_path: Path, changes: dict) -> None:
+    voice = VocoderConfig.from_dict({**tiny_voice().to_dict(), **changes})
+    _, differences = export_directory(bundle_of(tiny_data, tmp_path, voice), tmp_path / "out")
+    assert differences["vocoder"] <= TOLERANCE
+
+
+def test_a_wrong_graph_is_refused(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from echostream.export import encoder
+
+    def forgets_the_scale(weight, bias, dim, heads):
+        return encoder.as_array(weight), encoder.as_array(bias)
+
+    monkeypatch.setattr(encoder, "scaled", forgets_the_scale)
+    with pytest.raises(CheckpointError, match=r"the exported encoder differs from torch by \d.*do not use the graphs"):
+        export_directory(tiny_bundle, tmp_path / "out")
+
+
+def test_a_session_says_the_same(tiny_bundle: Path, exported: Path) -> None:
+    samples = speech(4.0, seed=2)
+    texts, wave = said(StreamingSession(load_bundle(tiny_bundle)), samples)
+    session = StreamingSession(load_bundle(exported))
+    for _ in range(2):  # reset() makes it new
+        exported_texts, exported_wave = said(session, samples)
+        assert exported_texts == texts and any(name == "TargetText" for name, *_ in texts)
+        np.testing.assert_allclose(exported_wave, wave, atol=1e-4)
+        assert len(wave)
+        session.reset()
+
+
+def test_batches_of_all_ages_say_what_each_says_alone(exported: Path) -> None:
+    bundle = load_bundle(exported)
+    streams = {i: speech(2.0 + 0.7 * i, seed=20 + i) for i in range(3)}
+    batch = SessionBatch(bundle, capacity=3)
+    events: dict[int, list] = {}
+    numbers = {}
+    at = dict.fromkeys(streams, 0)
+    for step in range(12):
+        if step in (0, 2, 3):  # one after the other they join; the second row ends early and is taken by no one
+            number = batch.join()
+            numbers[len(numbers)] = number
+            events[number] = []
+        pushed = {}
+        for i, number in numbers.items():
+            size = 5000 + 900 * i
+            if at[i] < len(streams[i]):
+                pushed[number] = streams[i][at[i] : at[i] + size]
+                at[i] += size
+        for number, found in batch.push(pushed).items():
+            events[number] += found
+    for number, found in batch.finish(*events).items():
+        events[number] += found
+    for i, number in numbers.items():
+        alone = StreamingSession(bundle)
+        expected = alone.push(streams[i]) + alone.finish()
+        assert [type(e) for e in events[number]] == [type(e) for e in expected]
+        tokens = [[e.tokens for e in found if isinstance(e, TargetText)] for found in (events[number], expected)]
+        assert tokens[0] == tokens[1]
+        waves = [
+            np.concatenate([np.zeros(0), *(e.samples for e in found if isinstance(e, Waveform))])
+            for found in (events[number], expected)
+        ]
+        np.testing.assert_allclose(*waves, atol=1e-4)
+
+
+def test_a_saved_session_goes_on(exported: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle, samples = load_bundle(exported), speech(4.0, seed=6)
+    whole = StreamingSession(bundle)
+    expected = whole.push(samples[:30000])
+    whole.save(tmp_path / "session.npz")
+    expected = whole.push(samples[30000:]) + whole.finish()
+    other = StreamingSession(bundle)
+    other.push(speech(1.0, seed=7))
+    other.restore(tmp_path / "session.npz")
+    assert other.nbytes == whole.nbytes
+    found = other.push(samples[30000:]) + other.finish()
+    assert [replace(e, elapsed_s=0.0) for e in found if isinstance(e, TargetText)] == [
+        replace(e, elapsed_s=0.0) for e in expected if isinstance(e, TargetText)
+    ]
+    waves = [[e.samples for e in events if isinstance(e, Waveform)] for events in (found, expected)]
+    assert len(waves[0]) == len(waves[1]) > 0
+    for mine, theirs in zip(*waves):
+        np.testing.assert_array_equal(mine, theirs)
+    with pytest.raises(SessionError, match="was made with model"):
+        StreamingSession(load_bundle(tiny_bundle)).restore(tmp_path / "session.npz")
+
+
+def test_int8_is_smaller_and_near(exported: Path, int8: Path) -> None:
+    sizes = [(folder / "encoder.onnx").stat().st_size for folder in (exported, int8)]
+    assert sizes[1] < 0.6 * sizes[0]
+    features = np.random.default_rng(0).standard_normal((200, 80)).astype(np.float32)
+    heard = []
+    for folder in (exported, int8):
+        stages = ExportedStages(load_bundle(folder), rows=1, speech=False)
+        heard.append(stages.run([(0, Listen(features, True))])[0].frames)
+    error = np.abs(heard[0] - heard[1]).mean() / np.abs(heard[0]).mean()
+    assert 0 < error < 0.1  # rounded, and not wrong
+
+
+# ---------------------------------------------------------------------------------------------------- without torch
+
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchaudio", "fairseq", "onnx", "simuleval"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from echostream.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run_without_torch(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", BLOCKED, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_the_directory_runs_without_torch(tiny_bundle: Path, exported: Path, tmp_path: Path) -> None:
+    write_audio(tmp_path / "talk.wav", speech(2.4, seed=9))
+    done = run_without_torch(
+        "translate", tmp_path / "talk.wav", "-o", tmp_path / "english.wav", "--subtitles", tmp_path / "talk.srt",
+        "--checkpoint-dir", exported, "--no-gaps",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    session = StreamingSession(load_bundle(tiny_bundle))
+    events = session.push(read_audio(tmp_path / "talk.wav")[0]) + session.finish()
+    wave = np.concatenate([e.samples for e in events if isinstance(e, Waveform)])
+    found = np.round(read_audio(tmp_path / "english.wav")[0] * 32768)
+    np.testing.assert_allclose(found, np.frombuffer(to_pcm(wave), "<i2"), atol=1)
+    assert (tmp_path / "talk.srt").exists()
+    refused = run_without_torch("translate", tmp_path / "talk.wav", "--checkpoint-dir", tiny_bundle)
+    assert refused.returncode == 1 and "torch is not installed" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def test_export_and_info(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "exported"
+    assert main(["export", str(tiny_bundle), "-o", str(out), "--int8"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^encoder +differs from torch by \de-\d\d in single precision$", printed, re.MULTILINE)
+    assert "encoder.onnx" in printed and str(out) in printed
+    files = {path.name for path in out.iterdir()}
+    assert {"config.yaml", "gcmvn.npz", "spm.tgt.model", "vocoder.json", "MODEL_CARD.md", "units.onnx"} <= files
+    assert not any(name.endswith(".pt") for name in files)
+    assert main(["info", str(out), "--json"]) == 0
+    described = yaml.safe_load(capsys.readouterr().out)
+    assert main(["info", str(tiny_bundle), "--json"]) == 0
+    original = yaml.safe_load(capsys.readouterr().out)
+    assert described["backend"] == "onnx, int8" and original["backend"] == "torch"
+    for section in ("parameters", "languages", "look-ahead (ms)", "vocabularies", "configuration"):
+        assert described[section] == original[section], section
+
+
+def test_text_alone(tiny_bundle: Path, tmp_path: Path) -> None:
+    directory, differences = export_directory(tiny_bundle, tmp_path / "out", vocoder=False)
+    assert "vocoder" not in differences and not list(directory.glob("voice*"))
+    bundle = load_bundle(directory)
+    assert bundle.vocoder is None
+    events = (session := StreamingSession(bundle)).push(speech(2.0, seed=9)) + session.finish()
+    assert events and not any(isinstance(e, Waveform) for e in events)
+
+
+def test_refusals(tiny_bundle: Path, exported: Path, tiny_data: Path, tmp_path: Path, capsys) -> None:
+    write_audio(tmp_path / "talk.wav", speech(0.5))
+
+    def error(*arguments: object) -> str:
+        assert main([*map(str, arguments)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    translate = ("translate", tmp_path / "talk.wav", "--checkpoint-dir")
+    assert f"echostream export {tiny_bundle} -o DIRECTORY" in error(*translate, tiny_bundle, "--backend", "onnx")
+    assert "run on the backend onnx" in error(*translate, exported, "--backend", "torch")
+    assert "run on the CPU, not on 'cuda'" in error(*translate, exported, "--device", "cuda")
+    assert "export it to another directory" in error("export", tiny_bundle, "-o", tiny_bundle)
+    assert "scripts/export_checkpoint.py" in error("export", tiny_bundle / "model.pt", "-o", tmp_path / "x")
+    assert "holds exported graphs" in error("export", exported, "-o", tmp_path / "x")
+    wide = VocoderConfig.preset("v1", num_embeddings=20, upsample_initial_channel=32)
+    looks_ahead = bundle_of(tiny_data, tmp_path, wide)
+    assert "only causal vocoders can be exported" in error("export", looks_ahead, "-o", tmp_path / "x")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in exported.iterdir():
+        if path.name != "mt.onnx":
+            (broken / path.name).write_bytes(path.read_bytes() if path.name != "encoder.onnx" else b"no graph")
+    assert "lacks mt.onnx; export the checkpoint again" in error(*translate, broken)
+    (broken / "mt.onnx").write_bytes(b"")
+    assert "encoder.onnx is not an ONNX graph" in error(*translate, broken)
+
+
+def test_stages_refuse_what_does_not_fit(exported: Path) -> None:
+    bundle = load_bundle(exported)
+    assert isinstance(bundle.model, ExportedModel)
+    stages = ExportedStages(bundle, rows=2)
+    with pytest.raises(UnitError, match="unit 20 is out of range; this vocoder knows 0..19"):
+        stages.run([(1, Speak(np.array([3, 20]), False))])
+    frames = np.zeros((200, bundle.config.encoder_embed_dim), dtype=np.float32)
+    stages.run([(0, NewSentence())])
+    stages.run([(0, Extend(frames))])
+    with pytest.raises(EchoStreamError, match="400 encoder frames does not fit the 256 .* raise max_sentence_frames"):
+        stages.run([(0, Extend(frames))])
+    with pytest.raises(EchoStreamError, match="33 positions does not fit the 32 .* raise max_target_tokens"):
+        for _ in range(33):
+            stages.run([(0, Write(5))])
+    saved = stages.snapshot(0)
+    with pytest.raises(KeyError):
+        stages.restore(1, {name: array for name, array in saved.items() if name != "mt.own"})
+    with pytest.raises(ValueError):
+        stages.restore(1, {**saved, "hearing.ring": saved["hearing.ring"][:, :, :, 1:]})
+    with pytest.raises(ConfigError):
+        VocoderConfig.from_json(exported / "config.yaml")
+
+
+# ---------------------------------------------------------------------------------------------------- small parts
+
+
+def test_rings() -> None:
+    ring, rng = np.zeros((2, 1, 5, 1), dtype=np.float32), np.random.default_rng(0)
+    history = np.zeros((2, 1, 0, 1), dtype=np.float32)
+    for size in (1, 3, 2, 9, 5, 4):
+        new = rng.standard_normal((2, size, 1)).astype(np.float32)
+        write_ring(ring, new, history.shape[2])
+        history = np.concatenate([history, new[:, None]], axis=2)
+        count = history.shape[2]
+        for place, age in enumerate(ring_ages(np.array([count]), 5)[0]):
+            if age >= -count:
+                np.testing.assert_array_equal(ring[:, :, place], history[:, :, age])
+            else:
+                assert not ring[:, :, place].any()
+
+
+def test_upsampling_as_a_convolution() -> None:
+    up = torch.nn.ConvTranspose1d(3, 2, 7, 4)
+    weight, bias = upsampling(up.weight, up.bias, 4)
+    x = torch.randn(1, 3, 6)
+    taps = weight.shape[2]
+    padded = torch.nn.functional.pad(x, (taps - 1, 0))
+    y = torch.nn.functional.conv1d(padded, torch.from_numpy(weight.copy()), torch.from_numpy(bias))
+    y = y.unflatten(1, (4, 2)).permute(0, 2, 3, 1).flatten(2)
+    torch.testing.assert_close(y, up(x)[..., : 4 * 6], atol=1e-6, rtol=0)
