@@ -60,7 +60,8 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         """The model of ``args`` with the vocabulary sizes of the task's dictionaries, which ``args`` then records.
 
         Raises:
-            ManifestError: the task lacks a dictionary. ConfigError: a bad value. CheckpointError: a checkpoint to start from.
+            ManifestError: the task lacks a dictionary. ConfigError: a bad value. CheckpointError: a checkpoint to start
+                from cannot be used.
         """
         sizes = dict(
             asr_vocab_size=_symbols(task, "source_dictionary"),

@@ -350,8 +350,8 @@ class TransformerDecoder(nn.Module):
         self.dim, self.position_limit = dim, position_limit
         self.max_positions, self.max_frames = max_positions, max_frames
         self.dropout = Dropout(dropout)
-        # Residual branches start quietly, each layer near the identity: the unit CTC then leaves its plateau in half the
-        # updates (compare DeepNet, Wang et al., 2022).
+        # Residual branches start quietly, each layer near the identity: the unit CTC then leaves its plateau in half
+        # the updates (compare DeepNet, Wang et al., 2022).
         gain = (3 * layers) ** -0.5
         self.layers = nn.ModuleList(
             DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain)
