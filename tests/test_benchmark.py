@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 
 from echostream.benchmarks import stream
 from echostream.streaming import SentenceEnd, SessionBatch, SourceText, StreamingSession
@@ -68,3 +69,12 @@ def test_sessions_of_different_ages_in_a_batch_follow_the_script():
     for found in events.values():
         ends = [event for event in found if isinstance(event, SentenceEnd)]
         assert ends and all(end.tokens == script.tokens for end in ends)
+
+
+def test_attention_and_convolutions_are_counted():
+    q, k = torch.randn(1, 4, 8, 64), torch.randn(1, 4, 100, 64)
+    x, weight = torch.randn(1, 16, 1, 30), torch.randn(8, 16, 1, 3)
+    with torch.inference_mode(), stream.FlopCounterMode(display=False, custom_mapping=stream.FLOPS) as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, k, k)
+        torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 8 * 100 * 64 + 2 * 8 * 28 * 16 * 3

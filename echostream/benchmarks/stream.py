@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import signal
 import tempfile
@@ -165,6 +166,23 @@ def random_bundle(config: EchoStreamConfig, voice: VocoderConfig | None = None) 
         vocoder=vocoder,
         digest="random",
     )
+
+
+def _attention_flops(q: list[int], k: list[int], v: list[int], *_: Any, **__: Any) -> int:
+    """Two products: queries [B, H, Q, d] by keys, and the weights by values [B, H, K, d]."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _convolution_flops(x: list[int], weight: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
+    """Of each output a product with the kernel [C', C, ...]."""
+    return 2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(weight)
+
+
+# Operations of the CPU that torch's counter does not know.
+FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.mkldnn_convolution: _convolution_flops,
+}
 
 
 class Sound:
@@ -378,7 +396,7 @@ def count_operations(session: StreamingSession, mark: Mark, chunks: int, path: P
     sound, flops, state, kept = Sound(), [], [], []
     session.restore(mark.saved)
     for i in range(chunks):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             session.push(sound.chunk(mark.chunk + i))
         flops.append(counter.get_total_flops())
         state.append(session.nbytes)
