@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from simuleval.agents import GenericAgent
 from simuleval.agents.actions import Action, ReadAction, WriteAction
 from simuleval.agents.states import AgentStates
 from simuleval.data.segments import EmptySegment, Segment, SpeechSegment, TextSegment
 from simuleval.utils import entrypoint
 
-from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle
+from echostream.checkpoint import BACKENDS, DEFAULT_BUNDLE, Bundle, load_bundle
 from echostream.errors import EchoStreamError
 from echostream.evaluation.simul import register
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
+from echostream.streaming.exported.model import ExportedModel
 from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options
 from echostream.streaming.session import StreamingSession
 from echostream.text import WORD_START, Vocabulary
@@ -128,10 +128,9 @@ class SessionAgent(GenericAgent):
     def __init__(self, args: Namespace) -> None:
         if args.threads < 1:
             raise EchoStreamError(f"--threads is {args.threads}; it must be at least 1")
-        torch.set_num_threads(args.threads)
         self.output = self.output or args.output_type
         self.target_type = "speech" if OUTPUTS[self.output]["speech"] else "text"
-        self.bundle = load_bundle(args.checkpoint_dir, args.device)
+        self.bundle = load_bundle(args.checkpoint_dir, args.device, args.backend, args.threads)
         if self.bundle.vocoder is None and self.target_type == "speech":
             raise EchoStreamError(
                 f"checkpoint directory {args.checkpoint_dir} has no vocoder, so that it cannot speak; "
@@ -183,6 +182,9 @@ class SessionAgent(GenericAgent):
                 default="speech",
                 help="translated speech (default), text, the source's own text, or speech and text, each timed",
             )
+        parser.add_argument(
+            "--backend", choices=BACKENDS, help="refuse a checkpoint of the other kind (default: whichever it is for)"
+        )
         add_policy_arguments(parser)
         add_segmenter_arguments(parser)
         # Steps this small leave a second thread nothing but waiting; on a busy machine two were 20 times slower.
@@ -199,6 +201,8 @@ class SessionAgent(GenericAgent):
     def to(self, device: str, *args: object, fp16: bool = False, **kwargs: object) -> None:
         """The model was loaded onto ``--device``; here only its precision may change."""
         self.device = device
+        if fp16 and isinstance(self.bundle.model, ExportedModel):
+            sys.exit("error: --fp16 is for torch; exported graphs keep the precision they were exported in")
         if fp16:
             self.bundle.model.half()
             self.states = self.build_states()

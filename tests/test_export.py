@@ -320,6 +320,23 @@ def test_stages_refuse_what_does_not_fit(exported: Path) -> None:
         VocoderConfig.from_json(exported / "config.yaml")
 
 
+def test_the_agent_takes_an_exported_directory(tiny_bundle: Path, exported: Path) -> None:
+    pytest.importorskip("simuleval")
+    from tests.test_agent import make_agent, summary, translate
+
+    samples = speech(2.0, seed=9)
+    spoken = []
+    for folder, backend in ((tiny_bundle, "torch"), (exported, "onnx")):
+        agent = make_agent(folder, "--backend", backend)
+        spoken.append(summary(translate(agent, samples, 16000, 300)))
+    assert spoken[0][0] == spoken[1][0] and len(spoken[0][1])
+    np.testing.assert_allclose(spoken[0][1], spoken[1][1], atol=1e-4)
+    with pytest.raises(SystemExit, match="--fp16 is for torch"):
+        agent.to("cpu", fp16=True)
+    with pytest.raises(SystemExit, match="run on the backend onnx"):
+        make_agent(exported, "--backend", "torch")
+
+
 # ---------------------------------------------------------------------------------------------------- small parts
 
 

@@ -6,8 +6,8 @@
     g.save("double.onnx")
 
 The graphs are written operator by operator instead of being traced from the torch modules: a trace would bake in what
-changes from step to step (ages, lengths, batch sizes), and at these sizes every copy counts. ``export.check`` holds them
-against those modules. Attention and products in int8 are ONNX Runtime's own operators, all else is standard; its
+changes from step to step (ages, lengths, batch sizes), and at these sizes every copy counts. ``export.check`` compares
+them with those modules. Attention and products in int8 are ONNX Runtime's own operators, all else is standard; its
 attention takes 21 µs a layer where the standard nodes it stands for take 50.
 
 Letters: B streams, N new items of a step, C cached items, D width, H heads, d = D / H.
