@@ -57,17 +57,15 @@ def export_directory(
         check_voice(bundle.vocoder)
     graphs = graph_writers(bundle, voice)
     with tempfile.TemporaryDirectory() as scratch:
-        reference = directory if not int8 else Path(scratch)
-        _write(bundle, reference, graphs, False, voice)
-        differences = compare(bundle, load_bundle(reference))
-        for stage, value in differences.items():
-            if value > TOLERANCE:
-                raise CheckpointError(
-                    f"the exported {stage} differs from torch by {value:.1e} (at most {TOLERANCE:.0e} is allowed); "
-                    "this is a defect of EchoStream's export, do not use the graphs"
-                )
-        if int8:
-            _write(bundle, directory, graphs, True, voice)
+        _write(bundle, Path(scratch), graphs, False, voice)
+        differences = compare(bundle, load_bundle(scratch))
+    for stage, value in differences.items():
+        if value > TOLERANCE:
+            raise CheckpointError(
+                f"the exported {stage} differs from torch by {value:.1e} (at most {TOLERANCE:.0e} is allowed), so "
+                "nothing was written; this is a defect of EchoStream's export, please report it"
+            )
+    _write(bundle, directory, graphs, int8, voice)
     return directory, differences
 
 
