@@ -1,8 +1,8 @@
 """The streaming engine: samples in, events out, at a constant cost per chunk for streams without end.
 
 ``session`` holds what users call. One stream's logic is in ``engine`` (no torch), which asks the model for its next
-step through the requests of ``stages``; ``torch_stages`` answers them. ``policy`` says when to write, ``segmenter``
-(with ``punctuation`` and ``pause``) where sentences end, ``events`` what comes out.
+step through the requests of ``stages``; ``torch_stages`` answers them, or, without torch, ``exported``. ``policy`` says
+when to write, ``segmenter`` (with ``punctuation`` and ``pause``) where sentences end, ``events`` what comes out.
 """
 
 from echostream.streaming.batch import SessionBatch
