@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Train from a YAML file of fairseq-train's flags: ``scripts/train.py --config configs/train_es-en_small.yaml``.
+"""Train from a YAML file of fairseq-train's flags: ``scripts/train.py --config configs/es-en/units.yaml``.
 
 Each ``key: value`` of the file is the flag ``--key value``; ``true`` gives the bare flag, ``false`` and ``null`` leave
 it out, a list is joined by commas. ``data`` is the data directory. Flags on the command line override the file's:
 
-    scripts/train.py --config configs/train_es-en_small.yaml --data data/es-en --max-update 100
+    scripts/train.py --config configs/es-en/asr.yaml --data data/other --max-update 100
 
 The equivalent fairseq-train command is printed first. Several processes without GPUs (gloo):
 
-    torchrun --nproc_per_node 2 scripts/train.py --config configs/train_es-en_small.yaml
+    torchrun --nproc_per_node 2 scripts/train.py --config configs/es-en/units.yaml
 """
 
 from __future__ import annotations
