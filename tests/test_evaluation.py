@@ -45,6 +45,30 @@ def test_lagging_of_nothing_is_an_error() -> None:
         latency.average_lagging([], 1000, 3)
 
 
+@pytest.mark.parametrize(
+    ("delays", "durations", "emitted", "expected"),
+    [
+        # 600 ms read, 300 ms said, twice: tokens end at 900, 1500; they belong to source tokens 1 (300), 2 (600)
+        pytest.param([600, 1200], [300, 300], None, 750.0, id="keeps-up"),
+        # 300 ms read, 900 said: tokens 1 to 3 end at 600, 900, 1200 and all belong to token 1 (300). At 600 read, 300
+        # more, which end at 1500: token 4 minus the two too many is source token 2 (600). (300+600+900+900) / 4
+        pytest.param([300, 600], [900, 300], None, 675.0, id="long-speech-moves-back"),
+        # two pieces at one time are one: 500 ms are tokens of 300 and 200, which end at 900, 1100. (600 + 500) / 2
+        pytest.param([600, 600], [250, 250], None, 550.0, id="pieces-of-one-emission"),
+        pytest.param([600, 1200], [300, 300], [700, 1500], 950.0, id="computation-aware"),  # 1000-300, 1800-600
+        # words of text take no time: (600-300 + 1200-600) / 2
+        pytest.param([600, 1200], None, None, 450.0, id="text"),
+    ],
+)
+def test_average_token_delay(delays, durations, emitted, expected) -> None:
+    assert latency.average_token_delay(delays, durations, emitted) == pytest.approx(expected)
+
+
+def test_average_token_delay_of_nothing_is_an_error() -> None:
+    with pytest.raises(EchoStreamError, match="average token delay"):
+        latency.average_token_delay([], [])
+
+
 def test_playback_waits_for_the_piece_before() -> None:
     assert latency.playback([1000, 1200, 3000], [500, 400, 100]) == [(1000, 500), (1500, 400), (3000, 100)]
 
@@ -191,6 +215,17 @@ def test_score_only_reads_the_log(
 def test_no_output_at_all_scores_without_a_crash() -> None:
     instance = SimpleNamespace(words=[], delays=[], elapsed=[], reference="a", source_length=1.0, metrics={})
     assert math.isnan(simul.WordAL()({0: instance}))
+
+
+def test_average_token_delay_is_simulevals() -> None:
+    from simuleval.evaluator.scorers.latency_scorer import ATDScorer
+
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        delays = np.cumsum(rng.integers(1, 8, 6) * 80).tolist()
+        said = SimpleNamespace(delays=delays, elapsed=delays, durations=rng.integers(1, 1500, 6).tolist())
+        ours = latency.average_token_delay(said.delays, said.durations)
+        assert ours == pytest.approx(ATDScorer()({0: said}))
 
 
 def test_every_scorer_takes_simulevals_arguments() -> None:

@@ -7,8 +7,11 @@ of the source, ``|Y|`` words of the reference, ``|Y'|`` words of the output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from echostream.errors import EchoStreamError
+
+ATD_TOKEN_MS = 300.0  # what ATD takes for a word of speech on either side
 
 
 def average_lagging(delays: Sequence[float], source_length: float, target_length: int) -> float:
@@ -54,3 +57,48 @@ def playback(emitted: Sequence[float], durations: Sequence[float]) -> list[tuple
         intervals.append((start, duration))
         end = start + duration
     return intervals
+
+
+def average_token_delay(
+    delays: Sequence[float], durations: Sequence[float] | None = None, emitted: Sequence[float] | None = None
+) -> float:
+    """ATD (Kano et al., 2023, "Average Token Delay", arXiv 2211.13173): how long after its source a token has ended.
+
+    Source and speech are cut into tokens of 300 ms, anew at every emission. A target token belongs to the source token
+    of its own number, one earlier for every token that the output so far was longer than the source so far, and to none
+    that had not been read. Unlike AL it counts how long the speech takes.
+
+    Args:
+        delays: source read, ms, at the emission of each piece of speech (or each word of text), not falling.
+        durations: of the pieces, ms; None for text, whose words take no time.
+        emitted: when the pieces came by the clock that is asked about, ms (computation-aware: ``delays`` and all
+            computing so far); None is ``delays``.
+
+    Raises:
+        EchoStreamError: there is no piece.
+    """
+    if not delays:
+        raise EchoStreamError("no output has no average token delay")
+    pieces = zip(delays, emitted or delays, durations or [None] * len(delays), strict=True)
+    source_ends, target_ends, partners = [0.0], [0.0], []  # ends in ms of the tokens 0 (none), 1, 2, ...
+    for delay, group in groupby(pieces, key=lambda piece: piece[0]):
+        group = list(group)
+        read, said = len(source_ends) - 1, len(target_ends) - 1
+        for length in _tokens(delay - source_ends[-1]):
+            source_ends.append(source_ends[-1] + length)
+        if durations is None:
+            lengths = [0.0] * len(group)
+        else:
+            lengths = _tokens(sum(duration for _, _, duration in group))
+        for length in lengths:
+            target_ends.append(max(group[0][1], target_ends[-1]) + length)
+            partners.append(min(len(target_ends) - 1 - max(0, said - read), len(source_ends) - 1))
+    if not partners:
+        raise EchoStreamError("output without any duration has no average token delay")
+    return sum(end - source_ends[i] for end, i in zip(target_ends[1:], partners, strict=True)) / len(partners)
+
+
+def _tokens(duration: float) -> list[float]:
+    """``duration`` ms as whole tokens and a rest."""
+    whole, rest = divmod(duration, ATD_TOKEN_MS)
+    return [ATD_TOKEN_MS] * int(whole) + ([rest] if rest > 0 else [])

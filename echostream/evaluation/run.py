@@ -22,7 +22,7 @@ QUALITY = {
     "source": ("WER",),
     "both": ("BLEU", "ASR_BLEU", "ASR_WER"),
 }
-LATENCY = ("StartOffset", "EndOffset", "AL", "LAAL")
+LATENCY = ("StartOffset", "EndOffset", "AL", "LAAL", "ATD")
 WRITTEN_LATENCY = ("StartOffset_TEXT", "AL_TEXT", "LAAL_TEXT")  # of the text that comes with speech: output "both"
 PLAIN_ONLY = ("RTF",)  # made of computing time alone
 
@@ -117,22 +117,39 @@ def score(folder: str | Path, asr: str = "auto", output: str = "speech") -> dict
 
     Latencies are in ms, computation-aware ones end in ``_CA``. ``output`` is what the agent gave out.
     """
-    from simuleval.evaluator.instance import LogInstance
-
     from echostream.evaluation import simul
+
+    instances = read_instances(folder)
+    args = Namespace(asr=asr, no_use_ref_len=False, computation_aware=True)
+    figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in QUALITY[output]}
+    figures |= score_latency(instances, output)
+    (Path(folder) / "scores.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def read_instances(folder: str | Path) -> dict[int, Any]:
+    """The log of a finished run as SimulEval's instances, which its scorers take.
+
+    Raises:
+        EchoStreamError: there is no log, or it is empty or damaged.
+    """
+    require("simuleval", "simuleval")
+    from simuleval.evaluator.instance import LogInstance
 
     instances = {line["index"]: LogInstance(json.dumps(line)) for line in read_log(folder)}
     if not instances:
         raise EchoStreamError(f"{folder}/instances.log is empty: there is nothing to score")
-    args = Namespace(asr=asr, no_use_ref_len=False, computation_aware=True)
-    figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in QUALITY[output]}
+    return instances
+
+
+def score_latency(instances: Mapping[int, Any], output: str = "speech") -> dict[str, float]:
+    """The latencies of a run, plain and with ``_CA``, in ms, and RTF."""
+    from echostream.evaluation import simul
+
+    args = Namespace(no_use_ref_len=False, computation_aware=True)
     scorers = {scorer.name: scorer for scorer in simul.LATENCY_SCORERS}
-    for name in (*latencies(output), *PLAIN_ONLY):
-        figures[name] = scorers[name].from_args(args)(instances)
-    for name in latencies(output):
-        figures[f"{name}_CA"] = scorers[name](computation_aware=True)(instances)
-    (Path(folder) / "scores.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return figures
+    figures = {name: scorers[name].from_args(args)(instances) for name in (*latencies(output), *PLAIN_ONLY)}
+    return figures | {f"{name}_CA": scorers[name](computation_aware=True)(instances) for name in latencies(output)}
 
 
 def recogniser_name(folder: str | Path) -> str:

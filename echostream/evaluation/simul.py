@@ -11,6 +11,7 @@ entry can go when the defect it names is gone:
 * BLEU of speech compares the wav's *path* with the reference → ``TextBLEU``;
 * ASR_BLEU shells out to a file pip does not install and logs the failure only → ``SpeechBLEU``;
 * AL and LAAL count emitted pieces of speech against words of the reference → per word here;
+* ATD takes the speech of a finished run (``--score-only``) for text → from the log's durations;
 * ``--computation-aware`` replaces the plain figures instead of adding to them → ``from_args``;
 * RTF is 1.0 by construction, Discontinuity* assert on logged instances → from what the log holds.
 
@@ -379,6 +380,18 @@ class WordLAAL(WordAL):
     lagging = staticmethod(latency.length_adaptive_average_lagging)
 
 
+class TokenDelay(WordScorer):
+    """ATD per 300 ms of speech, or per word of text (ms). SimulEval's own takes a finished run for text."""
+
+    name = "ATD"
+
+    def measure(self, instance: Any) -> float | None:
+        if not instance.delays:
+            return None
+        emitted = instance.elapsed if self.computation_aware else None
+        return latency.average_token_delay(instance.delays, getattr(instance, "durations", None), emitted)
+
+
 class WrittenScorer(WordScorer):
     """For speech with text: figures of the words as they were written, ahead of their speech."""
 
@@ -468,7 +481,7 @@ class SilenceAverage(SilenceSum):
 
 
 LATENCY_SCORERS = (
-    WordAL, WordLAAL, StartOffset, EndOffset, RealTimeFactor, SilenceSum, SilenceNumber, SilenceAverage,
+    WordAL, WordLAAL, TokenDelay, StartOffset, EndOffset, RealTimeFactor, SilenceSum, SilenceNumber, SilenceAverage,
     WrittenAL, WrittenLAAL, WrittenStart,
 )  # fmt: skip
 QUALITY_SCORERS = {"BLEU": TextBLEU, "WER": TextWER, "ASR_BLEU": SpeechBLEU, "ASR_WER": SpeechWER}
