@@ -5,6 +5,7 @@ With ``--results-path`` everything is written to ``generate-<subset>.jsonl`` the
 
 ``id``, ``audio``; ``asr``, ``st``, ``mt`` (texts) and ``units`` (numbers): the hypotheses; ``asr_ref``, ``mt_ref``,
 ``units_ref``: the manifest's; ``wav``: the spoken translation, relative to the results path, when a vocoder is given.
+A model trained with ``--source text`` reads the true source text; its results have no ``asr`` and no ``st``.
 """
 
 from __future__ import annotations
@@ -67,19 +68,22 @@ class EchoStreamGenerator:
 
         Returns:
             Per utterance the beam's hypotheses in fairseq's form, best first; the best has ``asr``, ``st`` (lists of
-            dictionary indices), ``units`` (list of unit numbers) and, with a vocoder, ``waveform`` (float32 [N]) too.
+            dictionary indices; not of a text encoder), ``units`` (list of unit numbers) and, with a vocoder,
+            ``waveform`` (float32 [N]) too.
         """
         net_input = sample["net_input"]
         model = models[0]
         x, lengths = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
-        asr = _greedy_ctc(model.asr_head(x), lengths)
-        st = _greedy_ctc(model.st_decoder(x, lengths), lengths)
+        texts = {}
+        if not self.task.reads_text:
+            texts["asr"] = _greedy_ctc(model.asr_head(x), lengths)
+            texts["st"] = _greedy_ctc(model.st_decoder(x, lengths), lengths)
         hypotheses = self.search.generate(models, sample, prefix_tokens=prefix_tokens, constraints=constraints)
         best = [beams[0] for beams in hypotheses]
         units, counts = self._units(model, x, lengths, [hypothesis["tokens"] for hypothesis in best])
         waves = self._speak(units, counts)
         for i, hypothesis in enumerate(best):
-            hypothesis["asr"], hypothesis["st"] = asr[i], st[i]
+            hypothesis.update({name: rows[i] for name, rows in texts.items()})
             hypothesis["units"] = units[i, : counts[i]].tolist()
             if waves is not None:
                 hypothesis["waveform"] = waves[i]
@@ -120,8 +124,8 @@ class EchoStreamGenerator:
             row = {
                 "id": utterance.id,
                 "audio": utterance.audio,
-                "asr": self.task.source_text(hypothesis["asr"]),
-                "st": self.task.target_text(hypothesis["st"]),
+                **({"asr": self.task.source_text(hypothesis["asr"])} if "asr" in hypothesis else {}),
+                **({"st": self.task.target_text(hypothesis["st"])} if "st" in hypothesis else {}),
                 "mt": self.task.target_text(hypothesis["tokens"].tolist()),
                 "units": hypothesis["units"],
                 "asr_ref": utterance.src_text,

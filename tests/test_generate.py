@@ -90,6 +90,29 @@ def test_beam_of_one_is_greedy_and_batches_do_not_matter(trained, tmp_path):
     assert texts == {data.utterances[i].id: task.target_text(row) for i, row in enumerate(tokens.tolist())}
 
 
+def test_the_text_decoder_on_true_transcripts(trained, tmp_path):
+    """--source text: what it reads are the manifest's texts; beam 1 is the greedy search over exactly these."""
+    from fairseq import checkpoint_utils
+
+    data = trained[0]
+    text = dict(source="text", asr_weight=0.0, st_weight=0.0, mt_weight=0.5, unit_weight=0.5, dropout=0.0, lr=0.01)
+    fairseq("train", tiny_flags(data, tmp_path / "run", max_update=40, disable_validation=True, **text))
+    checkpoint = tmp_path / "run/checkpoint_last.pt"
+    rows = generate((data, checkpoint), tmp_path / "out", "--source", "text", "--beam", "1")
+    manifest = {u.id: u for u in read_manifest(data / "dev.tsv")}
+    assert sorted(row["id"] for row in rows) == sorted(manifest)
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], {"data": str(data)})
+    model.eval()
+    for row in rows:
+        utterance = manifest[row["id"]]
+        assert row["audio"] == utterance.audio and not {"asr", "st"} & set(row)
+        assert (row["asr_ref"], row["mt_ref"]) == (utterance.src_text, utterance.tgt_text)
+        source = torch.tensor([task.config.source.encode(utterance.src_text)])
+        with torch.no_grad():
+            tokens, _, _ = model.mt_decoder.greedy(*model.encoder(source, torch.tensor([source.shape[1]])), 12)
+        assert row["mt"] == task.target_text(tokens[0].tolist())
+
+
 def test_prefix_is_kept(trained, tmp_path):
     rows = generate(trained, tmp_path, "--beam", "2", "--prefix-size", "2")
     for row in rows:

@@ -42,11 +42,16 @@ class Utterance:
 
 @dataclass(frozen=True)
 class TextPair:
-    """A sentence, its translation and the translation's units, int16 ``[U]``, none where they are not known."""
+    """A sentence, its translation and the translation's units, int16 ``[U]``, none where they are not known.
+
+    ``id`` is the table's, or the row's number; ``audio`` is empty where the table has no recordings.
+    """
 
     src_text: str
     tgt_text: str
     units: np.ndarray
+    id: str
+    audio: str = ""
 
 
 def read_manifest(path: str | Path) -> list[Utterance]:
@@ -78,7 +83,8 @@ def read_text_pairs(path: str | Path) -> list[TextPair]:
             if not row[column].strip():
                 raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
         units = _units(row["tgt_audio"], where) if row["tgt_audio"].strip() else np.zeros(0, dtype=np.int16)
-        pairs.append(TextPair(row["src_text"], row["tgt_text"], units))
+        name = row.get("id") or str(len(pairs))
+        pairs.append(TextPair(row["src_text"], row["tgt_text"], units, name, row.get("src_audio", "")))
     return pairs
 
 

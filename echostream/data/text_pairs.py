@@ -40,7 +40,8 @@ class TextPairDataset(FairseqDataset):
 
     def __init__(self, manifest: str | Path, config: DataConfig):
         self.pairs: list[_Pair] = []
-        for number, row in enumerate(read_text_pairs(manifest), 2):
+        self.utterances = read_text_pairs(manifest)  # as the speech dataset's, for what fairseq-generate writes
+        for number, row in enumerate(self.utterances, 2):
             pair = _Pair(config.source.encode(row.src_text), config.target.encode(row.tgt_text), row.units)
             if not pair.source or not pair.target:
                 raise ManifestError(f"manifest {manifest}, line {number}: no subwords in its source or target text")
