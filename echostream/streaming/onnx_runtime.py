@@ -25,6 +25,8 @@ def open_graph(path: str | Path, what: str, threads: int = 1) -> Any:
         raise CheckpointError(f"{what} {path} does not exist")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Idle threads shall not spin: they would take the time of whoever else computes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Processors without VNNI add pairs of int8 products in 16 bits, which overflow; this lets them take another way.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
