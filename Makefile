@@ -3,16 +3,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # Two threads fight over two cores; idle workers that spin make it worse.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 help:
 	@echo "make demo   translate a dozen spoken Spanish sentences while they are spoken; results in demo-output/"
 	@echo "make test   run the tests"
 	@echo "make lint   check the style"
+	@echo "make bench  measure the speed on this machine (about 5 minutes) and write BENCHMARKS.md with a picture"
 	@echo "make clean  remove .venv and demo-output"
 
 $(VENV)/.installed: setup.py
@@ -31,6 +33,10 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+
+# Close what else is running: the page tells the load. BENCH_ARGS='--clock cpu' on a machine that is never quiet.
+bench: $(VENV)/.installed
+	$(BIN)/python scripts/benchmark.py all --report BENCHMARKS.md $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output

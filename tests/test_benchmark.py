@@ -1,14 +1,23 @@
-"""The streaming benchmark: a session of forced output says what the script says, and costs the same at any age."""
+"""Benchmarks: a session of forced output says what the script says and costs the same at any age; encoders take turns
+and are held to agree; all of it becomes a page. Figures themselves are not tested."""
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from echostream.benchmarks import stream
+from echostream.benchmarks import encoder, report, stream
+from echostream.benchmarks.common import exported
+from echostream.benchmarks.recompute import ConformerLayer, RecomputingEncoder, relative_positions
+from echostream.compat import import_torchaudio
+from echostream.config import EchoStreamConfig
+from echostream.errors import EchoStreamError, MissingExtraError
 from echostream.streaming import SentenceEnd, SessionBatch, SourceText, StreamingSession
+from echostream.streaming.backends import backend_of
 from tests.conftest import NUM_UNITS, tiny_config, tiny_voice
 
 SIZES = {"mt": dict(unit_decoder_input="mt", ctc_upsample_ratio=25), "encoder": dict(unit_decoder_input="encoder")}
@@ -78,3 +87,139 @@ def test_attention_and_convolutions_are_counted():
         torch.nn.functional.scaled_dot_product_attention(q, k, k)
         torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
     assert counter.get_total_flops() == 2 * 2 * 4 * 8 * 100 * 64 + 2 * 8 * 28 * 16 * 3
+
+
+def test_an_exported_session_says_what_the_script_says(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    bundle, script, _ = make("mt")
+    bundle = exported(bundle, tmp_path / "graphs", int8=True)
+    backend = partial(stream.ScriptedStages, script=script, backend=backend_of(bundle))
+    with stream.clock_for("cpu") as clock:
+        watch = stream.Stopwatch(bundle.model, clock)
+        session, sound = StreamingSession(bundle, backend=backend), stream.Sound()
+        pushed = [watch.push(session, sound.chunk(i)) for i in range(2 * CHUNKS + 1)]
+    ends = [event for events, _ in pushed for event in events if isinstance(event, SentenceEnd)]
+    assert [end.tokens for end in ends] == [script.tokens] * 2
+    assert all(len(end.waveform) == len(end.units) * 2 * 320 for end in ends)
+    took = dict(zip(stream.STAGES, sum(seconds for _, seconds in pushed)))
+    assert min(took[stage] for stage in stream.STAGES[:-1]) > 0
+    graphs = {name: path.stat().st_mtime_ns for name, path in files(tmp_path).items()}
+    exported(make("mt")[0], tmp_path / "graphs", int8=True)
+    assert graphs == {name: path.stat().st_mtime_ns for name, path in files(tmp_path).items()}  # written once
+
+
+def files(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.rglob("*.onnx")}
+
+
+# ---------------------------------------------------------------------------------------------------- the encoder
+
+
+def test_the_recomputing_encoder_has_streamspeechs_size_and_sees_its_own_chunk_and_the_past():
+    with torch.device("meta"):
+        whole = RecomputingEncoder(EchoStreamConfig(), chunk=8)
+    assert sum(p.numel() for p in whole.parameters()) == pytest.approx(33.4e6, rel=0.01)
+    torch.manual_seed(1)
+    again = RecomputingEncoder(tiny_config(), chunk=8).eval()
+    features = torch.randn(2, 96, 80)
+    with torch.inference_mode():
+        short, long = again(features[:, :64]), again(features)
+        assert short.shape == (2, 16, 32) and long.shape == (2, 24, 32)
+        torch.testing.assert_close(short, long[:, :16], atol=1e-5, rtol=0)
+        features[:, 20:] += 1  # in the second half of the first chunk
+        changed = (again(features) - long).abs().amax(dim=2) > 1e-5
+    assert changed.all()
+
+
+def test_relative_positions_shift_with_the_query():
+    """A position bias alone, which prefers one distance: each query looks that far back."""
+    torch.manual_seed(2)
+    layer = ConformerLayer(16, 1, 32).eval()
+    with torch.inference_mode():
+        layer.qkv.weight[:16] = 0
+        layer.qkv.bias[:16] = 0
+        layer.position.weight.copy_(torch.eye(16))
+        layer.position_bias.copy_(1e3 * relative_positions(10, 16)[9 - 2])  # the distance 2
+        layer.out.weight.copy_(torch.eye(16))
+        layer.out.bias.zero_()
+        x = torch.randn(1, 10, 16)
+        found = layer._attend(x, relative_positions(10, 16), torch.zeros(10, 10))
+        torch.testing.assert_close(found[:, 2:], layer.qkv(x)[:, :8, 32:], atol=1e-4, rtol=0)
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    encoder.add_arguments(parser)
+    return parser.parse_args([*arguments, "--clock", "cpu"])
+
+
+def test_encoders_take_turns_and_the_page_says_what_came_out(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("matplotlib")
+    compat_torchaudio()
+    args = options("--batch", "1", "2", "--segments", "3", "--batch-segments", "4", "--elapsed", "0.8", "1.6")
+    figures = encoder.measure(tiny_config(), args)
+    one, two = figures["batches"]
+    contenders = {encoder.EAGER, encoder.SCRIPTED, encoder.SCRIPTED_INT8, encoder.OURS, encoder.FP32, encoder.INT8}
+    assert one["ms"].keys() == two["ms"].keys() == contenders
+    assert (one["segments"], two["segments"]) == (9 + encoder.WINDOW, 4)
+    assert [mark["seconds"] for mark in figures["elapsed"]] == pytest.approx([0.8, 1.6])
+    assert all(mark["ms"].keys() == contenders | {encoder.RECOMPUTE} for mark in figures["elapsed"])
+    for batch in figures["batches"]:
+        assert batch["differences"][encoder.FP32] < 1e-4 < batch["differences"][encoder.INT8]
+    encoder.show(figures)
+    written = report.gather(argparse.Namespace(report=tmp_path / "page.md"), [{"command": "encoder", **figures}])
+    picture, text = (tmp_path / "page.svg"), (tmp_path / "page.md").read_text()
+    assert written["written"] == [str(tmp_path / "page.md"), str(picture)]
+    assert picture.stat().st_size < 100_000 and encoder.RECOMPUTE in picture.read_text()
+    assert f"{one['ms'][encoder.INT8]['p50']:.2f} / " in text and "(page.svg)" in text
+
+
+def compat_torchaudio() -> None:
+    try:
+        import_torchaudio()
+    except MissingExtraError:
+        pytest.skip("torchaudio is not installed")
+
+
+def test_a_pass_over_the_history_is_timed_when_its_time_has_come():
+    heard: list[int] = []
+
+    def step(features):
+        return features[:, ::4]
+
+    steps = {encoder.OURS: step, encoder.FP32: step, encoder.INT8: lambda features: features[:, ::4] + 0.5}
+    times, passes, differences = encoder.take_turns(
+        tiny_config(), steps, lambda x: heard.append(x.shape[1]), 1, 12, [3, 6], iter(range(1000)).__next__
+    )
+    assert {name: len(found) for name, found in times.items()} == dict.fromkeys(steps, 12)
+    assert [len(found) for found in passes.values()] == [encoder.WINDOW] * 2 and set(heard) == {4 * 16, 7 * 16}
+    assert all(found == 1 for found in [*times[encoder.OURS], *passes[3]])  # ticks between start and end
+    assert differences[encoder.FP32] == 0 and 0 < differences[encoder.INT8] <= 0.5
+
+
+@pytest.mark.parametrize("difference", [1e-3, float("nan")])
+def test_a_wrong_export_is_not_measured(difference):
+    with pytest.raises(EchoStreamError, match="differs from torch by"):
+        encoder.check({encoder.FP32: difference, encoder.INT8: 0.0})
+    encoder.check({encoder.FP32: 1e-6, encoder.INT8: 0.1})
+
+
+# ---------------------------------------------------------------------------------------------------- all of it
+
+
+def test_all_runs_every_benchmark_with_its_own_options(tmp_path):
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    few = ["--small", "--minutes", "1", "--clock", "cpu", "--only", "encoder", "stream"]
+    commands = report.plan(parser.parse_args(few))
+    assert [command[0] for command in commands] == ["encoder", "stream", "stream", "stream"]
+    for (name, *rest), module in zip(commands, (encoder, stream, stream, stream)):
+        of = argparse.ArgumentParser()
+        module.add_arguments(of)
+        args = of.parse_args(rest)
+        assert args.small and args.clock == "cpu", name
+    with pytest.raises(EchoStreamError, match="page.txt must end in .md"):
+        report.plan(parser.parse_args(["--report", str(tmp_path / "page.txt")]))

@@ -7,8 +7,8 @@ bias of its duration predictor.
 
 A stream is fed faster than real time and saved at every mark. The marks are then restored side by side and take turns,
 chunk by chunk over a whole sentence, so that a busy neighbour slows all of them alike. Another pass over the same
-chunks counts floating-point operations and the bytes of the saved state. Ctrl-C ends the feeding early, at the end of
-the sentence; what was reached is measured.
+chunks counts floating-point operations (torch's; ONNX Runtime's cannot be counted) and the bytes of the saved state.
+Ctrl-C ends the feeding early, at the end of the sentence; what was reached is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import os
 import signal
 import tempfile
 import threading
-import time
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -34,12 +33,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm, trange
 
 from echostream.audio.cmvn import GlobalCMVN
+from echostream.benchmarks.common import add_options, clock_of, describe, exported, surroundings
 from echostream.checkpoint import Bundle
 from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, ENCODER_FRAME_MS, EOS, NUM_MEL_BINS, NUM_SPECIALS, SAMPLE_RATE
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.echostream_model import build_echostream_model
 from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, TargetUnits, Waveform, track
+from echostream.streaming.backends import backend_of
+from echostream.streaming.exported.model import ExportedModel
 from echostream.streaming.stages import Backend, Listen, NewSentence, ReadUnits, Request, Rewind, Write
 from echostream.streaming.torch_stages import TorchStages
 from echostream.text import WORD_START, Vocabulary
@@ -48,7 +50,9 @@ CHUNK_MS = 320
 SUBWORDS_PER_SECOND, UNITS_PER_SUBWORD, FRAMES_PER_UNIT = 3, 8, 2
 MARKS_S = (10, 30, 60, 600, 3600)
 STAGES = ("features", "encoder", "ctc heads", "MT", "units", "vocoder", "rest")
+BACKENDS = ("torch", "onnx", "onnx-int8")
 BAR_MS, BAR_GROWTH, BAR_MB = 100.0, 1.1, 10.0  # a chunk's median; that of the last mark over the first; resident memory
+BAR_REAL_TIME = {"torch": 0.2, "onnx": 0.2, "onnx-int8": 0.1}  # seconds of computing per second, the default model
 
 
 @dataclass(frozen=True)
@@ -201,21 +205,31 @@ class Sound:
 
 
 class Stopwatch:
-    """Seconds by stage of what a session does. Two parts that the session books together are timed apart here."""
+    """Seconds by stage of what a session does. Two parts that the session books together are timed apart here.
+
+    Of exported graphs only the run itself is timed: what numpy does for the CTC heads counts as the encoder's.
+    """
 
     def __init__(self, model: Any, clock: Callable[[], float]):
         self.clock = clock
-        self.seconds = {"encoder": 0.0, "extend": 0.0}
-        model.encoder.step = self._timed("encoder", model.encoder.step)
-        model.unit_decoder.extend = self._timed("extend", model.unit_decoder.extend)
+        self.seconds = {"encoder": 0.0, "heads": 0.0, "unit_memory": 0.0}
+        self.exported = isinstance(model, ExportedModel)
+        if self.exported:
+            model.run = self._timed(model.run)
+        else:
+            model.encoder.step = self._timed(model.encoder.step, "encoder")
+            model.unit_decoder.extend = self._timed(model.unit_decoder.extend, "unit_memory")
 
-    def _timed(self, name: str, work: Callable) -> Callable:
+    def _timed(self, work: Callable, name: str | None = None) -> Callable:
+        """``work``, its time booked under ``name`` or, without one, under its first argument."""
+
         def run(*args: Any, **kwargs: Any) -> Any:
             started = self.clock()
             try:
                 return work(*args, **kwargs)
             finally:
-                self.seconds[name] += self.clock() - started
+                booked = name or args[0]
+                self.seconds[booked] = self.seconds.get(booked, 0.0) + self.clock() - started
 
         return run
 
@@ -226,7 +240,9 @@ class Stopwatch:
         events = session.push(samples)
         whole = self.clock() - started
         took = {name: seconds - booked[name] for name, seconds in session.stage_seconds.items()}
-        encoder, extend = (self.seconds[name] - own[name] for name in ("encoder", "extend"))
+        encoder, heads, extend = (self.seconds[name] - own[name] for name in ("encoder", "heads", "unit_memory"))
+        if self.exported:
+            encoder = took["encoder"] - heads
         parts = [
             took["features"], encoder, took["encoder"] - encoder, took["text"] - extend, took["units"] + extend,
             took["vocoder"],
@@ -238,7 +254,7 @@ class Stopwatch:
 def clock_for(name: str) -> Iterator[Callable[[], float]]:
     """The clock to measure with, which sessions book their time by, too."""
     before = track.timer
-    track.timer = time.process_time if name == "cpu" else time.perf_counter
+    track.timer = clock_of(name)
     try:
         yield track.timer
     finally:
@@ -254,9 +270,7 @@ def resident_mb() -> float:
 def run(args: argparse.Namespace) -> dict:
     values = {"unit_decoder_input": args.unit_input, "ctc_upsample_ratio": 25 if args.unit_input == "mt" else 5}
     config = EchoStreamConfig.small() if args.small else EchoStreamConfig(**values)
-    bundle = random_bundle(config)
     script = Script.write(config, args.sentence)
-    backend = partial(ScriptedStages, script=script)
     per_sentence = script.frames * ENCODER_FRAME_MS // CHUNK_MS
     last = args.minutes * 60
     # A mark stands at the first sentence that begins at that time or later.
@@ -267,14 +281,20 @@ def run(args: argparse.Namespace) -> dict:
         "unit_decoder_input": config.unit_decoder_input,
         "chunk_ms": CHUNK_MS,
         "sentence_s": script.frames * ENCODER_FRAME_MS / 1000,
-        "threads": torch.get_num_threads(),
-        "clock": args.clock,
-        "load": os.getloadavg()[0],
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
+        "backend": args.backend,
+        **surroundings(args),
         "rounds": args.rounds,
     }
     with clock_for(args.clock) as clock, tempfile.TemporaryDirectory() as folder:
+
+        def load(threads: int) -> Bundle:
+            bundle = random_bundle(config)
+            if args.backend == "torch":
+                return bundle
+            return exported(bundle, Path(folder) / "graphs", args.backend == "onnx-int8", threads)
+
+        bundle = load(args.threads)
+        backend = partial(ScriptedStages, script=script, backend=backend_of(bundle))
         watch = Stopwatch(bundle.model, clock)
         session = StreamingSession(bundle, backend=backend)
         report["stream"], marks = feed(session, watch, times, per_sentence, Path(folder))
@@ -289,10 +309,12 @@ def run(args: argparse.Namespace) -> dict:
             for i, mark in enumerate(tqdm(marks, desc="counting"))
         ]
         if args.sessions:
-            report["batch"] = run_batch(bundle, backend, args.sessions, args.batch_threads, per_sentence, clock)
+            threads = args.batch_threads
+            report["batch"] = run_batch(load(threads), backend, args.sessions, threads, per_sentence, clock)
     first, final = report["marks"][0], report["marks"][-1]
     report["p50_last_over_first"] = final["ms"]["whole"]["p50"] / first["ms"]["whole"]["p50"]
-    report["operations_equal"] = all(m["flops"] == first["flops"] for m in report["marks"])
+    counted = args.backend == "torch"
+    report["operations_equal"] = all(m["flops"] == first["flops"] for m in report["marks"]) if counted else None
     report["state_bytes_equal"] = all(
         (m["state_bytes"], m["saved_bytes"]) == (first["state_bytes"], first["saved_bytes"]) for m in report["marks"]
     )
@@ -435,34 +457,37 @@ def run_batch(
 
 def show(report: dict) -> None:
     stream, unit = report["stream"], "CPU ms" if report["clock"] == "cpu" else "ms"
+    counted = report["operations_equal"] is not None
     print(
-        f"{unit} per {report['chunk_ms']} ms chunk (p50 / p95), model {report['model']}, units from "
-        f"{report['unit_decoder_input']}, sentences of {report['sentence_s']:g} s, {report['threads']} thread(s), load "
-        f"{report['load']:.1f} on {report['cores']} cores, torch {report['torch']}, {report['rounds']} rounds"
+        f"{unit} per {report['chunk_ms']} ms chunk (p50 / p95), model {report['model']}, backend {report['backend']}, "
+        f"units from {report['unit_decoder_input']}, sentences of {report['sentence_s']:g} s, {report['rounds']} "
+        f"rounds, {describe(report)}"
     )
     names = (*STAGES, "whole")
     print(f"{'elapsed':>8} " + " ".join(f"{name:>13}" for name in names) + f" {'GFLOP':>7} {'state MB':>9}")
     for mark in report["marks"]:
         cells = [f"{mark['ms'][name]['p50']:.1f} / {mark['ms'][name]['p95']:.1f}" for name in names]
+        work = f"{sum(mark['flops']) / 1e9:.2f}" if counted else "-"
         print(
             f"{mark['elapsed_s']:>6g} s " + " ".join(f"{cell:>13}" for cell in cells)
-            + f" {sum(mark['flops']) / 1e9:>7.2f} {max(mark['state_bytes']) / 1e6:>9.2f}"
+            + f" {work:>7} {max(mark['state_bytes']) / 1e6:>9.2f}"
         )  # fmt: skip
-    print(f"(GFLOP: of one sentence, {report['marks'][0]['chunks'] // report['rounds']} chunks)")
+    if counted:
+        print(f"(GFLOP: of one sentence, {report['marks'][0]['chunks'] // report['rounds']} chunks)")
     first, final = report["marks"][0], report["marks"][-1]
     print(
         f"p50 at {final['elapsed_s']:g} s over p50 at {first['elapsed_s']:g} s: {report['p50_last_over_first']:.3f} "
         f"(bar: {BAR_GROWTH}); p50 {final['ms']['whole']['p50']:.1f} ms (bar: {BAR_MS:g})"
     )
     print(
-        "operations of every chunk the same at all marks: "
-        f"{report['operations_equal']}; state bytes, allocated and saved: {report['state_bytes_equal']}"
+        f"operations of every chunk the same at all marks: {report['operations_equal'] if counted else 'not counted'}; "
+        f"state bytes, allocated and saved: {report['state_bytes_equal']}"
     )
     print(
-        f"{stream['seconds']:.0f} s fed: real-time factor {stream['real_time_factor']:.3f}, resident memory grew by "
-        f"{stream['resident_mb_growth']:.1f} MB after the first minute (bar: {BAR_MB:g}); "
-        f"{stream['sentences']} sentences, {stream['subwords_per_second']:.2f} subwords/s, "
-        f"{stream['units_per_subword']:.2f} units a subword, "
+        f"{stream['seconds']:.0f} s fed: real-time factor {stream['real_time_factor']:.3f} (bar of the default model: "
+        f"{BAR_REAL_TIME[report['backend']]:g}), resident memory grew by {stream['resident_mb_growth']:.1f} MB after "
+        f"the first minute (bar: {BAR_MB:g}); {stream['sentences']} sentences, "
+        f"{stream['subwords_per_second']:.2f} subwords/s, {stream['units_per_subword']:.2f} units a subword, "
         f"{stream['speech_seconds_per_second']:.2f} s of speech per second"
     )
     if "batch" in report:
@@ -476,6 +501,7 @@ def show(report: dict) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="audio fed (default: 60)")
     parser.add_argument("--sentence", type=float, default=10.0, metavar="S", help="seconds in a sentence (default: 10)")
+    parser.add_argument("--backend", choices=BACKENDS, default="torch", help="what computes (default: torch)")
     parser.add_argument("--small", action="store_true", help="the small model instead of the default configuration")
     parser.add_argument(
         "--unit-input",
@@ -485,8 +511,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="sentences timed at each mark (default: 5)")
     parser.add_argument("--sessions", type=int, default=8, help="sessions in a batch, 0: no batch (default: 8)")
-    parser.add_argument("--batch-threads", type=int, default=2, help="torch's threads for the batch (default: 2)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="wall time, or this process's own")
-    parser.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
+    parser.add_argument("--batch-threads", type=int, default=2, help="threads for the batch (default: 2)")
+    add_options(parser)

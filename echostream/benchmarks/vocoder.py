@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from echostream.benchmarks.common import add_options, clock_of, describe, surroundings
 from echostream.constants import UNIT_RATE
 from echostream.models.decoders.vocoder import PRESETS, CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_layers import arrange_weights
@@ -30,15 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of speech, about (default: 10; v1 a third of it)")
     parser.add_argument("--chunk-ms", type=int, default=320, help="speech in a chunk (default: 320)")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu", help="this process's own time, or wall time")
-    parser.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
+    add_options(parser, clock="cpu")
 
 
 def run(args: argparse.Namespace) -> dict:
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    report = {"benchmark": "vocoder", "chunk_ms": args.chunk_ms, "threads": torch.get_num_threads(), "presets": {}}
+    clock = clock_of(args.clock)
+    report = {"benchmark": "vocoder", "chunk_ms": args.chunk_ms, **surroundings(args), "presets": {}}
     for name in args.presets:
         torch.manual_seed(1)
         model = load(None, None) if name == "small" else CodeHiFiGAN(VocoderConfig.preset(name)).eval()
@@ -89,7 +85,7 @@ def measure(model: CodeHiFiGAN, seconds: float, chunk_ms: int, repeats: int, clo
 
 
 def show(report: dict) -> None:
-    print(f"{report['chunk_ms']} ms chunks, {report['threads']} thread(s), torch {torch.__version__}")
+    print(f"{report['chunk_ms']} ms chunks, {describe(report)}")
     names = ("parameters", "offline", "streaming", "ratio", "look-ahead", "difference")
     print(f"{'preset':<8}" + "".join(f"{name:>{width}}" for name, width in zip(names, (12, 10, 11, 7, 12, 12))))
     for name, row in report["presets"].items():

@@ -86,13 +86,19 @@ def graph_writers(bundle: Bundle, voice: bool) -> dict[str, Callable[[bool], Gra
     return writers
 
 
-def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: bool, voice: bool) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
+def write_graphs(directory: Path, graphs: dict[str, Callable[[bool], Graph]], int8: bool) -> str:
+    """Write each graph to ``<name>.onnx``; returns the sha256 of all of them, hexadecimal."""
     digest = hashlib.sha256()
     for name, write in tqdm(graphs.items(), desc="graphs", unit="graph", leave=False, disable=None):
         path = directory / f"{name}.onnx"
         write(int8).save(path)
         digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: bool, voice: bool) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    digest = write_graphs(directory, graphs, int8)
     source: dict[str, Any] = yaml.safe_load((bundle.directory / "config.yaml").read_text(encoding="utf-8"))
     files = {**FILES, **source.get("files", {})}
     for name in (*COPIED, *(("vocoder_config",) if voice else ())):
@@ -104,7 +110,7 @@ def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: b
         "format": EXPORTED_FORMAT,
         "precision": "int8" if int8 else "fp32",
         "vocoder": voice,
-        "digest": digest.hexdigest(),
+        "digest": digest,
         "exported_from": bundle.digest,
         "parameters": {part: n for part, n in count_parameters(bundle).items() if voice or part != "vocoder"},
         "model": bundle.config.to_dict(),
