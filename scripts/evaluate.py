@@ -1,11 +1,16 @@
 #!/usr/bin/env python3
 """Results: of fairseq-generate, of simultaneous translation by SimulEval, of all policies, and of whole talks.
 
+A report puts them side by side, with a cascade of other programs to compare them with.
+
     python scripts/evaluate.py offline runs/es-en/generate-test.jsonl
     python scripts/evaluate.py simul --manifest data/es-en/test.tsv --chunk-ms 320 960 --output runs/es-en/simul
     python scripts/evaluate.py sweep --manifest data/es-en/test.tsv --output runs/es-en/sweep
     python scripts/evaluate.py talks --manifest data/es-en/test.tsv --count 10 --minutes 5 --output data/es-en/talks
     python scripts/evaluate.py longform --talks data/es-en/talks --output runs/es-en/longform
+    python scripts/evaluate.py cascade --manifest data/es-en/test.tsv --output runs/cascade
+    python scripts/evaluate.py report --system offline=runs/es-en/generate-test.jsonl --system ctc=runs/es-en/simul \
+        --sweep runs/es-en/sweep --longform runs/es-en/longform --manifest data/es-en/test.tsv --output report.md
 """
 
 from __future__ import annotations
@@ -24,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from echostream.audio.io import load_audio  # noqa: E402
 from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle  # noqa: E402
 from echostream.data.manifest import read_manifest  # noqa: E402
-from echostream.errors import EchoStreamError  # noqa: E402
+from echostream.errors import EchoStreamError, require  # noqa: E402
 from echostream.evaluation import longform, quality, run, sweep  # noqa: E402
 from echostream.evaluation.asr import RECOGNISERS, load_recogniser  # noqa: E402
 from echostream.evaluation.streams import stream  # noqa: E402
+from echostream.evaluation.systems import keep_heard, read_results, read_systems  # noqa: E402
 from echostream.evaluation.table import markdown  # noqa: E402
 from echostream.streaming.options import (  # noqa: E402
     add_chunk_argument,
@@ -109,6 +115,33 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     long.add_argument("--output", type=Path, required=True, help="a file a talk; longform.json, hypothesis.jsonl")
 
+    cascading = commands.add_parser("cascade", help="Whisper's translation, spoken by the target voice: a baseline")
+    cascading.add_argument("--manifest", type=Path, required=True)
+    cascading.add_argument("--audio-root", type=Path, help="of src_audio (default: the manifest's folder)")
+    cascading.add_argument("--limit", type=int, help="only the first N recordings")
+    cascading.add_argument(
+        "--whisper", type=Path, metavar="DIR",
+        help="multilingual Whisper for CTranslate2 (default: Whisper base of the extra corpus)",
+    )  # fmt: skip
+    cascading.add_argument("--source-lang", default="es", help="as Whisper calls it (default: %(default)s)")
+    cascading.add_argument("--beam", type=int, default=5, help="of Whisper (default: %(default)s)")
+    cascading.add_argument("--no-voice", action="store_true", help="text alone")
+    cascading.add_argument("--output", type=Path, required=True, help="folder for generate-<manifest>.jsonl and wav/")
+
+    reporting = commands.add_parser("report", help="tables, pictures and tests of several systems in one Markdown file")
+    reporting.add_argument(
+        "--system", action="append", default=[], metavar="NAME=PATH",
+        help="generate-<subset>.jsonl, or what simul wrote; once for each system",
+    )  # fmt: skip
+    reporting.add_argument("--ceiling", metavar="NAME", help="the system of which the simultaneous ones reach a share")
+    reporting.add_argument("--sweep", type=Path, metavar="DIR", help="what sweep wrote")
+    reporting.add_argument("--longform", type=Path, metavar="DIR", help="what longform wrote")
+    reporting.add_argument("--manifest", type=Path, help="for voices and, of a sweep, the recordings' lengths")
+    reporting.add_argument("--seed", type=int, default=1, help="of resampling and examples, from 1 (default: 1)")
+    reporting.add_argument("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
+    reporting.add_argument("--examples", type=int, default=10, help="random examples (default: %(default)s)")
+    reporting.add_argument("--output", type=Path, required=True, help="the Markdown file; its pictures lie beside it")
+
     args = parser.parse_args(argv)
     try:
         COMMANDS[args.command](args)
@@ -143,7 +176,7 @@ def offline_tables(args: argparse.Namespace) -> None:
     figures = {}
     for path in args.results:
         rows = read_results(path)
-        figures[path.stem] = score_offline(rows, path.parent, args.asr)
+        figures[path.stem] = score_offline(rows, path, args.asr)
         print(f"\n{path} ({len(rows)} utterances)\n")
         rows = [[part, name, f"{value:.2f}"] for part, name, value in figures[path.stem]]
         print(markdown(["part", "measure", "value"], rows))
@@ -151,25 +184,11 @@ def offline_tables(args: argparse.Namespace) -> None:
         args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The objects of a generate-<subset>.jsonl.
+def score_offline(rows: list[dict[str, Any]], path: Path, asr: str = "auto") -> list[tuple[str, str, float]]:
+    """(part, measure, value) for every part whose hypotheses and references are there. Rates are in percent.
 
-    Raises:
-        EchoStreamError: the file is missing, empty, or a line is not a JSON object.
+    What was heard in the recordings is kept beside ``path``, the rows' file, for the report.
     """
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise EchoStreamError(f"{path} does not exist; fairseq-generate --results-path writes it") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise EchoStreamError(f"{path} is not a file of JSON lines: {error}") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise EchoStreamError(f"{path} holds no results")
-    return rows
-
-
-def score_offline(rows: list[dict[str, Any]], folder: Path, asr: str = "auto") -> list[tuple[str, str, float]]:
-    """(part, measure, value) for every part whose hypotheses and references are there. Rates are in percent."""
     figures: list[tuple[str, str, float]] = []
 
     def column(name: str) -> list[str] | None:
@@ -192,9 +211,9 @@ def score_offline(rows: list[dict[str, Any]], folder: Path, asr: str = "auto") -
     wavs = column("wav")
     if wavs is not None and asr != "none":
         engine = load_recogniser(asr)
-        heard = [engine.transcribe_file(folder / wav) for wav in tqdm(wavs, desc=f"listening ({engine.name})")]
-        for row, text in zip(rows, heard, strict=True):
-            row["heard"] = text
+        for row in tqdm(rows, desc=f"listening ({engine.name})"):
+            row["heard"] = engine.transcribe_file(path.parent / row["wav"])
+        keep_heard(path, engine.name, {row["id"]: row["heard"] for row in rows})
         add(f"speech ({engine.name})", "ASR-BLEU", quality.asr_bleu, "heard", "mt_ref")
         add(f"speech ({engine.name})", "WER against MT", quality.word_error_rate, "heard", "mt")
     if not figures:
@@ -213,7 +232,9 @@ def simultaneous_table(args: argparse.Namespace) -> None:
         run.simulate(sources, references, folder, ROOT / "agent" / "echostream_agent.py", options, args.jobs)
         results[chunk] = run.score(folder, args.asr, args.output_type)
     listener = run.recogniser_name(args.output / f"chunk{args.chunk_ms[-1]}")
-    write_json(args.output / "results.json", {"recordings": len(sources), "asr": listener, "chunks": results})
+    about = {"recordings": len(sources), "asr": listener, "output_type": args.output_type}
+    about["options"] = {name: str(value) for name, value in said_options(args).items()}
+    write_json(args.output / "results.json", {**about, "chunks": results})
     print(f"\n{len(sources)} recordings; ASR is {listener}; times in ms, computation-aware ones in brackets\n")
     quality_names, latencies = run.QUALITY[args.output_type], run.latencies(args.output_type)
     rows = [
@@ -325,6 +346,36 @@ def longform_table(args: argparse.Namespace) -> None:
     print(markdown(["measure", "value"], rows))
 
 
+def cascade_results(args: argparse.Namespace) -> None:
+    from echostream.data.corpus.tts import Hibari
+    from echostream.evaluation.asr import Whisper
+    from echostream.evaluation.cascade import run_cascade
+    from echostream.units.features import packaged_whisper
+
+    require("faster_whisper", "simuleval")
+    rows = read_manifest(args.manifest)[: args.limit]
+    translator = Whisper(args.whisper or packaged_whisper(), args.source_lang, "translate", args.beam)
+    voice = None if args.no_voice else Hibari()
+    results = args.output / f"generate-{args.manifest.stem}.jsonl"
+    print(run_cascade(rows, args.audio_root or args.manifest.parent, results, translator, voice))
+
+
+def write_report(args: argparse.Namespace) -> None:
+    from echostream.evaluation import report
+
+    named = [tuple(text.partition("=")[::2]) for text in args.system]
+    wrong = [text for text, (name, path) in zip(args.system, named) if not name or not path]
+    if wrong:
+        raise EchoStreamError(f"--system {wrong[0]!r} is not NAME=PATH")
+    rows = read_manifest(args.manifest) if args.manifest else []
+    if len({name for name, _ in named}) < len(named):
+        raise EchoStreamError("two systems have one name; give each its own: --system NAME=PATH")
+    systems = read_systems({name: Path(path) for name, path in named}, rows)
+    options = report.Options(args.seed, args.samples, args.examples, args.ceiling)
+    report.write(args.output, systems, rows, args.sweep, args.longform, options)
+    print(args.output)
+
+
 def load(args: argparse.Namespace) -> Bundle:
     import torch
 
@@ -364,6 +415,8 @@ COMMANDS = {
     "sweep": policy_sweep,
     "talks": join_talks,
     "longform": longform_table,
+    "cascade": cascade_results,
+    "report": write_report,
 }
 
 if __name__ == "__main__":

