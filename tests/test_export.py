@@ -28,7 +28,7 @@ from echostream.models.decoders.vocoder import CodeHiFiGAN  # noqa: E402
 from echostream.models.decoders.vocoder_config import VocoderConfig  # noqa: E402
 from echostream.models.echostream_model import build_echostream_model  # noqa: E402
 from echostream.streaming import SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
-from echostream.streaming.exported.hearing import ring_ages, write_ring  # noqa: E402
+from echostream.streaming.exported.hearing import ring_ages, segment_mask, turn, write_ring  # noqa: E402
 from echostream.streaming.exported.model import ExportedModel  # noqa: E402
 from echostream.streaming.exported.stages import ExportedStages  # noqa: E402
 from echostream.streaming.stages import Extend, Listen, NewSentence, Speak, Write  # noqa: E402
@@ -354,6 +354,21 @@ def test_rings() -> None:
                 np.testing.assert_array_equal(ring[:, :, place], history[:, :, age])
             else:
                 assert not ring[:, :, place].any()
+
+
+@pytest.mark.parametrize(
+    "sizes", [(4, 30, 0, 8), (4, 30, 2, 8), (3, 7, 1, 0), (2, 0, 0, 3), (1, 5, 0, 2), (2, 0, 0, 0)]
+)
+def test_masks_repeat_once_the_rings_are_full(sizes: tuple[int, ...]) -> None:
+    segment, left, right, memory = sizes
+    full, period = turn(segment, left, memory)
+    for before in range(full, full + 2 * period):
+        for frames, count in ((segment + right, 1), (2 * segment - 1, 2)):
+            early, late = (segment_mask(*sizes, b, frames, count) for b in (before, before + 5 * period))
+            np.testing.assert_array_equal(early, late)
+    assert period == 1 or any(
+        (segment_mask(*sizes, full, 9, 3) != segment_mask(*sizes, full + b, 9, 3)).any() for b in range(period)
+    )
 
 
 def test_upsampling_as_a_convolution() -> None:

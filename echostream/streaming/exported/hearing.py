@@ -9,6 +9,9 @@ does not mind the order of its keys, so nothing is ever moved; the masks know wh
 
 from __future__ import annotations
 
+import functools
+import math
+
 import numpy as np
 
 from echostream.config import EchoStreamConfig
@@ -140,26 +143,40 @@ class ExportedHearing(Rows):
             before: [B] segments of the stream before these.
             frames: [B] encoder frames of the stream from these segments' first one on, as far as it has come.
         """
-        segment, left, memory = self.config.segment_length, self.config.left_context_length, self.config.memory_size
-        index = np.arange(count).repeat(segment + self.right)  # segment of each query, and of each own key
-        offset = np.tile(np.arange(segment + self.right), count)
-        own = index * segment + offset  # frames, counted from the first of these segments
-        main = offset < segment
-        query = index[:, None]
-        sees = (own >= query * segment - left) & (index <= query) & main
-        sees |= (index == query) & ~main
-        itself = np.eye(len(own), dtype=bool)
-        past = ring_ages(before * segment, left)
-        parts = [
-            (past[:, None] >= query * segment - left) & (past >= -before[:, None] * segment)[:, None],
-            (sees & (own < frames[:, None, None])) | itself,
-        ]
-        if memory:
-            bank = ring_ages(before, memory)
-            parts.insert(0, (bank[:, None] >= query - memory) & (bank >= -before[:, None])[:, None])
-            fresh = (np.arange(count) < query) & (np.arange(count) >= query - memory)
-            parts.append(np.broadcast_to(fresh, (len(before), *fresh.shape)))
-        return additive(np.concatenate(parts, axis=2))[:, None]
+        cfg = self.config
+        sizes = cfg.segment_length, cfg.left_context_length, cfg.right_context_length, cfg.memory_size
+        # Once the rings are full the masks repeat: all that counts is where the oldest items stand.
+        full, period = turn(cfg.segment_length, cfg.left_context_length, cfg.memory_size)
+        rows = [b if b < full else full + (b - full) % period for b in before.tolist()]
+        masks = [segment_mask(*sizes, row, n, count) for row, n in zip(rows, frames.tolist())]
+        return masks[0] if len(masks) == 1 else np.concatenate(masks)
+
+
+def turn(segment: int, left: int, memory: int) -> tuple[int, int]:
+    """Segments until both rings are full, and after how many more they stand as they stood."""
+    return max(memory, -(-left // segment)), math.lcm(left // math.gcd(left, segment) or 1, memory or 1)
+
+
+@functools.lru_cache(maxsize=512)
+def segment_mask(segment: int, left: int, right: int, memory: int, before: int, frames: int, count: int) -> np.ndarray:
+    """``ExportedHearing._mask`` of one stream, [1, 1, Q, M + L + G W + G]; not to be written to."""
+    index = np.arange(count).repeat(segment + right)  # segment of each query, and of each own key
+    offset = np.tile(np.arange(segment + right), count)
+    own = index * segment + offset  # frames, counted from the first of these segments
+    main = offset < segment
+    query = index[:, None]
+    sees = (own >= query * segment - left) & (index <= query) & main
+    sees |= (index == query) & ~main
+    past = ring_ages(np.array([before * segment]), left)
+    parts = [
+        (past >= query * segment - left) & (past >= -before * segment),
+        (sees & (own < frames)) | np.eye(len(own), dtype=bool),
+    ]
+    if memory:
+        bank = ring_ages(np.array([before]), memory)
+        parts.insert(0, (bank >= query - memory) & (bank >= -before))
+        parts.append((np.arange(count) < query) & (np.arange(count) >= query - memory))
+    return additive(np.concatenate(parts, axis=1))[None, None]
 
 
 def inside(valid: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
