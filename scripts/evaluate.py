@@ -213,7 +213,7 @@ def score_offline(rows: list[dict[str, Any]], path: Path, asr: str = "auto") -> 
         engine = load_recogniser(asr)
         for row in tqdm(rows, desc=f"listening ({engine.name})"):
             row["heard"] = engine.transcribe_file(path.parent / row["wav"])
-        keep_heard(path, engine.name, {row["id"]: row["heard"] for row in rows})
+        keep_heard(path, engine.name, {str(row["id"]): row["heard"] for row in rows})
         add(f"speech ({engine.name})", "ASR-BLEU", quality.asr_bleu, "heard", "mt_ref")
         add(f"speech ({engine.name})", "WER against MT", quality.word_error_rate, "heard", "mt")
     if not figures:

@@ -131,7 +131,7 @@ def _offline(name: str, path: Path, rows: Sequence[Mapping[str, Any]]) -> System
             raise EchoStreamError(f"{path}, line {number}: id {row['id']!r} appears twice")
         texts = {key: str(row[key]) for key in TEXTS if row.get(key) is not None}
         if heard:
-            texts["heard"] = heard[row["id"]]
+            texts["heard"] = heard[str(row["id"])]
         sentences[str(row["id"])] = texts
     return System(name, sentences, recogniser, family=name)
 
