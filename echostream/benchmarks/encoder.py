@@ -248,8 +248,10 @@ def ratio(batch: dict, faster: str, slower: str) -> float:
 
 
 def verdicts(report: dict) -> list[str]:
-    """The bars that this run can tell something about, a line each."""
-    lines = []
+    """The bars that this run can tell something about, a line each; they are those of the default model."""
+    lines: list[str] = []
+    if report["model"] != "default":
+        return lines
     for batch in report["batches"]:
         for size, faster, slower, bar in BARS:
             if batch["batch"] == size:

@@ -131,7 +131,7 @@ def _encoder(part: dict, picture: Path | None) -> list[str]:
         "## Encoder",
         f"ms of the {part['model']} encoder, subsampler included, per {part['segment_ms']:g} ms segment and stream:",
         markdown(header, rows),
-        "\n".join(f"- {line}" for line in encoder.verdicts(part)),
+        *filter(None, ["\n".join(f"- {line}" for line in encoder.verdicts(part))]),
     ]
     if "elapsed" not in part:
         return lines
