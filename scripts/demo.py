@@ -107,9 +107,10 @@ def print_figures(figures: dict[str, float], listener: str, count: int) -> None:
         "EndOffset": "EndOffset (after the speaker's end)",
         "AL": "AL per target word",
         "LAAL": "LAAL per target word",
+        "ATD": "ATD per 300 ms of speech",
     }
     for name in run.LATENCY:
-        print(f"  {explained[name]:<44}{figures[name]:9.0f}{figures[f'{name}_CA']:20.0f}")
+        print(f"  {explained.get(name, name):<44}{figures[name]:9.0f}{figures[f'{name}_CA']:20.0f}")
     print(f"  {'computing time for a second of speech, s':<44}{figures['RTF']:9.3f}")
 
 
