@@ -307,7 +307,7 @@ def test_committed_output_only_grows(unit_input):
 
 
 def test_whole_words():
-    """A writing ends where the decoder's own draft begins another word; only a later change of mind can lengthen one."""
+    """A writing ends where the draft begins another word; only a later change of mind can lengthen one."""
 
     def inside_words(whole: bool) -> int:
         cut = 0
