@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from echostream.models.attention import attention
 from echostream.models.dropout import dropout, relu_dropout
 from echostream.models.gather import GatherBlocks
 from echostream.models.state import State
@@ -168,14 +169,7 @@ class EmformerLayer(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """Attention of queries [N, H, Q, d] over keys and values [N, H, K, d] under ``mask`` -> [N, Q, D]."""
         p = self.attention_dropout if self.training else 0.0
-        if query.device.type == "cpu" and (p or query.dtype == torch.bfloat16 and torch.is_grad_enabled()):
-            # torch's fused kernel knows no dropout here, and its backward in bf16 is several times slower than this.
-            scores = torch.matmul(query, key.transpose(2, 3))
-            weights = torch.add(mask, scores, alpha=query.shape[-1] ** -0.5).softmax(dim=-1)
-            out = torch.matmul(dropout(weights, p, True), value)
-        else:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p)
-        return out.transpose(1, 2).flatten(2)
+        return attention(query, key, value, mask, dropout=p).transpose(1, 2).flatten(2)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Everything behind the attention: output projection, residuals, norms, feed-forward network."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.errors import EchoStreamError
+from echostream.models.attention import attention
 from echostream.models.dropout import dropout as cheap_dropout
 from echostream.models.dropout import relu_dropout
 from echostream.models.state import State
@@ -44,12 +45,6 @@ def init_linear(linear: nn.Linear, parts: int = 1) -> nn.Linear:
     return linear
 
 
-def written_out(q: Tensor, dropout: float) -> bool:
-    """Is attention faster as two matrix products and a softmax than as torch's fused kernel? On a CPU, with dropout
-    (which the kernel lacks, and which is cheaper here) and in training in bf16 (4 to 9 times, by its slow backward)."""
-    return q.device.type == "cpu" and (dropout > 0 or q.dtype == torch.bfloat16 and torch.is_grad_enabled())
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
 ) -> Tensor:
@@ -58,16 +53,7 @@ def attend(
     ``mask`` [B or 1, 1, Q or 1, K] is true where attention is allowed; every query must be allowed one key at least.
     """
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    if written_out(q, dropout):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
-        out = cheap_dropout(scores.softmax(dim=-1), dropout, True) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
-    return out.transpose(1, 2).flatten(2)
+    return attention(q, k, v, mask, causal, dropout).transpose(1, 2).flatten(2)
 
 
 class Visible(NamedTuple):
