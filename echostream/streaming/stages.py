@@ -127,6 +127,27 @@ class Stages(Protocol):
         """
 
 
+class Answering:
+    """Base of a backend: ``run`` hands requests to the method for their kind, with their rows."""
+
+    def run(self, requests: Sequence[tuple[int, Request]]) -> list[Any]:
+        """See ``Stages.run``."""
+        rows = [row for row, _ in requests]
+        values = [request for _, request in requests]
+        return getattr(self, _METHODS[type(values[0])])(rows, values)
+
+
+_METHODS: dict[type, str] = {
+    Listen: "_listen",
+    NewSentence: "_new_sentence",
+    Extend: "_extend",
+    Write: "_write",
+    Rewind: "_rewind",
+    ReadUnits: "_read_units",
+    Speak: "_speak",
+}
+
+
 class Backend(Protocol):
     """Makes the stages of a model; a class whose constructor takes these arguments is one."""
 

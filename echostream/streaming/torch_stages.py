@@ -17,6 +17,7 @@ from torch import Tensor
 from echostream.models.decoders.layers import AttentionProbe, DecoderState
 from echostream.models.state import State
 from echostream.streaming.stages import (
+    Answering,
     Extend,
     Heard,
     Listen,
@@ -44,7 +45,7 @@ class ModelState(State):
     vocoder: tuple[State, ...]
 
 
-class TorchStages:
+class TorchStages(Answering):
     """Answers the engine's requests for ``rows`` streams.
 
     Args:
@@ -79,9 +80,7 @@ class TorchStages:
     @torch.inference_mode()
     def run(self, requests: Sequence[tuple[int, Request]]) -> list[Any]:
         """See ``Stages.run``."""
-        rows = [row for row, _ in requests]
-        values = [request for _, request in requests]
-        return self._ANSWERS[type(values[0])](self, rows, values)
+        return super().run(requests)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -160,16 +159,6 @@ class TorchStages:
         self._replace(vocoder=(state,))
         samples, counts = _numpy(waveform.float()), _numpy(sizes)
         return [samples[r, : counts[r]].copy() for r in rows]
-
-    _ANSWERS = {
-        Listen: _listen,
-        NewSentence: _new_sentence,
-        Extend: _extend,
-        Write: _write,
-        Rewind: _rewind,
-        ReadUnits: _read_units,
-        Speak: _speak,
-    }
 
     # ---- rows --------------------------------------------------------------------------------------------------
 

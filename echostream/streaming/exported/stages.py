@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,12 +11,12 @@ from echostream.streaming.exported.hearing import ExportedHearing
 from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, ExportedModel, Rows, pad
 from echostream.streaming.exported.voice import ExportedSpeaker
 from echostream.streaming.stages import (
+    Answering,
     Extend,
     Heard,
     Listen,
     NewSentence,
     ReadUnits,
-    Request,
     Rewind,
     Speak,
     Write,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
 
 
-class ExportedStages:
+class ExportedStages(Answering):
     """Answers the engine's requests for ``rows`` streams.
 
     Args:
@@ -61,12 +61,6 @@ class ExportedStages:
             self.speaker = ExportedSpeaker(voice.config, model, rows)
             self.parts["voice"] = self.speaker
         self.decoders = [part for part in self.parts.values() if isinstance(part, ExportedDecoder)]
-
-    def run(self, requests: Sequence[tuple[int, Request]]) -> list[Any]:
-        """See ``Stages.run``."""
-        rows = [row for row, _ in requests]
-        values = [request for _, request in requests]
-        return self._ANSWERS[type(values[0])](self, rows, values)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -105,16 +99,6 @@ class ExportedStages:
 
     def _speak(self, rows: list[int], requests: list[Speak]) -> list[np.ndarray]:
         return [self.speaker.speak(row, request.units, request.finished) for row, request in zip(rows, requests)]
-
-    _ANSWERS = {
-        Listen: _listen,
-        NewSentence: _new_sentence,
-        Extend: _extend,
-        Write: _write,
-        Rewind: _rewind,
-        ReadUnits: _read_units,
-        Speak: _speak,
-    }
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
