@@ -53,7 +53,50 @@ class Augmentation:
     jitter: bool = True
 
 
-class SpeechToSpeechDataset(FairseqDataset):
+class BucketedDataset(FairseqDataset):
+    """Base of the datasets: items of known ``sizes`` [N], batched with others of about their size."""
+
+    sizes: np.ndarray
+
+    def num_tokens(self, index: int) -> int:
+        """What an item counts towards ``--max-tokens``."""
+        return int(self.sizes[index])
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self.sizes[indices]
+
+    def ordered_indices(self) -> np.ndarray:
+        """Longest first (memory runs out at once or never), equal lengths in random order."""
+        return np.lexsort((np.random.permutation(len(self)), -self.sizes))
+
+    def filter_indices_by_size(
+        self, indices: np.ndarray, max_sizes: int | float | Sequence[float | None] | None
+    ) -> tuple[np.ndarray, list[int]]:
+        """Part ``indices`` into those within ``max_sizes`` (source, target) and the others."""
+        if max_sizes is None:
+            return indices, []
+        if isinstance(max_sizes, (int, float)):
+            max_sizes = (max_sizes, None)
+        limits = [float("inf") if limit is None else limit for limit in max_sizes]
+        fits = np.array([all(n <= limit for n, limit in zip(self.size(i), limits)) for i in indices], dtype=bool)
+        return indices[fits], indices[~fits].tolist()
+
+    def batch_by_size(
+        self,
+        indices: np.ndarray,
+        max_tokens: int | None = None,
+        max_sentences: int | None = None,
+        required_batch_size_multiple: int = 1,
+    ) -> list[np.ndarray]:
+        """Batches of neighbouring ``indices`` with at most ``max_tokens``, padding included.
+
+        ``--required-batch-size-multiple`` is not heeded: fairseq's default of 8 leaves a last batch of another size
+        out, in validation and generation too.
+        """
+        return super().batch_by_size(indices, max_tokens, max_sentences, required_batch_size_multiple=1)
+
+
+class SpeechToSpeechDataset(BucketedDataset):
     """Items of one split.
 
     The epoch's items are planned in ``set_epoch``, so that ``num_tokens`` is the true number of feature frames of what
@@ -120,48 +163,15 @@ class SpeechToSpeechDataset(FairseqDataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def num_tokens(self, index: int) -> int:
-        """Feature frames of an item."""
-        return int(self.sizes[index])
-
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        return self.sizes[indices]
-
     def size(self, index: int) -> tuple[int, int]:
         """(feature frames, MT target tokens of the longest sentence with its end symbol)."""
         return int(self.sizes[index]), 1 + max(len(self.tgt_ids[u]) for u in self.items[index].utterances)
 
     def ordered_indices(self) -> np.ndarray:
-        """Longest first (memory runs out at once or never); equal lengths in random order when training."""
+        """Longest first; equal lengths in random order when training."""
         if self.augmentation is None:
             return np.argsort(-self.sizes, kind="stable")
-        return np.lexsort((np.random.permutation(len(self)), -self.sizes))
-
-    def filter_indices_by_size(
-        self, indices: np.ndarray, max_sizes: int | float | Sequence[float | None] | None
-    ) -> tuple[np.ndarray, list[int]]:
-        """Part ``indices`` into those within ``max_sizes`` (frames, target tokens) and the others."""
-        if max_sizes is None:
-            return indices, []
-        if isinstance(max_sizes, (int, float)):
-            max_sizes = (max_sizes, None)
-        limits = [float("inf") if limit is None else limit for limit in max_sizes]
-        fits = np.array([all(n <= limit for n, limit in zip(self.size(i), limits)) for i in indices], dtype=bool)
-        return indices[fits], indices[~fits].tolist()
-
-    def batch_by_size(
-        self,
-        indices: np.ndarray,
-        max_tokens: int | None = None,
-        max_sentences: int | None = None,
-        required_batch_size_multiple: int = 1,
-    ) -> list[np.ndarray]:
-        """Batches of neighbouring ``indices`` with at most ``max_tokens`` frames, padding included.
-
-        ``--required-batch-size-multiple`` is not heeded: fairseq's default of 8 leaves a last batch of another size
-        out, in validation and generation too.
-        """
-        return super().batch_by_size(indices, max_tokens, max_sentences, required_batch_size_multiple=1)
+        return super().ordered_indices()
 
     # --- items
 
@@ -261,11 +271,10 @@ class SpeechToSpeechDataset(FairseqDataset):
         for row, sample in zip(source, samples):
             row[: len(sample["source"])] = torch.from_numpy(sample["source"])
         sentences = [tokens for s in samples for tokens in s["sentences"]]
-        target, target_lengths = pad([[*tokens, EOS] for tokens in sentences])
-        previous, _ = pad([[EOS, *tokens] for tokens in sentences])
+        previous, targets = collate_targets(sentences)
         src_text, src_text_lengths = pad([s["src_text"] for s in samples])
         tgt_text, tgt_text_lengths = pad([s["tgt_text"] for s in samples])
-        units, unit_lengths = pad([(u.astype(np.int64) + NUM_SPECIALS) for s in samples for u in s["units"]])
+        units, unit_lengths = pad_units([u for s in samples for u in s["units"]])
         rows = torch.tensor([i for i, s in enumerate(samples) for _ in s["sentences"]])
         windows = None
         if any(s["windows"] for s in samples):
@@ -279,8 +288,7 @@ class SpeechToSpeechDataset(FairseqDataset):
         return {
             "id": torch.tensor([s["id"] for s in samples]),
             "net_input": {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": previous},
-            "target": target,
-            "target_lengths": target_lengths,
+            **targets,
             "src_text": src_text,
             "src_text_lengths": src_text_lengths,
             "tgt_text": tgt_text,
@@ -289,8 +297,6 @@ class SpeechToSpeechDataset(FairseqDataset):
             "unit_lengths": unit_lengths,
             "windows": windows,
             "sentence_row": rows,
-            "ntokens": int(target_lengths.sum()),
-            "nsentences": len(sentences),
         }
 
 
@@ -301,6 +307,23 @@ def pad(sequences: Sequence[Sequence[int] | np.ndarray]) -> tuple[Tensor, Tensor
     for row, sequence in zip(out, sequences):
         row[: len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
     return out, lengths
+
+
+def pad_units(units: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Unit numbers as dictionary indices, padded [N, longest], and their lengths [N]."""
+    return pad([row.astype(np.int64) + NUM_SPECIALS for row in units])
+
+
+def collate_targets(sentences: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, Any]]:
+    """The MT decoder's side of a batch: ``prev_output_tokens`` [S, U]; ``target`` and what counts it (see collater)."""
+    target, lengths = pad([[*tokens, EOS] for tokens in sentences])
+    previous, _ = pad([[EOS, *tokens] for tokens in sentences])
+    return previous, {
+        "target": target,
+        "target_lengths": lengths,
+        "ntokens": int(lengths.sum()),
+        "nsentences": len(sentences),
+    }
 
 
 def _extend(features: np.ndarray, length: int) -> np.ndarray:

@@ -11,11 +11,9 @@ from typing import Any, Sequence
 
 import numpy as np
 import torch
-from fairseq.data import FairseqDataset
 
-from echostream.constants import EOS, NUM_SPECIALS
 from echostream.data.config import DataConfig
-from echostream.data.dataset import pad
+from echostream.data.dataset import BucketedDataset, collate_targets, pad, pad_units
 from echostream.data.manifest import read_text_pairs
 from echostream.errors import ManifestError
 
@@ -27,7 +25,7 @@ class _Pair:
     units: np.ndarray  # empty when the sentence has none
 
 
-class TextPairDataset(FairseqDataset):
+class TextPairDataset(BucketedDataset):
     """Sentence pairs of a manifest. Those with units and those without never share a batch.
 
     Args:
@@ -57,29 +55,16 @@ class TextPairDataset(FairseqDataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def num_tokens(self, index: int) -> int:
-        """Source subwords, target tokens and units together."""
-        return int(self.sizes[index])
-
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        return self.sizes[indices]
-
     def size(self, index: int) -> tuple[int, int]:
         """(source subwords, MT target tokens with the end symbol)."""
         return len(self.pairs[index].source), len(self.pairs[index].target) + 1
-
-    def ordered_indices(self) -> np.ndarray:
-        """Longest first, equal lengths in random order."""
-        return np.lexsort((np.random.permutation(len(self)), -self.sizes))
 
     def filter_indices_by_size(
         self, indices: np.ndarray, max_sizes: Sequence[float | None] | None
     ) -> tuple[np.ndarray, list[int]]:
         """Part ``indices`` into those whose target fits ``max_sizes[1]`` tokens and the others."""
-        if not isinstance(max_sizes, (tuple, list)) or max_sizes[1] is None:
-            return indices, []
-        fits = np.array([self.size(i)[1] <= max_sizes[1] for i in indices], dtype=bool)
-        return indices[fits], indices[~fits].tolist()
+        limit = max_sizes[1] if isinstance(max_sizes, (tuple, list)) else None
+        return super().filter_indices_by_size(indices, (None, limit))
 
     def batch_by_size(
         self, indices: np.ndarray, max_tokens: int | None = None, max_sentences: int | None = None,
@@ -89,7 +74,7 @@ class TextPairDataset(FairseqDataset):
         batches: list[np.ndarray] = []
         for group in (indices[self.has_units[indices]], indices[~self.has_units[indices]]):
             if len(group):
-                batches += super().batch_by_size(group, max_tokens, max_sentences, required_batch_size_multiple=1)
+                batches += super().batch_by_size(group, max_tokens, max_sentences)
         return batches
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -101,17 +86,15 @@ class TextPairDataset(FairseqDataset):
         if not samples:
             return {}
         source, lengths = pad([s["source"] for s in samples])
-        target, target_lengths = pad([[*s["target"], EOS] for s in samples])
-        previous, _ = pad([[EOS, *s["target"]] for s in samples])
+        previous, targets = collate_targets([s["target"] for s in samples])
         text, text_lengths = pad([s["target"] for s in samples])
         units = unit_lengths = None
         if all(len(s["units"]) for s in samples):
-            units, unit_lengths = pad([s["units"].astype(np.int64) + NUM_SPECIALS for s in samples])
+            units, unit_lengths = pad_units([s["units"] for s in samples])
         return {
             "id": torch.tensor([s["id"] for s in samples]),
             "net_input": {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": previous},
-            "target": target,
-            "target_lengths": target_lengths,
+            **targets,
             "src_text": source,
             "src_text_lengths": lengths,
             "tgt_text": text,
@@ -120,6 +103,4 @@ class TextPairDataset(FairseqDataset):
             "unit_lengths": unit_lengths,
             "windows": None,
             "sentence_row": torch.arange(len(samples)),
-            "ntokens": int(target_lengths.sum()),
-            "nsentences": len(samples),
         }
