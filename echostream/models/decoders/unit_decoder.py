@@ -41,13 +41,14 @@ class UnitDecoder(TransformerDecoder):
         ``positions mod ratio``): the positions of one state differ in nothing else, and without it the decoder must
         first learn to count modulo the ratio.
         """
+        vectors = super().position_vectors(positions, dtype)
+        if self.ratio == 1:
+            return vectors
         turns = torch.arange(1, self.ratio // 2 + 1, device=positions.device)
         angles = (positions % self.ratio)[..., None] * turns * (2 * math.pi / self.ratio)
         place = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        if place.shape[-1]:
-            place = place.repeat_interleave(-(-self.dim // place.shape[-1]), dim=-1)[..., : self.dim].to(dtype)
-            return super().position_vectors(positions, dtype) + place
-        return super().position_vectors(positions, dtype)
+        place = place.repeat_interleave(-(-self.dim // place.shape[-1]), dim=-1)[..., : self.dim]
+        return vectors + place.to(dtype)
 
     def upsample(self, inputs: Tensor) -> Tensor:
         """[B, U, input_dim] -> [B, U·ratio, D], projected, without positions."""
