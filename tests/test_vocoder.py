@@ -13,7 +13,7 @@ from torch import Tensor
 from echostream.errors import CheckpointError, ConfigError, UnitError
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_vocoder, load_weights, save_vocoder
-from echostream.models.decoders.vocoder_layers import Whole, arrange_weights
+from echostream.models.decoders.vocoder_layers import Whole, pack_weights
 from echostream.models.state import State
 
 UNITS = 40
@@ -262,7 +262,7 @@ def test_both_ways_to_convolve_agree(name):
     units, lengths = pad(sequences(3, seed=9))
     trained = model(units, lengths)[0]
     assert trained.requires_grad
-    arrange_weights(model)
+    pack_weights(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     with torch.no_grad():
         spoken = model(units, lengths)[0]

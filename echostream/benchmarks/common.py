@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from echostream.checkpoint import Bundle
 from echostream.export.directory import graph_writers, write_graphs
@@ -78,6 +80,20 @@ def _version(package: str) -> str:
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     """Median and 95th percentile of seconds, in ms."""
     return {f"p{q}": 1000 * float(np.percentile(seconds, q)) for q in (50, 95)}
+
+
+def interleaved_medians(
+    steps: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float], title: str = "rounds"
+) -> dict[str, float]:
+    """Median seconds of each step over ``repeats`` rounds, in which all take turns, after one round unmeasured."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in tqdm(range(repeats + 1), desc=title):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if round_:
+                times[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def exported(bundle: Bundle, folder: Path, int8: bool, threads: int = 1) -> Bundle:

@@ -174,19 +174,20 @@ def _streams(parts: list[dict]) -> list[str]:
 def _vocoder(part: dict, _: Path | None) -> list[str]:
     rows = [
         [
-            name,
+            f"{name}, {backend}",
             f"{row['parameters'] / 1e6:.2f}M",
             f"{row['offline_times_realtime']:.1f}x",
             f"{row['streaming_times_realtime']:.1f}x",
             f"{row['ratio']:.2f}",
         ]
-        for name, row in part["presets"].items()
+        for name, found in part["presets"].items()
+        for backend, row in found.items()
     ]
     header = ["preset", "parameters", "offline", f"in chunks of {part['chunk_ms']} ms", "streaming / offline"]
     return [
         "## Vocoder",
-        f"Seconds of speech per second of computing, in torch (bars of `small`: {REALTIME:g}x offline, ratio "
-        f"{RATIO:g}):",
+        f"Seconds of speech per second of computing, in torch and, for causal vocoders, through exported graphs (bars "
+        f"of `small`: {REALTIME:g}x offline, ratio {RATIO:g}):",
         markdown(header, rows),
     ]
 

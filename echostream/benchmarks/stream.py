@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm, trange
 
 from echostream.audio.cmvn import GlobalCMVN
-from echostream.benchmarks.common import add_options, clock_of, describe, exported, surroundings
+from echostream.benchmarks.common import add_options, clock_of, describe, exported, milliseconds, surroundings
 from echostream.checkpoint import Bundle
 from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, ENCODER_FRAME_MS, EOS, NUM_MEL_BINS, NUM_SPECIALS, SAMPLE_RATE
@@ -61,7 +61,7 @@ class Script:
 
     Attributes:
         frames: encoder frames (40 ms) of a sentence.
-        tokens: its subwords, the closing mark last; evenly spread, the mark at the last frame.
+        tokens: its subwords, the closing mark last; evenly spread.
         unit_rate: units per position of the unit decoder.
         units: how many different ones there are.
     """
@@ -85,8 +85,14 @@ class Script:
         return cls(frames, (*words.tolist(), NUM_SPECIALS), UNITS_PER_SUBWORD / positions, config.num_units)
 
     def heard(self, frame: int) -> int:
-        """The symbol that both CTC heads emit at a frame of the stream."""
-        at, count = frame % self.frames, len(self.tokens)
+        """The symbol that both CTC heads emit at a frame of the stream.
+
+        The closing mark comes with the frame that the engine counts to the next sentence, so that the first sentence
+        has as many frames as the others.
+        """
+        if not frame:
+            return BLANK
+        at, count = (frame - 1) % self.frames, len(self.tokens)
         i = (at + 1) * count // self.frames
         return self.tokens[i - 1] if i > at * count // self.frames else BLANK
 
@@ -401,11 +407,11 @@ def take_turns(
 
 def percentiles(times: np.ndarray) -> dict:
     """Of seconds [chunks, stages]: median and 95th percentile in ms, by stage and of whole chunks."""
-    columns = dict(zip((*STAGES, "whole"), 1000 * np.column_stack([times, times.sum(1)]).T))
+    columns = dict(zip((*STAGES, "whole"), np.column_stack([times, times.sum(1)]).T))
     return {
         "chunks": len(times),
-        "ms": {name: {"p50": float(np.median(c)), "p95": float(np.percentile(c, 95))} for name, c in columns.items()},
-        "mean_ms": float(columns["whole"].mean()),
+        "ms": {name: milliseconds(column) for name, column in columns.items()},
+        "mean_ms": 1000 * float(columns["whole"].mean()),
     }
 
 
@@ -450,7 +456,7 @@ def run_batch(
     return {
         "sessions": rows,
         "threads": threads,
-        "ms": {"p50": 1000 * float(np.median(times)), "p95": 1000 * float(np.percentile(times, 95))},
+        "ms": milliseconds(times),
         "real_time_factor": float(np.mean(times)) * 1000 / CHUNK_MS,
     }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from echostream.errors import CheckpointError
 from echostream.models.decoders.vocoder import NORMED, CodeHiFiGAN
 from echostream.models.decoders.vocoder_config import VocoderConfig
-from echostream.models.decoders.vocoder_layers import Conv, Upsample, arrange_weights
+from echostream.models.decoders.vocoder_layers import Conv, Upsample, pack_weights
 from echostream.weights import read_weights
 
 
@@ -88,7 +88,7 @@ def load_vocoder(
     state = load_generator_state(checkpoint_path)
     load_weights(model, state, f"vocoder checkpoint {checkpoint_path}", str(config_path))
     if torch.device(device).type == "cpu":
-        arrange_weights(model)
+        pack_weights(model)
     return model.to(device).eval()
 
 
