@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from echostream.compat import keep_freed_memory  # noqa: E402
 from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
 from echostream.evaluation.asr import load_recogniser  # noqa: E402
 from echostream.evaluation.quality import word_error_rate  # noqa: E402
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     options = TrainerOptions(**{f.name: getattr(args, f.name) for f in fields(TrainerOptions)})
     path = args.data if args.data.is_file() else args.data / "target" / "units.tsv"
     items = read_units(path)

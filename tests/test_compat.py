@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import pickle
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,16 @@ def test_package_import_is_light() -> None:
         "print([m for m in ('torch', 'fairseq', 'torchaudio', 'numpy', 'simuleval') if m in sys.modules])"
     )
     assert _in_fresh_interpreter(code) == "[]"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_freed_memory_is_kept() -> None:
+    """Large tensors are faulted in once, not at every allocation."""
+    code = (
+        "import resource, torch; from echostream.compat import keep_freed_memory\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def work():\n"
+        "    before = faults(); [torch.ones(40 << 20, dtype=torch.uint8) for _ in range(8)]; return faults() - before\n"
+        "work(); usual = work(); kept = keep_freed_memory(); print(kept, sum(work() for _ in range(8)) <= 4 * usual)"
+    )
+    assert _in_fresh_interpreter(code) == "True True"

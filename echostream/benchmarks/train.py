@@ -7,15 +7,14 @@ The candidates take turns, so that a busy neighbour slows all of them alike; the
 from __future__ import annotations
 
 import argparse
-import statistics
 from typing import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from echostream.benchmarks.common import add_options, clock_of, describe, surroundings
+from echostream.benchmarks.common import add_options, clock_of, describe, interleaved_medians, surroundings
 from echostream.benchmarks.encoder import torchaudio_emformer
+from echostream.compat import keep_freed_memory
 from echostream.config import EchoStreamConfig
 from echostream.constants import ENCODER_FRAME_MS
 from echostream.models.echostream_encoder import EchoStreamEncoder
@@ -40,22 +39,9 @@ def train_pass(
     return step
 
 
-def interleaved_medians(
-    steps: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float]
-) -> dict[str, float]:
-    """Median seconds of each step over ``repeats`` rounds, in which all take turns, after one round unmeasured."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in tqdm(range(repeats + 1), desc="rounds"):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if round_:
-                times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def run(args: argparse.Namespace) -> dict:
     device = torch.device(args.device)
+    keep_freed_memory()  # as in training; for both models
     cfg = EchoStreamConfig(
         encoder_layers=args.layers,
         memory_size=args.memory_size,

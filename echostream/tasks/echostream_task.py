@@ -16,6 +16,7 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 from torch import Tensor, nn
 
+from echostream import compat
 from echostream.constants import EOS, NUM_SPECIALS
 from echostream.data.augment import SpecAugment, parse_speeds
 from echostream.data.config import DataConfig
@@ -78,6 +79,7 @@ class EchoStreamTaskConfig(FairseqDataclass):
     vocoder: Optional[str] = field(default=None, metadata={"help": "fairseq-generate: a vocoder's checkpoint"})
     vocoder_config: Optional[str] = field(default=None, metadata={"help": "fairseq-generate: its configuration (JSON)"})
     seed: int = II("common.seed")
+    cpu: bool = II("common.cpu")
     max_tokens: Optional[int] = II("dataset.max_tokens")
     results_path: Optional[str] = II("common_eval.results_path")
     gen_subset: str = II("dataset.gen_subset")
@@ -112,6 +114,8 @@ class EchoStreamTask(FairseqTask):
     def setup_task(cls, cfg: EchoStreamTaskConfig, **kwargs: Any) -> "EchoStreamTask":
         config = DataConfig.load(cfg.data, cfg.config_yaml)
         task = cls(cfg, config)
+        if cfg.cpu:
+            compat.keep_freed_memory()
         logger.info(
             "dictionaries: %d source and %d target symbols, %d units",
             len(task.source_dictionary), len(task.target_dictionary), config.num_units,
