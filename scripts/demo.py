@@ -58,7 +58,7 @@ def demonstrate(args: argparse.Namespace) -> None:
         ROOT / "agent" / "echostream_agent.py",
         {"checkpoint_dir": args.checkpoint_dir, "chunk_ms": args.chunk_ms, "device": args.device},
     )
-    figures = run.score(args.output / "simuleval", args.asr)
+    figures = run.score(args.output / "simuleval", args.asr, voice=True)
     heard = (args.output / "simuleval" / "asr_transcripts.txt").read_text(encoding="utf-8").split("\n")
     listener = run.recogniser_name(args.output / "simuleval")
     for row, line in tqdm(list(zip(sentences, log, strict=True)), desc="drawing"):
@@ -101,6 +101,7 @@ def print_figures(figures: dict[str, float], listener: str, count: int) -> None:
     print(f"  {'BLEU of the streamed text':<44}{figures['BLEU']:9.2f}")
     print(f"  {f'ASR-BLEU ({listener})':<44}{figures['ASR_BLEU']:9.2f}")
     print(f"  {f'WER, {listener} against the streamed text':<44}{figures['ASR_WER']:9.2f} %")
+    print(f"  {'the same without the silences of waiting':<44}{figures['VOICE_WER']:9.2f} %")
     print(f"  {'latency, ms':<44}{'plain':>9}{'computation-aware':>20}")
     explained = {
         "StartOffset": "StartOffset (to the first sound)",

@@ -13,7 +13,7 @@ import pytest
 
 from echostream.audio.io import read_audio, write_audio
 from echostream.errors import EchoStreamError
-from echostream.evaluation import latency, quality
+from echostream.evaluation import latency, quality, run
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,24 @@ def test_simuleval_scores(evaluated: tuple[Path, list[dict]]) -> None:
     assert scores["BLEU"] == scores["ASR_BLEU"] == pytest.approx(60.653, abs=1e-3)
     assert scores["ASR_WER"] == 0 and 0 <= scores["RTF"] < 1
     assert (out / "asr.txt").read_text() == "test\n"
+
+
+def test_voice_is_also_heard_without_the_silences(
+    evaluated: tuple[Path, list[dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = evaluated
+    heard = []
+
+    def transcribe(samples: np.ndarray) -> str:
+        heard.append(samples)
+        return "one two three five"
+
+    engine = SimpleNamespace(name="test", transcribe_file=_heard, transcribe=transcribe)
+    monkeypatch.setattr(simul, "load_recogniser", lambda name: engine)
+    figures = run.score(out, voice=True)
+    assert figures["ASR_WER"] == 0 and figures["VOICE_WER"] == 25
+    (speech,) = heard  # of the two utterances one has speech: 100 ms and, without the 500 ms between, 300 ms
+    assert len(speech) == 400 * 16 and np.abs(speech[:1600]).max() > 0
 
 
 def test_score_only_reads_the_log(

@@ -112,16 +112,18 @@ def latencies(output: str) -> tuple[str, ...]:
     return LATENCY + (WRITTEN_LATENCY if output == "both" else ())
 
 
-def score(folder: str | Path, asr: str = "auto", output: str = "speech") -> dict[str, float]:
+def score(folder: str | Path, asr: str = "auto", output: str = "speech", voice: bool = False) -> dict[str, float]:
     """All figures of a finished run by the scorers of ``echostream.evaluation.simul``; also kept in ``scores.json``.
 
-    Latencies are in ms, computation-aware ones end in ``_CA``. ``output`` is what the agent gave out.
+    Latencies are in ms, computation-aware ones end in ``_CA``. ``output`` is what the agent gave out; ``voice`` listens
+    to it a second time without the silences in which the listener waits (VOICE_WER).
     """
     from echostream.evaluation import simul
 
     instances = read_instances(folder)
     args = Namespace(asr=asr, no_use_ref_len=False, computation_aware=True)
-    figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in QUALITY[output]}
+    names = QUALITY[output] + (("VOICE_WER",) if voice else ())
+    figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in names}
     figures |= score_latency(instances, output)
     (Path(folder) / "scores.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures

@@ -27,11 +27,11 @@ import math
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 
-from echostream.audio.io import read_audio, write_audio
+from echostream.audio.io import load_audio, read_audio, write_audio
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import AudioError, require
 from echostream.evaluation import latency, quality
@@ -294,27 +294,58 @@ class SpeechWER(SpeechBLEU):
         return quality.word_error_rate(transcribe(instances, self.recogniser), texts)
 
 
+class VoiceWER(SpeechWER):
+    """The same of the speech alone, the silences cut out in which the listener waits for more.
+
+    Recognisers mishear words beside a sudden silence. The difference from ``ASR_WER`` is what waiting costs them.
+    Transcripts are written as ``voice_transcripts.txt``.
+    """
+
+    def __call__(self, instances: dict[int, Any]) -> float:
+        texts = [spoken_text(i) for i in instances.values()]
+        if not any(text.strip() for text in texts):
+            return math.nan
+        return quality.word_error_rate(transcribe(instances, self.recogniser, alone=True), texts)
+
+
 def spoken_text(instance: Any) -> str:
     return getattr(instance, "text", None) or ("" if hasattr(instance, "words") else instance.prediction)
 
 
-def transcribe(instances: dict[int, Any], recogniser: str = "auto") -> list[str]:
-    """What the recogniser hears in each instance's wav, in order; kept in the output directory for the next call."""
+def transcribe(instances: dict[int, Any], recogniser: str = "auto", alone: bool = False) -> list[str]:
+    """What the recogniser hears in each instance's wav, in order; kept in the output directory for the next call.
+
+    ``alone``: in the speech without the silences in which the listener waits.
+    """
     from tqdm import tqdm
 
     wavs = [Path(instance.prediction) for instance in instances.values()]
     folder = wavs[0].parent.parent
-    cache, name_file = folder / "asr_transcripts.txt", folder / "asr.txt"
+    cache, name_file = folder / f"{'voice' if alone else 'asr'}_transcripts.txt", folder / "asr.txt"
     newest = max((wav.stat().st_mtime for wav in wavs if wav.exists()), default=math.inf)
     if cache.exists() and name_file.exists() and cache.stat().st_mtime >= newest:
         lines = cache.read_text(encoding="utf-8").split("\n")[:-1]
         if len(lines) == len(wavs) and recogniser in ("auto", name_file.read_text(encoding="utf-8").split()[0].lower()):
             return lines
     engine = load_recogniser(recogniser)
-    lines = [engine.transcribe_file(wav).replace("\n", " ") for wav in tqdm(wavs, desc=f"listening ({engine.name})")]
+    lines = []
+    for wav, instance in zip(tqdm(wavs, desc=f"listening ({engine.name})"), instances.values()):
+        if alone and getattr(instance, "silences", None):
+            line = engine.transcribe(without_silences(wav, instance.intervals))
+        else:
+            line = engine.transcribe_file(wav)
+        lines.append(line.replace("\n", " "))
     cache.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     name_file.write_text(engine.name + "\n", encoding="utf-8")
     return lines
+
+
+def without_silences(wav: Path, intervals: Sequence[Sequence[float]]) -> np.ndarray:
+    """The samples [T] at 16 kHz of a written wav, of its ``intervals`` ((start, duration) in ms, as logged) alone."""
+    samples = load_audio(wav)
+    begin = intervals[0][0]
+    edges = [(start - begin, start - begin + duration) for start, duration in intervals]
+    return np.concatenate([samples[round(a * SAMPLE_RATE / 1000) : round(b * SAMPLE_RATE / 1000)] for a, b in edges])
 
 
 class WordScorer(LatencyScorer):
@@ -484,7 +515,9 @@ LATENCY_SCORERS = (
     WordAL, WordLAAL, TokenDelay, StartOffset, EndOffset, RealTimeFactor, SilenceSum, SilenceNumber, SilenceAverage,
     WrittenAL, WrittenLAAL, WrittenStart,
 )  # fmt: skip
-QUALITY_SCORERS = {"BLEU": TextBLEU, "WER": TextWER, "ASR_BLEU": SpeechBLEU, "ASR_WER": SpeechWER}
+QUALITY_SCORERS = {
+    "BLEU": TextBLEU, "WER": TextWER, "ASR_BLEU": SpeechBLEU, "ASR_WER": SpeechWER, "VOICE_WER": VoiceWER
+}  # fmt: skip
 
 
 def register() -> None:
