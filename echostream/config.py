@@ -42,6 +42,12 @@ class EchoStreamConfig:
     left_context_length: int = _option(30, "encoder frames of cached left context")
     right_context_length: int = _option(0, "encoder frames of look-ahead behind a segment")
     memory_size: int = _option(8, "segment summaries in the memory bank; 0 leaves the bank and its weights out")
+    shift_context: bool = _option(
+        False, "give a stream's last segments so many more frames of left context as they lack of their own"
+    )
+    full_context: bool = _option(
+        False, "attend the whole utterance instead of segments, left and right context and memory: offline only"
+    )
     encoder_normalize_before: bool = _option(False, "LayerNorm before attention and FFN (torchaudio's form)")
     # Source-text CTC head
     asr_vocab_size: int = _option(6000, "source dictionary size")
@@ -98,6 +104,14 @@ class EchoStreamConfig:
                 raise ConfigError(
                     f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}"
                 )
+        if self.full_context and self.shift_context:
+            raise ConfigError("full_context has no segments whose context shift_context could shift; choose one")
+
+    @property
+    def left_cache_length(self) -> int:
+        """Encoder frames of left context to keep: with ``shift_context`` a segment may lack all its frames but one."""
+        lacking = self.segment_length + self.right_context_length - 1
+        return self.left_context_length + (lacking if self.shift_context else 0)
 
     @classmethod
     def small(cls, **changes: Any) -> "EchoStreamConfig":

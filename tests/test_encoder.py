@@ -13,7 +13,9 @@ from torch import Tensor
 
 from echostream.compat import import_torchaudio
 from echostream.config import EchoStreamConfig
+from echostream.errors import ConfigError
 from echostream.models import attention, emformer_layer
+from echostream.models.decoders.layers import sinusoidal_positions
 from echostream.models.dropout import dropout, relu_dropout
 from echostream.models.echostream_encoder import EchoStreamEncoder, EncoderState
 from echostream.models.gather import GatherBlocks
@@ -76,8 +78,13 @@ def assert_same(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({}, 15_592_448), ({"memory_size": 0}, 14_539_776), ({"encoder_normalize_before": True}, 15_592_448 + 8_192)],
-    ids=["default", "no memory", "pre-norm"],
+    [
+        ({}, 15_592_448),
+        ({"memory_size": 0}, 14_539_776),
+        ({"encoder_normalize_before": True}, 15_592_448 + 8_192),
+        ({"full_context": True}, 14_539_776),
+    ],
+    ids=["default", "no memory", "pre-norm", "full context"],
 )
 def test_parameter_counts(changes: dict, expected: int) -> None:
     with torch.device("meta"):
@@ -115,6 +122,39 @@ def test_streaming_equals_offline_in_other_sizes(segment: int, left: int) -> Non
     encoder = make(segment_length=segment, left_context_length=left, right_context_length=1)
     x = features(431)
     assert_same(stream(encoder, x, splits(len(x), seed=segment)), offline(encoder, x))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(), dict(right_context_length=2), dict(segment_length=1), dict(segment_length=6, left_context_length=0)],
+    ids=str,
+)
+def test_streaming_equals_offline_with_shifted_context(sizes: dict) -> None:
+    encoder, plain = make(shift_context=True, **sizes), make(**sizes)
+    for length in (3, 70, 321, 331, 336):  # 81, 83 and 84 frames: one, three and no frames in the last segment
+        x = features(length)
+        expected = offline(encoder, x)
+        assert_same(stream(encoder, x, splits(length, seed=length)), expected)
+        assert_same(stream(encoder, x, [1] * length), expected)
+        # What whole segments see has not changed, and at the very end it has, if that is not whole.
+        segment, right = encoder.segment_length, encoder.right_context_length
+        whole = max(0, (len(expected) - right) // segment * segment)
+        assert_same(expected[:whole], offline(plain, x)[:whole])
+        if length > 300 and whole < len(expected):
+            assert not torch.allclose(expected[whole:], offline(plain, x)[whole:])
+
+
+@pytest.mark.parametrize("right", [0, 1, 3])
+def test_shifted_context_keeps_the_number_of_keys(right: int) -> None:
+    segment, left, block, width = 4, 9, 3, 4 + right
+    for missing in range(width + segment):
+        frames = torch.tensor([block * segment + right - missing])
+        sizes = (segment, left + width - 1, right, 2)
+        mask = emformer_layer.attention_mask(torch.tensor([50]), frames, block, *sizes, torch.float64, shift=True)
+        keys = (mask[0, 0] == 0).sum(-1).view(block, width)
+        for number in range(block):
+            own = max(0, min(segment, int(frames) - number * segment))  # behind them comes padding, which sees itself
+            assert keys[number, :own].tolist() == [left + width + 2] * own
 
 
 def test_streaming_equals_offline_in_single_precision() -> None:
@@ -163,9 +203,13 @@ def test_segment_by_segment_definition(right: int, memory: int) -> None:
 SLICES = (slice(16, 32), slice(32, 48))  # key and value rows of a projection of width 16
 
 
-@pytest.mark.parametrize("right", [0, 1, 3])
-def test_batch_rows_are_independent(right: int) -> None:
-    encoder = make(right_context_length=right)
+@pytest.mark.parametrize(
+    "changes",
+    [*({"right_context_length": n} for n in (0, 1, 3)), {"shift_context": True}, {"full_context": True}],
+    ids=str,
+)
+def test_batch_rows_are_independent(changes: dict) -> None:
+    encoder = make(**changes)
     lengths = torch.tensor([203, 1, 60, 118, 203])
     x = features(5, 203)
     x.masked_fill_((torch.arange(203) >= lengths[:, None])[:, :, None], float("nan"))
@@ -188,10 +232,48 @@ def test_causality(right: int) -> None:
         assert not torch.allclose(y[safe:], z[safe:])
 
 
+@pytest.mark.parametrize("changes", [{"encoder_normalize_before": norm} for norm in (False, True)], ids=str)
+def test_full_context_is_a_bidirectional_transformer(changes: dict) -> None:
+    """Every frame depends on every feature, order included; a torch encoder layer of the same weights agrees."""
+    encoder = make(full_context=True, **changes)
+    x = features(203).requires_grad_(True)
+    y = offline(encoder, x)
+    for frame in (0, 17, 50):
+        (gradient,) = torch.autograd.grad(y[frame].sum(), x, retain_graph=True)
+        assert bool((gradient != 0).any(1).all())
+    h = torch.randn(2, 50, 16).double()
+    swapped = h[:, torch.arange(50).roll(1)]
+    lengths = torch.tensor([50, 31])
+    got = encoder.forward_layers(h, lengths)
+    assert not torch.allclose(encoder.forward_layers(swapped, lengths).sum(1), got.sum(1))
+    expected = h + sinusoidal_positions(torch.arange(50), 16, h.dtype)
+    for layer in encoder.layers:
+        norms = dict(batch_first=True, norm_first=layer.normalize_before)
+        other = torch.nn.TransformerEncoderLayer(16, 2, 24, 0.0, **norms).double().eval()
+        theirs = other.self_attn
+        theirs.in_proj_weight.data, theirs.in_proj_bias.data = layer.qkv_proj.weight, layer.qkv_proj.bias
+        pairs = [(theirs.out_proj, layer.out_proj), (other.linear1, layer.fc1), (other.linear2, layer.fc2)]
+        pairs += [(other.norm1, layer.attention_norm), (other.norm2, layer.ffn_norm)]
+        for copy, ours in pairs:
+            copy.load_state_dict(ours.state_dict())
+        with torch.no_grad():
+            expected = other(expected, src_key_padding_mask=torch.arange(50) >= lengths[:, None])
+        expected = layer.output_norm(expected) if layer.normalize_before else expected
+    for row, n in enumerate(lengths):
+        assert_same(got[row, :n], expected[row, :n])
+
+
+def test_full_context_cannot_stream() -> None:
+    with pytest.raises(ConfigError, match="^full_context is set: .* it cannot stream; decode offline$"):
+        make(full_context=True).init_state(1)
+    with pytest.raises(ConfigError, match="full_context has no segments"):
+        replace(TINY, full_context=True, shift_context=True)
+
+
 @pytest.mark.parametrize("right", [0, 1])
 def test_mixed_ages_share_a_batch(right: int) -> None:
     """States of an old, a young and a new stream are stacked; each goes on as if it were alone, and ends apart."""
-    encoder = make(right_context_length=right)
+    encoder = make(right_context_length=right, shift_context=right == 1)
     items = [features(n, seed=n) for n in (500, 237, 90, 33)]
     heard = [411, 37, 5, 0]
     states, outputs = [], []
@@ -275,7 +357,9 @@ def test_state_does_not_grow() -> None:
     assert len(sizes) == 1
 
 
-@pytest.mark.parametrize("changes", [{}, {"memory_size": 0}, {"encoder_normalize_before": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"memory_size": 0}, {"encoder_normalize_before": True}, {"full_context": True}], ids=str
+)
 @pytest.mark.parametrize("right", [0, 1])
 def test_every_parameter_gets_a_gradient(right: int, changes: dict) -> None:
     torch.manual_seed(0)

@@ -80,10 +80,11 @@ def said(session: StreamingSession, samples: np.ndarray) -> tuple[list, np.ndarr
         dict(right_context_length=2, encoder_normalize_before=True),
         dict(memory_size=0, left_context_length=9, segment_length=3),
         dict(left_context_length=0, st_decoder_layers=0),
+        dict(left_context_length=5, right_context_length=1, shift_context=True),
         dict(unit_decoder_input="encoder", ctc_upsample_ratio=1, st_left_context=1),
         dict(segment_length=1, memory_size=5, unit_decoder_embed_dim=16, mt_decoder_embed_dim=48, mt_decoder_heads=3),
     ],
-    ids=["default", "right-context", "no-memory", "no-left", "encoder-units", "single-frames"],
+    ids=["default", "right-context", "no-memory", "no-left", "shifted", "encoder-units", "single-frames"],
 )
 def test_graphs_compute_what_torch_does(tiny_data: Path, tmp_path: Path, changes: dict) -> None:
     directory, differences = export_directory(bundle_of(tiny_data, tmp_path, tiny_voice(), **changes), tmp_path / "out")

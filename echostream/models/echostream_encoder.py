@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.config import EchoStreamConfig
+from echostream.errors import ConfigError
+from echostream.models.decoders.layers import sinusoidal_positions
 from echostream.models.dropout import dropout
 from echostream.models.emformer_layer import EmformerLayer, EmformerLayerState, attention_mask
 from echostream.models.state import State
@@ -38,14 +40,20 @@ class EchoStreamEncoder(nn.Module):
 
     Every segment of S frames sees itself, L frames of left context, R frames of right context and the summaries of the
     M segments before it. There are no positions: the encoder runs for ever at a constant cost per segment.
+
+    With ``full_context`` it is the bidirectional Transformer encoder of the same size that shows what streaming costs:
+    an utterance is one segment, and sinusoidal positions tell the frames apart, which segments did before. It has no
+    steps.
     """
 
     def __init__(self, cfg: EchoStreamConfig) -> None:
         super().__init__()
+        self.full_context = cfg.full_context
+        self.shift_context = cfg.shift_context
         self.segment_length = cfg.segment_length
-        self.left_context_length = cfg.left_context_length
-        self.right_context_length = cfg.right_context_length
-        self.memory_size = cfg.memory_size
+        self.left_context_length = 0 if cfg.full_context else cfg.left_cache_length
+        self.right_context_length = 0 if cfg.full_context else cfg.right_context_length
+        self.memory_size = 0 if cfg.full_context else cfg.memory_size
         self.embed_dim = cfg.encoder_embed_dim
         self.dropout = cfg.dropout
         self.block_segments = max(1, BLOCK_FRAMES // cfg.segment_length)
@@ -56,10 +64,10 @@ class EchoStreamEncoder(nn.Module):
                 cfg.encoder_embed_dim,
                 cfg.encoder_attention_heads,
                 cfg.encoder_ffn_embed_dim,
-                segment_length=cfg.segment_length,
-                left_context_length=cfg.left_context_length,
-                right_context_length=cfg.right_context_length,
-                memory_size=cfg.memory_size,
+                segment_length=self.segment_length,
+                left_context_length=self.left_context_length,
+                right_context_length=self.right_context_length,
+                memory_size=self.memory_size,
                 dropout=cfg.dropout,
                 attention_dropout=cfg.attention_dropout,
                 activation_dropout=cfg.activation_dropout,
@@ -73,7 +81,7 @@ class EchoStreamEncoder(nn.Module):
         )
 
     def forward(self, src_tokens: Tensor, src_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode whole utterances; time and memory are linear in T.
+        """Encode whole utterances; time and memory are linear in T (quadratic with ``full_context``).
 
         Args:
             src_tokens: [B, T, F] feature frames of 10 ms, right-padded (whatever the padding holds).
@@ -91,22 +99,32 @@ class EchoStreamEncoder(nn.Module):
         batch, time, _ = x.shape
         if time == 0:
             return x
-        block = self._choose_block(-(-time // self.segment_length))
-        blocks = -(-time // (block * self.segment_length))
+        segment = self.segment_length
+        if self.full_context:
+            segment = time
+            x = x + sinusoidal_positions(torch.arange(time, device=x.device), self.embed_dim, x.dtype)
+        block = self._choose_block(-(-time // segment))
+        blocks = -(-time // (block * segment))
         before = torch.arange(blocks, device=x.device) * block
-        frames = lengths[:, None] - before * self.segment_length
-        mask = self._mask(before.expand(batch, -1).flatten(), frames.flatten(), block, x.dtype)
+        frames = lengths[:, None] - before * segment
+        mask = self._mask(before.expand(batch, -1).flatten(), frames.flatten(), block, segment, x.dtype)
         padding = torch.arange(time, device=x.device) >= lengths[:, None]
-        h = self._split(x, blocks * block).unflatten(1, (blocks, block))
+        h = self._split(x, blocks * block, segment).unflatten(1, (blocks, block))
         for layer in self.layers:
             h = layer(h, mask)
-        y = h[..., : self.segment_length, :].flatten(1, 3)[:, :time]
+        y = h[..., :segment, :].flatten(1, 3)[:, :time]
         return y.masked_fill(padding[:, :, None], 0.0)
 
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> EncoderState:
-        """The state of ``batch_size`` streams of which nothing has been heard."""
+        """The state of ``batch_size`` streams of which nothing has been heard.
+
+        Raises:
+            ConfigError: the encoder attends whole utterances.
+        """
+        if self.full_context:
+            raise ConfigError("full_context is set: this model hears whole utterances, it cannot stream; decode offline")
         weight = self.subsampler.proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         zero = torch.zeros(batch_size, device=device, dtype=torch.long)
@@ -182,8 +200,8 @@ class EchoStreamEncoder(nn.Module):
         """Compute the segments ``at`` to ``at + block`` of ``queue`` [B, A, D]; rows may have fewer ``ready`` [B]."""
         start = at * self.segment_length
         done = (ready - at).clamp(0, block)
-        mask = self._mask(segments + at, count - start, block, queue.dtype)
-        h = self._split(queue[:, start:], block)
+        mask = self._mask(segments + at, count - start, block, self.segment_length, queue.dtype)
+        h = self._split(queue[:, start:], block, self.segment_length)
         after = []
         for layer, before in zip(self.layers, layers, strict=True):
             h, left_behind = layer.step(h, mask, before, done)
@@ -198,23 +216,24 @@ class EchoStreamEncoder(nn.Module):
         candidates = range(max(1, wanted * 3 // 4), wanted * 3 // 2 + 1)
         return min(candidates, key=lambda block: (-segments % block, abs(block - wanted)))
 
-    def _split(self, x: Tensor, segments: int) -> Tensor:
+    def _split(self, x: Tensor, segments: int, length: int) -> Tensor:
         """The first n segments of ``x`` [B, T', D], each with a copy of its right context: [B, n, W, D]."""
-        step, right = self.segment_length, self.right_context_length
-        size = segments * step + right
+        right = self.right_context_length
+        size = segments * length + right
         x = x[:, :size] if x.shape[1] >= size else F.pad(x, (0, 0, 0, size - x.shape[1]))
         if right == 0:
-            return x.reshape(len(x), segments, step, -1)
-        return x.unfold(1, step + right, step).transpose(2, 3)
+            return x.reshape(len(x), segments, length, -1)
+        return x.unfold(1, length + right, length).transpose(2, 3)
 
-    def _mask(self, before: Tensor, frames: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    def _mask(self, before: Tensor, frames: Tensor, block: int, segment: int, dtype: torch.dtype) -> Tensor:
         return attention_mask(
             before,
             frames,
             block,
-            self.segment_length,
+            segment,
             self.left_context_length,
             self.right_context_length,
             self.memory_size,
             dtype,
+            self.shift_context,
         )

@@ -43,7 +43,8 @@ class EmformerLayer(nn.Module):
 
     Args:
         embed_dim, num_heads, ffn_dim: D, H and the inner width of the feed-forward network.
-        segment_length, left_context_length, right_context_length: S, L, R in encoder frames of 40 ms.
+        segment_length, left_context_length, right_context_length: S, L, R in encoder frames of 40 ms; to ``forward``
+            the segments themselves say how long they are.
         memory_size: M in segments; 0 leaves out the bank and the projection of summaries.
         normalize_before: LayerNorm before attention and feed-forward network and one at the end (torchaudio's form)
             instead of LayerNorm after each residual.
@@ -111,8 +112,9 @@ class EmformerLayer(nn.Module):
         """
         qkv = self.qkv_proj(self.attention_norm(x) if self.normalize_before else x)
         summary = self._summary_kv(x) if self.summary_proj is not None else None
+        segment = x.shape[3] - self.right_context_length
         query, key, value = GatherBlocks.apply(
-            qkv, summary, self.segment_length, self.left_context_length, self.memory_size, self.num_heads
+            qkv, summary, segment, self.left_context_length, self.memory_size, self.num_heads
         )
         return self._finish(x, self._attend(query, key, value, mask).view_as(x))
 
@@ -183,7 +185,15 @@ class EmformerLayer(nn.Module):
 
 
 def attention_mask(
-    before: Tensor, frames: Tensor, block: int, segment: int, left: int, right: int, memory: int, dtype: torch.dtype
+    before: Tensor,
+    frames: Tensor,
+    block: int,
+    segment: int,
+    left: int,
+    right: int,
+    memory: int,
+    dtype: torch.dtype,
+    shift: bool = False,
 ) -> Tensor:
     """Which keys the queries of each block may attend, to be added to the attention scores.
 
@@ -191,6 +201,9 @@ def attention_mask(
         before: [N] segments of the stream before the block.
         frames: [N] valid frames from the block's first frame to the stream's end (or to what has arrived of it).
         block, segment, left, right, memory: G, S, L, R and M.
+        shift: Shiftable Context (Raffel et al., 2023, arXiv 2307.01377): a segment that the stream's end leaves with
+            fewer than its W frames sees as many more of left context instead, so that all have the same number of
+            keys. ``left`` is then W - 1 frames longer than what whole segments see.
 
     Returns:
         [N, 1, G W, K] of ``dtype``, 0 where attention is allowed and -inf elsewhere; keys in the order of the module's
@@ -206,8 +219,12 @@ def attention_mask(
     query_segment = own_segment[:, None]
 
     left_frame = torch.arange(-left, 0, device=device)
-    sees_left = left_frame >= query_segment * segment - left  # [G W, L]
-    sees_main = (own_frame >= query_segment * segment - left) & (own_segment <= query_segment) & is_main
+    first = query_segment * segment - left  # [G W, 1] (with shift [N, G W, 1]), the earliest frame that each may see
+    if shift:
+        width = segment + right
+        first = first + (frames[:, None, None] - query_segment * segment).clamp(1, width) - 1
+    sees_left = left_frame >= first  # [G W, L]
+    sees_main = (own_frame >= first) & (own_segment <= query_segment) & is_main
     sees_own = sees_main | ((own_segment == query_segment) & ~is_main)  # [G W, G W]
     in_stream = (left_frame >= -before[:, None] * segment)[:, None]  # [N, 1, L]
     in_time = (own_frame < frames[:, None])[:, None]  # [N, 1, G W]

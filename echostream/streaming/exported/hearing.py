@@ -31,7 +31,7 @@ class ExportedHearing(Rows):
         self.right, self.window = config.right_context_length, config.st_left_context - 1
         bins = config.input_feat_per_channel * config.input_channels
         dim, heads, st_heads = config.encoder_embed_dim, config.encoder_attention_heads, config.st_decoder_heads
-        places = config.memory_size + config.left_context_length
+        places = config.memory_size + config.left_cache_length
         waiting = CONTEXT + SUBSAMPLING * (config.segment_length + self.right)
 
         def zeros(*shape: int, dtype: type = np.float32) -> np.ndarray:
@@ -144,11 +144,11 @@ class ExportedHearing(Rows):
             frames: [B] encoder frames of the stream from these segments' first one on, as far as it has come.
         """
         cfg = self.config
-        sizes = cfg.segment_length, cfg.left_context_length, cfg.right_context_length, cfg.memory_size
+        sizes = cfg.segment_length, cfg.left_cache_length, cfg.right_context_length, cfg.memory_size
         # Once the rings are full the masks repeat: all that counts is where the oldest items stand.
-        full, period = turn(cfg.segment_length, cfg.left_context_length, cfg.memory_size)
+        full, period = turn(cfg.segment_length, cfg.left_cache_length, cfg.memory_size)
         rows = [b if b < full else full + (b - full) % period for b in before.tolist()]
-        masks = [segment_mask(*sizes, row, n, count) for row, n in zip(rows, frames.tolist())]
+        masks = [segment_mask(*sizes, row, n, count, cfg.shift_context) for row, n in zip(rows, frames.tolist())]
         return masks[0] if len(masks) == 1 else np.concatenate(masks)
 
 
@@ -158,18 +158,26 @@ def turn(segment: int, left: int, memory: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=512)
-def segment_mask(segment: int, left: int, right: int, memory: int, before: int, frames: int, count: int) -> np.ndarray:
-    """``ExportedHearing._mask`` of one stream, [1, 1, Q, M + L + G W + G]; not to be written to."""
+def segment_mask(
+    segment: int, left: int, right: int, memory: int, before: int, frames: int, count: int, shift: bool
+) -> np.ndarray:
+    """``ExportedHearing._mask`` of one stream, [1, 1, Q, M + L + G W + G]; not to be written to.
+
+    The twin of ``models.emformer_layer.attention_mask``, which explains ``shift``.
+    """
     index = np.arange(count).repeat(segment + right)  # segment of each query, and of each own key
     offset = np.tile(np.arange(segment + right), count)
     own = index * segment + offset  # frames, counted from the first of these segments
     main = offset < segment
     query = index[:, None]
-    sees = (own >= query * segment - left) & (index <= query) & main
+    first = query * segment - left
+    if shift:
+        first = first + (frames - query * segment).clip(1, segment + right) - 1
+    sees = (own >= first) & (index <= query) & main
     sees |= (index == query) & ~main
     past = ring_ages(np.array([before * segment]), left)
     parts = [
-        (past >= query * segment - left) & (past >= -before * segment),
+        (past >= first) & (past >= -before * segment),
         (sees & (own < frames)) | np.eye(len(own), dtype=bool),
     ]
     if memory:
