@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeated", action="store_true", help="units are not deduplicated: each lasts one frame of 20 ms"
     )
     parser.add_argument("--speaker", type=int, metavar="N", help="of a multi-speaker vocoder")
+    add_vocoder_arguments(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="errors only")
+
+
+def add_vocoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which vocoder, and where it computes."""
     parser.add_argument(
         "--vocoder", type=Path, metavar="PATH", help="checkpoint, or directory with vocoder.pt and vocoder.json "
         "(default: the voice shipped with EchoStream)",
@@ -38,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
-    parser.add_argument("-q", "--quiet", action="store_true", help="errors only")
 
 
 def vocode(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 """Results: of fairseq-generate, of simultaneous translation by SimulEval, of all policies, and of whole talks.
 
 A report puts them side by side, with a cascade of other programs to compare them with.
+Resynthesis judges the voice alone.
 
     python scripts/evaluate.py offline runs/es-en/generate-test.jsonl
     python scripts/evaluate.py simul --manifest data/es-en/test.tsv --chunk-ms 320 960 --output runs/es-en/simul
@@ -11,6 +12,7 @@ A report puts them side by side, with a cascade of other programs to compare the
     python scripts/evaluate.py cascade --manifest data/es-en/test.tsv --output runs/cascade
     python scripts/evaluate.py report --system offline=runs/es-en/generate-test.jsonl --system ctc=runs/es-en/simul \
         --sweep runs/es-en/sweep --longform runs/es-en/longform --manifest data/es-en/test.tsv --output report.md
+    python scripts/evaluate.py resynthesis data/es-en --vocoder runs/vocoder
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from echostream.audio.io import load_audio  # noqa: E402
 from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle  # noqa: E402
 from echostream.data.manifest import read_manifest  # noqa: E402
-from echostream.errors import EchoStreamError, require  # noqa: E402
+from echostream.errors import EchoStreamError, MissingExtraError, require  # noqa: E402
 from echostream.evaluation import longform, quality, run, sweep  # noqa: E402
 from echostream.evaluation.asr import RECOGNISERS, load_recogniser  # noqa: E402
 from echostream.evaluation.streams import stream  # noqa: E402
@@ -43,6 +45,8 @@ from echostream.streaming.options import (  # noqa: E402
     session_options,
 )
 from echostream.streaming.policy import POLICIES  # noqa: E402
+from echostream.vocode import add_vocoder_arguments  # noqa: E402
+from echostream.vocode import load as load_voice  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,6 +145,15 @@ def main(argv: list[str] | None = None) -> None:
     reporting.add_argument("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
     reporting.add_argument("--examples", type=int, default=10, help="random examples (default: %(default)s)")
     reporting.add_argument("--output", type=Path, required=True, help="the Markdown file; its pictures lie beside it")
+
+    speaking = commands.add_parser("resynthesis", help="how well a voice says units of recordings it never heard")
+    speaking.add_argument("data", type=Path, help="corpus directory, or units.tsv with a column text")
+    speaking.add_argument("--manifest", type=Path, help="which recordings, and their tgt_text (default: DATA/test.tsv)")
+    speaking.add_argument("--limit", type=int, default=200, help="recordings, by hash (default: %(default)s)")
+    speaking.add_argument("--seed", type=int, default=1, help="of the choice (default: 1)")
+    add_vocoder_arguments(speaking)
+    speaking.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS))
+    speaking.add_argument("--json", type=Path, metavar="FILE", help="gets the figures and what was heard, too")
 
     args = parser.parse_args(argv)
     try:
@@ -376,6 +389,27 @@ def write_report(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def resynthesis_table(args: argparse.Namespace) -> None:
+    import torch
+
+    from echostream.evaluation import resynthesis
+    from echostream.evaluation.mos import DNSMOS
+
+    torch.set_num_threads(args.threads)
+    items = resynthesis.read_sentences(args.data, args.manifest, args.limit, args.seed)
+    try:
+        mos = DNSMOS(args.threads)
+    except MissingExtraError as error:
+        mos = None
+        print(f"without DNSMOS: {error}", file=sys.stderr)
+    model = load_voice(args.vocoder, args.config, args.device)
+    report = resynthesis.measure(model, items, load_recogniser(args.asr), mos)
+    print(f"\n{len(items)} recordings; heard by {report['recogniser']}\n")
+    print(markdown(["measure", "original", "resynthesis", "bar", "reached"], resynthesis.table(report)))
+    if args.json:
+        write_json(args.json, report)
+
+
 def load(args: argparse.Namespace) -> Bundle:
     import torch
 
@@ -417,6 +451,7 @@ COMMANDS = {
     "longform": longform_table,
     "cascade": cascade_results,
     "report": write_report,
+    "resynthesis": resynthesis_table,
 }
 
 if __name__ == "__main__":

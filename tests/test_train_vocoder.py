@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 
+from echostream.data.corpus.rows import Row, write_rows
 from echostream.errors import AudioError, CheckpointError, ConfigError, ManifestError
 from echostream.models.decoders.vocoder import VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_vocoder
@@ -318,6 +319,29 @@ def test_script_end_to_end(corpus, tmp_path, capsys):
     (directory / "training.pt").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(CheckpointError, match="training.pt cannot be read"):
         train_vocoder.main([*common, "--max-steps", "6"])
+
+
+def test_the_test_set_is_never_trained_on(corpus, items, tmp_path, capsys):
+    (tmp_path / "target").symlink_to(corpus / "target")
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps(SMALL.to_dict()))
+    splits = ["test", "rest", "dev", "dev", *["train"] * 5]  # t9 is of no pair: nobody will ask for it
+    rows = [Row(f"{i:06d}", split, "Uno.", "One.", f"t{i}") for i, split in enumerate(splits)]
+    write_rows(tmp_path / "rows.tsv", rows)
+    kept, ids = train_vocoder.without_test(items, tmp_path / "rows.tsv")
+    train, held = hold_out(kept, 5, ids)
+    assert {item.id for item in held} == {"t2", "t3"} and {item.id for item in train} == {f"t{i}" for i in range(4, 10)}
+    train_vocoder.main([str(tmp_path), "--save-dir", str(tmp_path / "a"), "--config", str(small), "--max-steps", "0"])
+    said = capsys.readouterr().out
+    assert "left out 2 rows of the test set" in said and "\n6 utterances" in said
+    write_rows(tmp_path / "rows.tsv", rows[4:])  # no dev: some of the others validate
+    kept, ids = train_vocoder.without_test(items, tmp_path / "rows.tsv")
+    assert ids is None and len(hold_out(kept, 2, ids)[0]) == 8
+    named = tmp_path / "ids.txt"
+    named.write_text("t0\nt5\n")
+    more = ["--config", str(small), "--max-steps", "0", "--held-out-ids", str(named)]
+    train_vocoder.main([str(tmp_path), "--save-dir", str(tmp_path / "b"), *more])
+    assert "8 utterances" in capsys.readouterr().out
 
 
 def test_what_cannot_be_trained_is_refused(corpus, items, tmp_path):
