@@ -124,7 +124,7 @@ class EchoStreamEncoder(nn.Module):
             ConfigError: the encoder attends whole utterances.
         """
         if self.full_context:
-            raise ConfigError("full_context is set: this model hears whole utterances, it cannot stream; decode offline")
+            raise ConfigError("full_context is set: the model hears whole utterances and cannot stream; decode offline")
         weight = self.subsampler.proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         zero = torch.zeros(batch_size, device=device, dtype=torch.long)
