@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Callable
@@ -140,6 +141,37 @@ def test_an_arm_that_fails_does_not_stop_the_others(plan, corpus, launched, caps
         run(plan, corpus, updates="1")
     assert "bad: memory_size is -1" in capsys.readouterr().err
     assert list(json.loads((plan.parent / "runs/table.json").read_text())["small"]) == ["reference"]
+
+
+def test_two_jobs_share_steps_and_interrupted_ones_go_on(plan, corpus, monkeypatch):
+    """The programs are played: the first training of full-context's second step breaks off once."""
+    launched: list[str] = []
+
+    def launch(words: list[str], log: Path, watch: Callable = str, cost: dict[str, Any] | None = None) -> None:
+        flags = dict(zip(words, words[1:]))
+        time.sleep(0.02)  # long enough for the other thread to come along
+        if words[2] == "fairseq_cli.generate":
+            row = {"id": "0", "asr": "a b", "asr_ref": "a b", "mt": "a", "mt_ref": "b", "units": [1], "units_ref": [2]}
+            log.parent.mkdir(parents=True)
+            (log.parent / "generate-ablation_test.jsonl").write_text(json.dumps(row) + "\n")
+            return
+        folder = Path(flags["--save-dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        launched.append(folder.name.partition("-")[0])
+        cost["cpu_s"] += 1.5
+        if "--full-context" in words and "--encoder-init" in words and launched.count("joint") <= 3:
+            raise EchoStreamError("killed")
+        watch("train_inner | num_updates=1")
+        (folder / "checkpoint_last.pt").touch()
+
+    monkeypatch.setattr(ablate, "launch", launch)
+    with pytest.raises(SystemExit, match="not finished: full-context;"):
+        run(plan, corpus, "--jobs", "2")
+    assert launched.count("asr") == 2 and launched.count("joint") == 3
+    folder = run(plan, corpus, "--jobs", "2")
+    assert launched.count("asr") == 2 and launched.count("joint") == 4
+    arms = json.loads((folder / "table.json").read_text())["small"]
+    assert [arm["cpu_s"] for arm in arms.values()] == [3.0, 3.0, 4.5]
 
 
 def test_minutes_become_updates(plan, corpus, launched, capsys, monkeypatch):
