@@ -264,7 +264,7 @@ def test_full_context_is_a_bidirectional_transformer(changes: dict) -> None:
 
 
 def test_full_context_cannot_stream() -> None:
-    with pytest.raises(ConfigError, match="^full_context is set: .* it cannot stream; decode offline$"):
+    with pytest.raises(ConfigError, match="^full_context is set: .* cannot stream; decode offline$"):
         make(full_context=True).init_state(1)
     with pytest.raises(ConfigError, match="full_context has no segments"):
         replace(TINY, full_context=True, shift_context=True)
