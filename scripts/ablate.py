@@ -357,8 +357,8 @@ def launch(
         _, status, usage = os.wait4(process.pid, 0)  # unlike wait() it tells this process's time, and no other's
         process.returncode = os.waitstatus_to_exitcode(status)
     if cost is not None:
-        cost["wall_s"] += round(time.monotonic() - begin, 2)
-        cost["cpu_s"] += round(usage.ru_utime + usage.ru_stime, 2)
+        cost["wall_s"] = round(cost["wall_s"] + time.monotonic() - begin, 2)
+        cost["cpu_s"] = round(cost["cpu_s"] + usage.ru_utime + usage.ru_stime, 2)
     if process.returncode:
         last = log.read_text(encoding="utf-8").splitlines()[-1:]
         raise EchoStreamError(f"{Path(words[2]).name} ended with status {process.returncode} ({log}): {''.join(last)}")
