@@ -260,6 +260,12 @@ def test_decoders_learn_from_text_alone_and_go_on_with_speech(corpus, tmp_path, 
         if not torch.equal(value, after[key])
     }
     assert moved == {"mt_decoder", "unit_decoder"}
+    both = dict(decoder_init=start, mt_init=tmp_path / "frozen/checkpoint_last.pt", max_update=1, lr=1e-12)
+    fairseq_train(data, tmp_path / "both", **both, disable_validation=True)
+    mixed, other = weights(tmp_path / "both/checkpoint_last.pt"), weights(tmp_path / "frozen/checkpoint_last.pt")
+    for key in decoders:
+        source = other if key.startswith("mt_decoder.") else before
+        assert torch.allclose(mixed[key], source[key], atol=1e-6), key
     with pytest.raises(ConfigError, match="--freeze names 'vocoder'"):
         fairseq_train(data, tmp_path / "bad", freeze="vocoder", max_update=1)
     (data / "text_train.tsv").write_text("src_text\ttgt_text\ttgt_audio\nuno.\tone.\t99\n")

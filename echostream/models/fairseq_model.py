@@ -37,7 +37,7 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
-        """One option per field of ``EchoStreamConfig``, ``--encoder-init`` and ``--decoder-init``."""
+        """One option per field of ``EchoStreamConfig``, and where its parts start from."""
         EchoStreamConfig.add_args(parser)
         parser.add_argument(
             "--encoder-init",
@@ -48,6 +48,11 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
             "--decoder-init",
             metavar="CHECKPOINT",
             help="start from this checkpoint's MT and unit decoders, such as those trained with --source text",
+        )
+        parser.add_argument(
+            "--mt-init",
+            metavar="CHECKPOINT",
+            help="start from this checkpoint's MT decoder, whatever --decoder-init has for it",
         )
         parser.add_argument(
             "--freeze",
@@ -75,7 +80,8 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         model = cls(cfg)
         if getattr(task, "reads_text", False):
             model.encoder = TextEncoder(cfg)
-        for option, parts, heads in (("encoder_init", ENCODER, HEADS), ("decoder_init", DECODERS, ())):
+        starts = (("encoder_init", ENCODER, HEADS), ("decoder_init", DECODERS, ()), ("mt_init", DECODERS[:1], ()))
+        for option, parts, heads in starts:
             if getattr(args, option, None):
                 take_over(model, getattr(args, option), parts, heads)
                 setattr(args, option, None)  # the path is this machine's: a checkpoint must not depend on it later
