@@ -38,6 +38,7 @@ from echostream.checkpoint import Bundle
 from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, ENCODER_FRAME_MS, EOS, NUM_MEL_BINS, NUM_SPECIALS, SAMPLE_RATE
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
+from echostream.models.decoders.vocoder_layers import pack_weights
 from echostream.models.echostream_model import build_echostream_model
 from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, TargetUnits, Waveform, track
 from echostream.streaming.backends import backend_of
@@ -165,6 +166,7 @@ def random_bundle(config: EchoStreamConfig, voice: VocoderConfig | None = None) 
     with torch.no_grad():
         vocoder.dur_predictor.proj.weight.zero_()
         vocoder.dur_predictor.proj.bias.fill_(np.log(FRAMES_PER_UNIT + 1))
+    pack_weights(vocoder)
     return Bundle(
         directory=Path(),
         config=config,
