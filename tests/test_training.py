@@ -41,12 +41,13 @@ def corpus(tmp_path_factory) -> Path:
 
 def fairseq_train(data: Path, save_dir: Path, **changes: object) -> None:
     """fairseq-train in this process."""
-    from fairseq import options
+    from fairseq import checkpoint_utils, options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq.logging import metrics
     from fairseq_cli import train
 
     metrics.reset()
+    vars(checkpoint_utils.save_checkpoint).pop("best", None)  # of another run in this process
     args = options.parse_args_and_arch(options.get_training_parser(), tiny_flags(data, save_dir, **changes))
     train.main(convert_namespace_to_omegaconf(args))
 
