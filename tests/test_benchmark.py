@@ -4,6 +4,7 @@ and are held to agree; all of it becomes a page. Figures themselves are not test
 from __future__ import annotations
 
 import argparse
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from echostream.benchmarks.recompute import ConformerLayer, RecomputingEncoder, 
 from echostream.compat import import_torchaudio
 from echostream.config import EchoStreamConfig
 from echostream.errors import EchoStreamError, MissingExtraError
+from echostream.models.decoders.vocoder_layers import convolve, pack
 from echostream.streaming import SentenceEnd, SessionBatch, SourceText, StreamingSession
 from echostream.streaming.backends import backend_of
 from tests.conftest import NUM_UNITS, tiny_config, tiny_voice
@@ -87,6 +89,16 @@ def test_attention_and_convolutions_are_counted():
         torch.nn.functional.scaled_dot_product_attention(q, k, k)
         torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
     assert counter.get_total_flops() == 2 * 2 * 4 * 8 * 100 * 64 + 2 * 8 * 28 * 16 * 3
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_packed_convolutions_are_counted():
+    x, weight, residual = torch.randn(1, 30, 16).mT, torch.randn(8, 16, 3), torch.randn(1, 28, 8).mT
+    packed = pack(weight)
+    for bias, added in itertools.product((None, torch.randn(8)), (None, residual)):
+        with torch.inference_mode(), stream.FlopCounterMode(display=False, custom_mapping=stream.FLOPS) as counter:
+            convolve(x, weight, bias, packed=packed, residual=added)
+        assert counter.get_total_flops() == 2 * 8 * 28 * 16 * 3
 
 
 def test_an_exported_session_says_what_the_script_says(tmp_path):

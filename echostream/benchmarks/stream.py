@@ -190,10 +190,16 @@ def _convolution_flops(x: list[int], weight: list[int], *_: Any, out_shape: list
     return 2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(weight)
 
 
+def _packed_convolution_flops(x: list[int], second: list[int], third: list[int] | None, *_: Any, **known: Any) -> int:
+    """Of (x, weight, bias, ...), or of (x, residual, weight, ...)."""
+    return _convolution_flops(x, third if third is not None and len(third) > 1 else second, **known)
+
+
 # Operations of the CPU that torch's counter does not know.
 FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten.mkldnn_convolution: _convolution_flops,
+    torch.ops.mkldnn._convolution_pointwise: _packed_convolution_flops,
 }
 
 
