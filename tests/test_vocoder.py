@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import random
 
 import pytest
@@ -266,7 +268,10 @@ def test_both_ways_to_convolve_agree(name):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     with torch.no_grad():
         spoken = model(units, lengths)[0]
-    assert spoken.std() > 0.02 and (spoken - trained).abs().max() < 1e-4
+        precise = copy.deepcopy(model).double()(units, lengths)[0]  # packed weights are no longer of its type
+        sent = pickle.loads(pickle.dumps(model))(units, lengths)[0]
+    assert (spoken - sent).abs().max() < 1e-4
+    assert spoken.std() > 0.02 and (spoken - trained).abs().max() < 1e-4 and (spoken - precise).abs().max() < 1e-4
     model(units, lengths)[0].square().mean().backward()
     assert all(p.grad.isfinite().all() for p in model.ups.parameters())
 

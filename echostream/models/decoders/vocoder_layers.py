@@ -96,23 +96,24 @@ def convolve(
     weight: Tensor,
     bias: Tensor | None,
     dilation: int = 1,
-    packed: Tensor | None = None,
+    packed: Packed | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """``F.conv1d`` of x [B, C, T] with weight [C', C, K]; on a CPU without gradients by oneDNN whatever the size.
 
     Args:
-        packed: the weight as ``pack`` laid it out; used where there are no gradients.
+        packed: the weight as ``pack`` laid it out; used where there are no gradients, and x is still of its type and on
+            its device.
         residual: [B, C', T - (K - 1) * dilation], added to the result.
     """
-    if packed is not None and not torch.is_grad_enabled():
+    if packed is not None and x.dtype == torch.float32 and x.is_cpu and not torch.is_grad_enabled():
         shape = ((0, 0), (1, 1), (1, dilation), 1)
         x = x.unsqueeze(2)
         if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *shape, "none", [], "").squeeze(2)
+            return torch.ops.mkldnn._convolution_pointwise(x, packed.weight, bias, *shape, "none", [], "").squeeze(2)
         residual = residual.unsqueeze(2)
         add = torch.ops.mkldnn._convolution_pointwise.binary
-        return add(x, residual, packed, bias, *shape, "add", 1.0, None, [], None).squeeze(2)
+        return add(x, residual, packed.weight, bias, *shape, "add", 1.0, None, [], None).squeeze(2)
     if torch.is_grad_enabled() or not _onednn(weight):
         y = F.conv1d(x, weight, bias, dilation=dilation)
     else:
@@ -125,12 +126,26 @@ def _onednn(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.is_cpu and torch.backends.mkldnn.is_available()
 
 
-def pack(weight: Tensor, dilation: int = 1) -> Tensor | None:
+class Packed:
+    """A weight in oneDNN's own layout. Copies of a model share it; of a pickled model it is left out."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def __deepcopy__(self, memo: dict) -> Packed:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def pack(weight: Tensor, dilation: int = 1) -> Packed | None:
     """A weight [C', C, K] as oneDNN's kernels read it. None: there is no oneDNN, or not for this type or device."""
     if not _onednn(weight):
         return None
     shape = ((0, 0), (1, 1), (1, dilation), 1)
-    return torch.ops.mkldnn._reorder_convolution_weight(weight.detach().unsqueeze(2).contiguous(), *shape, None)
+    weight = weight.detach().unsqueeze(2).contiguous()
+    return Packed(torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, None))
 
 
 class Conv(nn.Conv1d):
@@ -141,7 +156,7 @@ class Conv(nn.Conv1d):
         span = (kernel - 1) * dilation
         self.right = 0 if causal else span // 2
         self.left = span - self.right
-        self.packed: Tensor | None = None
+        self.packed: Packed | None = None
 
     def forward(self, x: Tensor, flow: Flow, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
         x = flow.extend(x, self.left, self.right)
@@ -225,7 +240,7 @@ class ContextLayer(nn.Module):
         self.left, self.right = kernel - 1 - right, right
         self.conv = nn.Conv1d(channels, channels, kernel)
         self.proj = nn.Conv1d(channels, channels, 1)
-        self.packed: tuple[Tensor | None, Tensor | None] = None, None
+        self.packed: tuple[Packed | None, Packed | None] = None, None
 
     def pack(self) -> None:
         self.packed = pack(self.conv.weight), pack(self.proj.weight)
