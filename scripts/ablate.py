@@ -44,13 +44,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a checkout works without being installed
 
-from overfit import FIGURE, environment  # noqa: E402
+from overfit import FIGURE  # noqa: E402
 from train import command, read_flags  # noqa: E402
 
 from echostream.data.config import DataConfig  # noqa: E402
 from echostream.data.manifest import Utterance, read_manifest, write_manifest  # noqa: E402
 from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
 from echostream.evaluation import ablation  # noqa: E402
+from echostream.evaluation.run import environment  # noqa: E402
 from echostream.evaluation.systems import read_results  # noqa: E402
 from echostream.yaml_file import read_mapping  # noqa: E402
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from echostream.data.config import DataConfig  # noqa: E402
 from echostream.data.manifest import Utterance, read_manifest, write_manifest  # noqa: E402
 from echostream.data.source import is_features  # noqa: E402
 from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
+from echostream.evaluation.run import environment  # noqa: E402
 
 # Training flags: nothing that keeps a model from memorising. The training mask lets it translate unfinished speech too.
 FLAGS: dict[str, Any] = {
@@ -227,12 +227,6 @@ def stream(args: argparse.Namespace, data: Path, utterances: Sequence[Utterance]
         sentences = {event.sentence: event.sentence_text for event in events if isinstance(event, TargetText)}
         texts[utterance.id] = " ".join(sentences.values())
     return texts
-
-
-def environment() -> dict[str, str]:
-    """This process's environment, with this very checkout importable."""
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)}
 
 
 if __name__ == "__main__":

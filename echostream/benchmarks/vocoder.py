@@ -19,7 +19,7 @@ from torch import Tensor
 
 from echostream.benchmarks.common import add_options, clock_of, describe, interleaved_medians, surroundings
 from echostream.constants import UNIT_RATE
-from echostream.export.voice import voice_frames_graph, voice_units_graph
+from echostream.export.directory import voice_writers, write_graphs
 from echostream.models.decoders.vocoder import PRESETS, CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_layers import pack_weights
 from echostream.streaming.exported.model import ExportedModel
@@ -43,8 +43,11 @@ def run(args: argparse.Namespace) -> dict:
     report = {"benchmark": "vocoder", "chunk_ms": args.chunk_ms, **surroundings(args), "presets": {}}
     for name in args.presets:
         torch.manual_seed(1)
-        model = load(None, None) if name == "small" else CodeHiFiGAN(VocoderConfig.preset(name)).eval()
-        pack_weights(model)
+        if name == "small":
+            model = load(None, None)
+        else:
+            model = CodeHiFiGAN(VocoderConfig.preset(name)).eval()
+            pack_weights(model)
         seconds = args.seconds / (3 if name == "v1" else 1)
         report["presets"][name] = measure(model, seconds, args.chunk_ms, args.repeats, clock, name)
     return report
@@ -61,7 +64,7 @@ def measure(model: CodeHiFiGAN, seconds: float, chunk_ms: int, repeats: int, clo
     candidates = {"torch offline": lambda: model(units)[0][0], "torch streaming": lambda: stream(model, chunks)}
     with tempfile.TemporaryDirectory() as folder:
         if model.config.causal:
-            speaker = exported(model, Path(folder))
+            speaker = exported_speaker(model, Path(folder))
             candidates["exported offline"] = lambda: torch.from_numpy(speaker.speak(0, units[0].numpy(), True))
             candidates["exported streaming"] = lambda: stream_exported(speaker, chunks)
         spoken = {kind: speak() for kind, speak in candidates.items()}
@@ -93,10 +96,9 @@ def stream(model: CodeHiFiGAN, chunks: Sequence[Tensor]) -> Tensor:
     return torch.cat(out, dim=1)[0]
 
 
-def exported(model: CodeHiFiGAN, folder: Path) -> ExportedSpeaker:
+def exported_speaker(model: CodeHiFiGAN, folder: Path) -> ExportedSpeaker:
     """The same voice through graphs written to ``folder``, for one stream."""
-    voice_units_graph(model).save(folder / "voice_units.onnx")
-    voice_frames_graph(model).save(folder / "voice_frames.onnx")
+    write_graphs(folder, voice_writers(model), int8=False)
     return ExportedSpeaker(model.config, ExportedModel(folder, threads=torch.get_num_threads()), rows=1)
 
 

@@ -68,7 +68,7 @@ def simulate(
         for name, value in options.items():
             if value is not None:
                 command += [f"--{name.replace('_', '-')}", str(value)]
-        processes.append(subprocess.Popen(command, env=_environment()))
+        processes.append(subprocess.Popen(command, env=environment()))
     statuses = [_wait(process) for process in processes]
     if any(statuses):
         raise EchoStreamError(f"simuleval ended with status {next(filter(None, statuses))}; its message is above")
@@ -160,8 +160,8 @@ def recogniser_name(folder: str | Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else "no ASR"
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment, with this very package importable."""
+def environment() -> dict[str, str]:
+    """This process's environment, with this very package importable: for programs started from here."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}

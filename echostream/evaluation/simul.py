@@ -287,11 +287,13 @@ class SpeechBLEU(QualityScorer):
 class SpeechWER(SpeechBLEU):
     """Word error rate of the recogniser's transcript against the text the model meant to say: is the voice clear?"""
 
+    alone = False
+
     def __call__(self, instances: dict[int, Any]) -> float:
         texts = [spoken_text(i) for i in instances.values()]
         if not any(text.strip() for text in texts):
             return math.nan
-        return quality.word_error_rate(transcribe(instances, self.recogniser), texts)
+        return quality.word_error_rate(transcribe(instances, self.recogniser, self.alone), texts)
 
 
 class VoiceWER(SpeechWER):
@@ -301,11 +303,7 @@ class VoiceWER(SpeechWER):
     Transcripts are written as ``voice_transcripts.txt``.
     """
 
-    def __call__(self, instances: dict[int, Any]) -> float:
-        texts = [spoken_text(i) for i in instances.values()]
-        if not any(text.strip() for text in texts):
-            return math.nan
-        return quality.word_error_rate(transcribe(instances, self.recogniser, alone=True), texts)
+    alone = True
 
 
 def spoken_text(instance: Any) -> str:

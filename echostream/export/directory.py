@@ -19,6 +19,7 @@ from echostream.export.encoder import encoder_graph, heads_graph
 from echostream.export.graph import Graph
 from echostream.export.voice import check_voice, voice_frames_graph, voice_units_graph
 from echostream.info import count_parameters
+from echostream.models.decoders.vocoder import CodeHiFiGAN
 
 COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")
 
@@ -80,10 +81,15 @@ def graph_writers(bundle: Bundle, voice: bool) -> dict[str, Callable[[bool], Gra
         "unit_memory": lambda int8: memory_graph(model.unit_decoder, int8),
         "units": lambda int8: unit_graph(model.unit_decoder, int8),
     }
-    if voice:
-        writers["voice_units"] = lambda int8: voice_units_graph(bundle.vocoder)
-        writers["voice_frames"] = lambda int8: voice_frames_graph(bundle.vocoder)
-    return writers
+    return writers | voice_writers(bundle.vocoder) if voice else writers
+
+
+def voice_writers(vocoder: CodeHiFiGAN) -> dict[str, Callable[[bool], Graph]]:
+    """The same of a vocoder's graphs, which are never in int8."""
+    return {
+        "voice_units": lambda int8: voice_units_graph(vocoder),
+        "voice_frames": lambda int8: voice_frames_graph(vocoder),
+    }
 
 
 def write_graphs(directory: Path, graphs: dict[str, Callable[[bool], Graph]], int8: bool) -> str:

@@ -106,7 +106,8 @@ def convolve(
             its device.
         residual: [B, C', T - (K - 1) * dilation], added to the result.
     """
-    if packed is not None and x.dtype == torch.float32 and x.is_cpu and not torch.is_grad_enabled():
+    fast = not torch.is_grad_enabled() and _onednn(x)
+    if fast and packed is not None:
         shape = ((0, 0), (1, 1), (1, dilation), 1)
         x = x.unsqueeze(2)
         if residual is None:
@@ -114,16 +115,16 @@ def convolve(
         residual = residual.unsqueeze(2)
         add = torch.ops.mkldnn._convolution_pointwise.binary
         return add(x, residual, packed.weight, bias, *shape, "add", 1.0, None, [], None).squeeze(2)
-    if torch.is_grad_enabled() or not _onednn(weight):
-        y = F.conv1d(x, weight, bias, dilation=dilation)
-    else:
+    if fast:
         y = torch.mkldnn_convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, (0, 0), (1, 1), (1, dilation), 1)
         y = y.squeeze(2)
+    else:
+        y = F.conv1d(x, weight, bias, dilation=dilation)
     return y if residual is None else residual + y
 
 
-def _onednn(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.is_cpu and torch.backends.mkldnn.is_available()
+def _onednn(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_cpu and torch.backends.mkldnn.is_available()
 
 
 class Packed:

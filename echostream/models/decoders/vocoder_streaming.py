@@ -21,8 +21,6 @@ from echostream.models.state import State
 if TYPE_CHECKING:
     from echostream.models.decoders.vocoder import CodeHiFiGAN
 
-QUANTUM = 1
-
 
 @dataclass(frozen=True)
 class VocoderState(State):
@@ -122,11 +120,8 @@ def step_causal(
     durations = model.predict_durations(x, flow)
     frames, frame_lengths = model.stretch(x, durations, lengths)
     flow = Chunk(frame_lengths, state.caches, flow.new)
-    count = frames.shape[2]
-    if count:
-        frames = F.pad(frames, (0, -count % QUANTUM))
+    if frames.shape[2]:
         waveform = model.upsample(model.frame_features(model.with_speaker(frames, speakers), flow), flow)
-        waveform = waveform[:, : count * model.hop]
         caches = tuple(flow.new)
     else:
         waveform = x.new_zeros(x.shape[0], 0)
