@@ -3,6 +3,10 @@
 
     python scripts/train_vocoder.py DATA --preset small --save-dir runs/vocoder --max-minutes 60 --bf16
 
+    python scripts/train_vocoder.py DATA --durations-only --init runs/vocoder --save-dir runs/better --max-minutes 10
+
+trains a new duration predictor for a voice that exists, and leaves all else of it as it is.
+
 Called again with the same directory it goes on where it stopped. The directory gets vocoder.pt and vocoder.json (what
 EchoStream speaks with), training.pt (what resuming needs) and curve.tsv (one line per validation).
 """
@@ -14,7 +18,7 @@ import csv
 import json
 import signal
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +33,7 @@ from echostream.evaluation.quality import word_error_rate  # noqa: E402
 from echostream.models.decoders.vocoder import PRESETS, VocoderConfig  # noqa: E402
 from echostream.vocoder.dataset import Utterance, hold_out, read_units  # noqa: E402
 from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS  # noqa: E402
+from echostream.vocoder.durations import DURATION_OPTIONS, DurationTrainer  # noqa: E402
 from echostream.vocoder.trainer import Trainer, TrainerOptions, picture, tensorboard_writer  # noqa: E402
 
 
@@ -41,7 +46,17 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--preset", choices=sorted(PRESETS), help="shape of the generator (default: small)")
     shape.add_argument("--config", type=Path, help="config.json of the generator")
     p.add_argument("--num-units", type=int, help="clusters (default: largest unit in the data + 1)")
-    p.add_argument("--init", type=Path, help='start from this {"generator": ...} checkpoint')
+    p.add_argument(
+        "--init", type=Path, help='start from this {"generator": ...} checkpoint; with --durations-only: the directory '
+        "of the voice, with vocoder.pt and vocoder.json",
+    )  # fmt: skip
+    p.add_argument(
+        "--durations-only", action="store_true", help="give the voice of --init the duration predictor of --preset or "
+        "--config and train it alone, from units and durations; the learning rate falls linearly to 0 at --max-steps "
+        "or --max-minutes, both of the whole run (defaults: " + ", ".join(
+            f"--{name.replace('_', '-')} {value}" for name, value in DURATION_OPTIONS.items()
+        ) + ")",
+    )  # fmt: skip
     p.add_argument("--device", default="cpu")
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     p.add_argument("--max-minutes", type=float, help="stop after so many minutes of this call")
@@ -51,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--held-out", type=int, default=40, help="utterances to validate on, by the hash of their ids")
     p.add_argument(
         "--held-out-ids", type=Path, help="file of ids, one a line: none of them is trained on, validation draws from "
-        "them (default: the split dev of DATA/rows.tsv validates, and nobody is shown the test set)",
+        "them (default: the split dev of DATA/rows.tsv; neither it nor the test set is ever trained on)",
     )  # fmt: skip
     p.add_argument("--log-steps", type=int, default=100)
     p.add_argument("--whisper", type=int, default=0, metavar="N", help="WER of N resynthesised held-out utterances")
@@ -97,8 +112,29 @@ def without_test(items: list[Utterance], rows: Path) -> tuple[list[Utterance], s
     return kept, {item.id for item in kept if splits.get(item.id) == "dev"} or None
 
 
+def shape_of(args: argparse.Namespace, largest: int) -> VocoderConfig:
+    """The generator to train; ``largest`` is the data's largest unit."""
+    own = args.save_dir / "vocoder.json"
+    if own.is_file() and args.preset is None and args.config is None:
+        return VocoderConfig.from_json(own)
+    if args.durations_only and args.init is None:
+        raise ConfigError("--durations-only needs the voice whose durations are trained; add --init DIRECTORY")
+    if args.config is not None:
+        shape = VocoderConfig.from_json(args.config)
+    else:
+        shape = VocoderConfig.preset(args.preset or "small", args.num_units or largest + 1)
+    if not args.durations_only:
+        return shape
+    voice = VocoderConfig.from_json(args.init / "vocoder.json")
+    return replace(voice, dur_predictor_params=shape.dur_predictor_params)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
+    known = parser()
+    args = known.parse_args(arguments)
+    if args.durations_only:
+        known.set_defaults(**DURATION_OPTIONS)
+        args = known.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -106,30 +142,29 @@ def main(arguments: list[str] | None = None) -> None:
     path = args.data if args.data.is_file() else args.data / "target" / "units.tsv"
     items = read_units(path)
     largest = max(int(item.units.max()) for item in items)
-    if args.config is not None:
-        config = VocoderConfig.from_json(args.config)
-    elif (args.save_dir / "vocoder.json").is_file() and args.preset is None:
-        config = VocoderConfig.from_json(args.save_dir / "vocoder.json")
-    else:
-        config = VocoderConfig.preset(args.preset or "small", args.num_units or largest + 1)
+    config = shape_of(args, largest)
     if largest >= config.num_embeddings:
         raise ConfigError(f"{path} holds unit {largest}; the vocoder has units 0..{config.num_embeddings - 1}")
-    usable = [item for item in items if item.frames >= 8 and item.audio.is_file()]
+    usable = items
+    if not args.durations_only:
+        usable = [item for item in items if item.frames >= 8 and item.audio.is_file()]
     if len(usable) < len(items):
         print(f"left out {len(items) - len(usable)} of {len(items)} rows: no recording, or under 8 frames (160 ms)")
+    usable, ids = without_test(usable, path.parent.parent / "rows.tsv")
     if args.held_out_ids:
-        ids = set(args.held_out_ids.read_text(encoding="utf-8").split())
-    else:
-        usable, ids = without_test(usable, path.parent.parent / "rows.tsv")
+        named = set(args.held_out_ids.read_text(encoding="utf-8").split())
+        usable = [item for item in usable if item.id in named or item.id not in (ids or ())]
+        ids = named
     train, held_out = hold_out(usable, min(args.held_out, len(usable) // 2), ids)
     if not train:
         raise ConfigError(f"{path} leaves nothing to train on")
     hours = sum(item.frames for item in train) / 50 / 3600
-    trainer = Trainer(config, options, train, held_out, args.save_dir, args.device)
+    kind = DurationTrainer if args.durations_only else Trainer
+    trainer = kind(config, options, train, held_out, args.save_dir, args.device)
     if trainer.resume():
         print(f"resumed at step {trainer.step}, after {trainer.minutes:.1f} minutes")
     elif args.init is not None:
-        trainer.initialize(args.init)
+        trainer.initialize(args.init / "vocoder.pt" if args.durations_only else args.init)
     size = sum(p.numel() for p in trainer.ema.parameters())
     print(
         f"{len(train)} utterances, {hours:.2f} h, {config.num_embeddings} units; generator {size / 1e6:.2f}M "

@@ -94,14 +94,22 @@ def test_graphs_compute_what_torch_does(tiny_data: Path, tmp_path: Path, changes
     assert max(again.values()) <= TOLERANCE
 
 
+CHOICE = dict(
+    encoder_embed_dim=20, var_pred_hidden_dim=12, var_pred_kernel_size=5, var_pred_max_frames=4, var_pred_layers=2
+)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         dict(resblock="1", resblock_stages=None),
         dict(context_layers=0, lookahead_units=0, position_buckets=0, frame_layers=0, dur_predictor_params=None),
         dict(lookahead_units=0, upsample_kernel_sizes=[11, 9, 5, 33]),
+        dict(dur_predictor_params=CHOICE),
+        dict(dur_predictor_params={**CHOICE, "var_pred_kernel_size": 3}, lookahead_units=1),
+        dict(dur_predictor_params={**CHOICE, "var_pred_kernel_size": 7, "var_pred_layers": 0}),
     ],
-    ids=["type-1-blocks", "bare", "odd-kernels"],
+    ids=["type-1-blocks", "bare", "odd-kernels", "choice", "short-choice", "wide-choice"],
 )
 def test_voices_sound_the_same(tiny_data: Path, tmp_path: Path, changes: dict) -> None:
     voice = VocoderConfig.from_dict({**tiny_voice().to_dict(), **changes})

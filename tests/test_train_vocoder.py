@@ -14,10 +14,13 @@ import torch
 
 from echostream.data.corpus.rows import Row, write_rows
 from echostream.errors import AudioError, CheckpointError, ConfigError, ManifestError
-from echostream.models.decoders.vocoder import VocoderConfig
-from echostream.models.decoders.vocoder_checkpoint import load_vocoder
-from echostream.vocoder.dataset import PieceSampler, hold_out, read_samples, read_units
+from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
+from echostream.models.decoders.vocoder_checkpoint import load_generator_state, load_vocoder, save_vocoder
+from echostream.models.decoders.vocoder_config import DurationConfig
+from echostream.models.decoders.vocoder_layers import DurationClassifier
+from echostream.vocoder.dataset import PieceSampler, UtteranceSampler, hold_out, read_samples, read_units
 from echostream.vocoder.discriminators import Discriminators
+from echostream.vocoder.durations import DurationTrainer
 from echostream.vocoder.losses import (
     SpectralLoss,
     discriminator_loss,
@@ -29,6 +32,10 @@ from echostream.vocoder.losses import (
 from echostream.vocoder.trainer import Trainer, TrainerOptions
 
 UNITS = 6
+CHOICE = dict(
+    encoder_embed_dim=8, var_pred_hidden_dim=16, var_pred_kernel_size=5, var_pred_dropout=0.0, var_pred_max_frames=5,
+    var_pred_layers=1,
+)  # fmt: skip
 SMALL = VocoderConfig.preset(
     "small",
     UNITS,
@@ -152,6 +159,10 @@ def test_losses_know_better_from_worse():
     assert (mel[0, :, 5:20].argmax(0) - peak).abs().max() <= 1
     predicted = torch.log(torch.tensor([[3.0, 9.0]]))  # the second unit is padding
     assert float(duration_loss(predicted, torch.tensor([[2, 1]]), torch.tensor([1]))) < 1e-10
+    chosen = torch.tensor([[[0.0, 99.0, 0.0], [0.0, 0.0, 99.0], [9.0, 0.0, 0.0]]])  # 2, 3 or more, padding
+    lengths = torch.tensor([2])
+    assert float(duration_loss(chosen, torch.tensor([[2, 7, 3]]), lengths)) < 1e-10
+    assert float(duration_loss(chosen, torch.tensor([[3, 7, 3]]), lengths)) == pytest.approx(99 / 2)
 
 
 def test_filters_cover_the_band():
@@ -198,19 +209,23 @@ FIELD = dict(
 )
 
 
-@pytest.mark.parametrize("shape", ["causal", "field"])
+@pytest.mark.parametrize("shape", ["causal", "choice", "field"])
 def test_pieces_are_what_the_generator_says(items, tmp_path, shape):
     """Training on a piece of an utterance computes what the generator computes there in the whole utterance."""
     run = trainer(items, tmp_path, warmup_frames=8, piece_frames=20)
     if shape == "field":
         field = VocoderConfig.preset("v1", UNITS, model_in_dim=8, **FIELD)
         run = Trainer(field, run.options, run.train_items, run.held_out, tmp_path)
+    if shape == "choice":
+        choice = dataclasses.replace(SMALL, dur_predictor_params=DurationConfig(**CHOICE))
+        run = Trainer(choice, run.options, run.train_items, run.held_out, tmp_path)
+        assert run.update(PieceSampler(run.train_items, 2, 28, seed=3).batch(0))["duration"] > 0.5
     run.model.eval()
     batch = PieceSampler(run.train_items, 4, 28, seed=3).batch(0)
     with torch.no_grad():
-        wav, log_durations, mel = run.speak(batch)
+        wav, scores, mel = run.speak(batch)
         whole, lengths = run.model(batch.units, batch.lengths, batch.durations)
-    assert mel.shape == (4, 80, 28) and log_durations.shape == batch.units.shape
+    assert mel.shape == (4, 80, 28) and scores.shape[:2] == batch.units.shape
     assert batch.begin.max() > 0
     for i in range(4):
         begin, valid = int(batch.begin[i]), int(batch.valid[i])
@@ -294,6 +309,92 @@ def test_the_average_follows_the_weights(items, tmp_path):
         assert (run.ema(units)[0] - run.model(units)[0]).abs().max() < 1e-4
 
 
+@pytest.fixture(scope="module")
+def silent_corpus(corpus, tmp_path_factory) -> Path:
+    """The same units without the recordings, and more often."""
+    directory = tmp_path_factory.mktemp("silent")
+    header, *rows = (corpus / "target" / "units.tsv").read_text().splitlines()
+    lines = [f"{i}{row}" for i in range(3) for row in rows]
+    (directory / "units.tsv").write_text("\n".join([header, *lines]) + "\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def voice(tmp_path_factory) -> Path:
+    """A voice with the field's duration predictor."""
+    directory = tmp_path_factory.mktemp("voice")
+    torch.manual_seed(7)
+    save_vocoder(CodeHiFiGAN(SMALL), directory / "vocoder.pt", directory / "vocoder.json")
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["choice", "field"])
+def test_durations_alone(silent_corpus, voice, tmp_path, capsys, kind):
+    """No recording is read, the error falls, all other weights stay to the last bit; it goes on where it stopped."""
+    shape = tmp_path / "shape.json"
+    params = CHOICE if kind == "choice" else vars(SMALL.dur_predictor_params)
+    shape.write_text(json.dumps({**SMALL.to_dict(), "dur_predictor_params": params}))
+    common = [str(silent_corpus / "units.tsv"), "--durations-only", "--batch-size", "4", "--held-out", "4"]
+    start = ["--init", str(voice), "--config", str(shape), "--learning-rate", "1e-2"]
+    out, parts = tmp_path / "out", tmp_path / "parts"
+    train_vocoder.main([*common, *start, "--save-dir", str(out), "--max-steps", "0"])
+    train_vocoder.main([*common, *start, "--save-dir", str(out), "--max-steps", "60"])
+    said = capsys.readouterr().out
+    assert "\n26 utterances" in said or said.startswith("26 utterances")
+    curve = [line.split("\t") for line in (out / "curve.tsv").read_text().splitlines()]
+    errors = [float(row[curve[0].index("duration_error_frames")]) for row in curve[1:]]
+    assert len(errors) == 2 and errors[1] < errors[0] * 0.5
+    before, after = CodeHiFiGAN(SMALL).eval(), load_vocoder(out / "vocoder.pt", out / "vocoder.json")
+    before.load_state_dict(load_generator_state(voice / "vocoder.pt"))
+    assert isinstance(after.dur_predictor, DurationClassifier) == (kind == "choice")
+    save_vocoder(before, tmp_path / "same.pt", tmp_path / "same.json")
+    files = tmp_path / "same.pt", out / "vocoder.pt"
+    same, new = (torch.load(file, weights_only=True)["generator"] for file in files)
+    rest = [key for key in new if not key.startswith("dur_predictor.")]
+    assert len(rest) > 20 and all(torch.equal(same[key], new[key]) for key in rest)
+    units = torch.tensor([[0, 3, 1, 5]])
+    with torch.no_grad():
+        assert (before(units, durations=units + 1)[0] - after(units, durations=units + 1)[0]).abs().max() < 1e-5
+    if kind == "choice":
+        return
+    with pytest.raises(CheckpointError, match="another directory"):
+        Trainer(SMALL, OPTIONS, [], [], out).resume()
+    with pytest.raises(ConfigError, match="needs the voice.*--init"):
+        train_vocoder.main([*common, "--save-dir", str(parts), "--max-steps", "1"])
+    with pytest.raises(ConfigError, match="max_steps or max_minutes"):
+        train_vocoder.main([*common, *start, "--save-dir", str(parts)])
+
+
+def test_durations_resumed_equal_uninterrupted(items, tmp_path):
+    config = dataclasses.replace(SMALL, dur_predictor_params=DurationConfig(**{**CHOICE, "var_pred_dropout": 0.0}))
+
+    def run(name: str) -> DurationTrainer:
+        return DurationTrainer(config, dataclasses.replace(OPTIONS, learning_rate=1e-2), items[:8], items[8:], name)
+
+    straight, first, second = run(tmp_path / "a"), run(tmp_path / "b"), run(tmp_path / "b")
+    straight.run(6, None, save_minutes=100)
+    first.limits = 6, None
+    for step in range(4):
+        first.update(first.sampler().batch(step))
+    first.save()
+    assert second.resume() and second.step == 4
+    second.run(6, None, save_minutes=100)
+    for (name, a), b in zip(straight.ema.named_parameters(), second.ema.parameters()):
+        assert torch.equal(a, b), name
+    assert straight.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 6)  # of the last step; then zero
+
+
+def test_whole_utterances_of_like_length(items):
+    sampler = UtteranceSampler(items, 4, seed=1)
+    batch, same = sampler.batch(3), sampler.batch(3)
+    assert torch.equal(batch.units, same.units) and batch.wav.numel() == 0
+    known = {tuple(item.units): item for item in items}
+    for row, durations, n in zip(batch.units, batch.durations, batch.lengths):
+        assert durations[:n].tolist() == known[tuple(row[:n].tolist())].durations.tolist()
+    batches = [sampler.batch(step) for step in range(30)]
+    assert len({tuple(row[:n].tolist()) for b in batches for row, n in zip(b.units, b.lengths)}) == len(items)
+
+
 def test_script_end_to_end(corpus, tmp_path, capsys):
     texts = tmp_path / "texts.tsv"
     texts.write_text("id\ttext\n" + "".join(f"t{i}\thello there\n" for i in range(10)))
@@ -337,11 +438,12 @@ def test_the_test_set_is_never_trained_on(corpus, items, tmp_path, capsys):
     write_rows(tmp_path / "rows.tsv", rows[4:])  # no dev: some of the others validate
     kept, ids = train_vocoder.without_test(items, tmp_path / "rows.tsv")
     assert ids is None and len(hold_out(kept, 2, ids)[0]) == 8
+    write_rows(tmp_path / "rows.tsv", rows)  # besides those named, neither test nor dev is trained on
     named = tmp_path / "ids.txt"
     named.write_text("t0\nt5\n")
     more = ["--config", str(small), "--max-steps", "0", "--held-out-ids", str(named)]
     train_vocoder.main([str(tmp_path), "--save-dir", str(tmp_path / "b"), *more])
-    assert "8 utterances" in capsys.readouterr().out
+    assert "\n5 utterances" in capsys.readouterr().out
 
 
 def test_what_cannot_be_trained_is_refused(corpus, items, tmp_path):

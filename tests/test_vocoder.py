@@ -15,11 +15,15 @@ from torch import Tensor
 from echostream.errors import CheckpointError, ConfigError, UnitError
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_vocoder, load_weights, save_vocoder
-from echostream.models.decoders.vocoder_layers import Whole, pack_weights
+from echostream.models.decoders.vocoder_layers import DurationClassifier, Whole, pack_weights
 from echostream.models.state import State
 
 UNITS = 40
 DURATIONS = dict(encoder_embed_dim=16, var_pred_hidden_dim=12, var_pred_kernel_size=3, var_pred_dropout=0.5)
+CHOICE = dict(
+    encoder_embed_dim=20, var_pred_hidden_dim=12, var_pred_kernel_size=5, var_pred_dropout=0.1, var_pred_max_frames=5,
+    var_pred_layers=2,
+)  # fmt: skip
 FIELD = dict(
     resblock="1",
     upsample_rates=[5, 4, 4, 2, 2],
@@ -53,6 +57,11 @@ SHAPES = {
     "field, speakers": dict(SHORT, multispkr="from_input_file", num_speakers=3, model_in_dim=32),
     "small": SMALL,
     "small, 1 ahead": dict(SMALL, lookahead_units=1),
+    "small, choice": dict(SMALL, dur_predictor_params=CHOICE),
+    "small, 1 ahead, short choice": dict(
+        SMALL, lookahead_units=1, dur_predictor_params=dict(CHOICE, var_pred_kernel_size=3)
+    ),
+    "small, wide choice": dict(SMALL, dur_predictor_params=dict(CHOICE, var_pred_kernel_size=7, var_pred_layers=0)),
     "small, blind": dict(SMALL, lookahead_units=0),
     "small, bare": dict(
         SMALL, lookahead_units=0, context_layers=0, frame_layers=0, position_buckets=0, dur_predictor_params=None
@@ -84,6 +93,10 @@ def shake(model: torch.nn.Module) -> None:
     torch.nn.init.normal_(model.dict.weight)
     if model.dur_predictor is not None:
         torch.nn.init.constant_(model.dur_predictor.proj.bias, 1.0)  # durations of about 2 frames
+    if isinstance(model.dur_predictor, DurationClassifier):
+        torch.nn.init.normal_(model.dur_predictor.dict.weight)
+        for norm in model.dur_predictor.norms:
+            norm.reset_parameters()  # durations of all sorts
 
 
 @pytest.fixture(params=SHAPES, scope="module")
@@ -231,13 +244,14 @@ def test_lookahead_is_what_it_says(model):
 
 
 def _frames(model: CodeHiFiGAN, row: Tensor) -> Tensor:
-    return model.predict_durations(model.embed(row[None], Whole(None)), Whole(None))[0]
+    return model.predict_durations(model.duration_input(row[None], Whole(None)), Whole(None))[0]
 
 
 def test_lookahead_of_the_presets():
     small = CodeHiFiGAN(VocoderConfig.preset("small"))
     assert (small.lookahead_units, small.lookahead_ms) == (2, 40.0)
-    assert sum(p.numel() for p in small.parameters()) <= 3_000_000
+    assert sum(p.numel() for p in small.parameters()) <= 3_300_000
+    assert sum(p.numel() for p in small.dur_predictor.parameters()) * 2 <= 1.2e6  # bytes of fp16
     v1 = CodeHiFiGAN(VocoderConfig.preset("v1"))
     assert (v1.lookahead_frames, v1.lookahead_units, v1.lookahead_ms) == (21, 23, 460.0)
     assert sum(p.numel() for p in v1.parameters()) == 13_475_010
@@ -256,7 +270,31 @@ def test_samples_beyond_the_lookahead_do_not_depend_on_what_follows():
     assert (one[same : same + 320] - two[same : same + 320]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["small", "field", "causal v1"])
+@torch.no_grad()
+def test_a_chosen_duration_looks_no_further_ahead_than_the_frames():
+    model = build(SHAPES["small, choice"])
+    row = torch.arange(24) % UNITS
+    before = _frames(model, row)
+    assert len(before.unique()) > 2 and before.min() >= 1 and before.max() <= 5
+    for at in range(3, 24):
+        other = row.clone()
+        other[at:] = (other[at:] + 17) % UNITS
+        assert torch.equal(_frames(model, other)[: at - 2], before[: at - 2])
+    flow = Whole(None)
+    seen = model.dur_predictor(model.duration_input(row[None], flow), flow)
+    row[10] += 1
+    changed = (model.dur_predictor(model.duration_input(row[None], flow), flow) - seen).abs().amax(2)[0]
+    assert changed[7] == 0 < changed[8]
+
+
+def test_a_duration_is_the_rounded_mean():
+    scores = torch.full((1, 4, 5), -1e4)
+    scores[0, 0, 2] = scores[0, 1, 0] = scores[0, 1, 3] = scores[0, 2, 4] = 1.0
+    scores[0, 3] = torch.tensor([0.0, -1e4, -1e4, 0.0, 0.0])
+    assert DurationClassifier.frames(scores).tolist() == [[3, 2, 5, 3]]  # a tie, 2.5, goes to the even number
+
+
+@pytest.mark.parametrize("name", ["small", "field", "causal v1", "small, choice"])
 def test_both_ways_to_convolve_agree(name):
     """oneDNN's convolutions on rearranged weights, which speak, and ``F.conv1d``, which training uses."""
     model = build(SHAPES[name], dtype=torch.float32)
@@ -423,6 +461,15 @@ def test_bad_checkpoints(tmp_path, monkeypatch):
         ({"resblock": "3"}, "3"),
         ({"dur_predictor_params": {"encoder_embed_dim": 16}}, "var_pred_hidden_dim"),
         ({"dur_predictor_params": {**DURATIONS, "encoder_embed_dim": 8}}, "encoder_embed_dim"),
+        ({"dur_predictor_params": {**DURATIONS, "var_pred_hidden_dim": "12"}}, "var_pred_hidden_dim is '12'"),
+        ({"dur_predictor_params": {**DURATIONS, "var_pred_dropout": 1.5}}, "var_pred_dropout is 1.5"),
+        ({"dur_predictor_params": {**DURATIONS, "var_pred_layers": 4}}, "var_pred_layers is 4.*var_pred_max_frames"),
+        ({"dur_predictor_params": CHOICE}, "var_pred_max_frames is 5.*causal: true and lookahead_units"),
+        ({"dur_predictor_params": CHOICE, "causal": True}, "var_pred_max_frames is 5.*lookahead_units"),
+        ({"dur_predictor_params": {**CHOICE, "var_pred_max_frames": 1}}, "var_pred_max_frames is 1; .*2..500"),
+        ({"dur_predictor_params": {**CHOICE, "var_pred_max_frames": -1}}, "var_pred_max_frames is -1"),
+        ({"dur_predictor_params": {**CHOICE, "var_pred_layers": 1.5}}, "var_pred_layers is 1.5"),
+        ({**SMALL, "dur_predictor_params": {**CHOICE, "var_pred_kernel_size": 2}}, "var_pred_kernel_size is 2"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -164,8 +164,12 @@ def random_bundle(config: EchoStreamConfig, voice: VocoderConfig | None = None) 
     vocabulary = Vocabulary([".", *words])
     vocoder = CodeHiFiGAN(voice or VocoderConfig.preset("small", config.num_units)).eval()
     with torch.no_grad():
-        vocoder.dur_predictor.proj.weight.zero_()
-        vocoder.dur_predictor.proj.bias.fill_(np.log(FRAMES_PER_UNIT + 1))
+        proj = vocoder.dur_predictor.proj
+        proj.weight.zero_()
+        if proj.out_features == 1:  # log(frames + 1)
+            proj.bias.fill_(np.log(FRAMES_PER_UNIT + 1))
+        else:  # a choice among 1, 2 ... frames
+            proj.bias.copy_(50.0 * (torch.arange(proj.out_features) == FRAMES_PER_UNIT - 1))
     pack_weights(vocoder)
     return Bundle(
         directory=Path(),

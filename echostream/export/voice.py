@@ -16,6 +16,7 @@ import numpy as np
 from echostream.errors import ConfigError
 from echostream.export.graph import REST, Graph, as_array
 from echostream.models.decoders.vocoder import MAX_DURATION, SLOPE, CodeHiFiGAN
+from echostream.models.decoders.vocoder_layers import DurationClassifier
 
 
 def check_voice(vocoder: CodeHiFiGAN) -> None:
@@ -37,10 +38,16 @@ def voice_units_graph(vocoder: CodeHiFiGAN) -> Graph:
     """
     cfg, weights = vocoder.config, vocoder.state_dict()
     g = Graph("voice_units")
-    embeddings = as_array(weights["dict.weight"])
-    silence = np.zeros_like(embeddings[:1])
     ids = g.input("ids", "B", "ids", kind="INT64")
-    x = g("Gather", np.concatenate([embeddings, silence]), ids)
+
+    def embed(name: str, kernel: int) -> str:
+        """The units with what stands before and behind them within a convolution's view."""
+        table = as_array(weights[name])
+        x = g("Gather", np.concatenate([table, np.zeros_like(table[:1])]), ids)
+        unseen = cfg.past_units + cfg.lookahead_units + 1 - kernel
+        return g.slice(x, 1, unseen) if unseen else x
+
+    x = embed("dict.weight", cfg.context_kernel_size if cfg.context_layers else 1)
     for i in range(cfg.context_layers):
         kernel, right = cfg.context_kernel_size, 0 if i else cfg.lookahead_units
         left = kernel - 1 - right
@@ -57,8 +64,19 @@ def voice_units_graph(vocoder: CodeHiFiGAN) -> Graph:
         )
         x = g("Add", g.slice(x, 1, left, -right or REST), h)
     g.output("units", x, "B", "U", cfg.embedding_dim)
-    if vocoder.dur_predictor is not None:
-        predictor = vocoder.dur_predictor
+    predictor = vocoder.dur_predictor
+    if isinstance(predictor, DurationClassifier):
+        kernel = cfg.dur_predictor_params.var_pred_kernel_size
+        weight = as_array(predictor.first.weight).transpose(0, 2, 1).reshape(predictor.first.out_channels, -1)
+        x = g.windows(embed("dur_predictor.dict.weight", kernel), kernel)
+        x = g.norm(g("Relu", g.linear(x, weight, predictor.first.bias)), predictor.norms[0])
+        for i, (conv, norm) in enumerate(zip(predictor.convs, predictor.norms[1:])):
+            h = g("Relu", g.conv(x, f"duration.{i}", conv.weight, conv.bias))
+            x = g("Add", x, g.norm(h, norm))
+        choices = np.arange(1, predictor.proj.out_features + 1, dtype=np.float32)
+        frames = g("Round", g("MatMul", g("Softmax", g.dense(x, predictor.proj), axis=-1), choices))
+        g.output("durations", g("Cast", frames, to=g.onnx.TensorProto.INT64), "B", "U", kind="INT64")
+    elif predictor is not None:
         for i, norm in enumerate((predictor.ln1, predictor.ln2), 1):
             name = f"dur_predictor.conv{i}.0"
             x = g.conv(x, f"duration.{i}", weights[f"{name}.weight"], weights[f"{name}.bias"])

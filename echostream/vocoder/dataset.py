@@ -157,6 +157,23 @@ class PieceSampler:
         return collate(chosen, begin, self.frames, np.stack(wav))
 
 
+class UtteranceSampler:
+    """Endless random batches of whole utterances, without their audio; a function of (seed, step), as above.
+
+    Utterances of a batch are of like length: of four times as many, drawn at random, neighbours by length.
+    """
+
+    def __init__(self, items: list[Utterance], batch_size: int, seed: int):
+        self.items, self.batch_size, self.seed = items, batch_size, seed
+
+    def batch(self, step: int) -> Batch:
+        rng = random.Random(f"{self.seed}/{step}")
+        drawn = sorted(rng.choices(self.items, k=4 * self.batch_size), key=lambda item: len(item.units))
+        first = rng.randrange(4) * self.batch_size
+        chosen = drawn[first : first + self.batch_size]
+        return collate(chosen, [0] * len(chosen), 0, np.zeros((len(chosen), 0)))
+
+
 def collate(items: list[Utterance], begin: list[int], frames: int, wav: np.ndarray) -> Batch:
     longest = max(len(item.units) for item in items)
 

@@ -90,12 +90,15 @@ def feature_loss(real: Sequence[Sequence[Tensor]], fake: Sequence[Sequence[Tenso
     )
 
 
-def duration_loss(log_durations: Tensor, durations: Tensor, lengths: Tensor) -> Tensor:
-    """Mean squared error of log(frames + 1), over the units within ``lengths`` [B].
+def duration_loss(scores: Tensor, durations: Tensor, lengths: Tensor) -> Tensor:
+    """The loss of either duration predictor, over the units within ``lengths`` [B].
 
     Args:
-        log_durations: [B, U], predicted. durations: [B, U] frames.
+        scores: [B, U] predicted log(frames + 1): mean squared error. Or [B, U, N] logits of 1..N frames: cross-entropy,
+            longer units counting as N frames. durations: [B, U] frames.
     """
     inside = torch.arange(durations.shape[1], device=durations.device) < lengths[:, None]
-    error = (log_durations.float() - torch.log(durations.float() + 1)) ** 2
-    return error[inside].mean()
+    scores, durations = scores[inside].float(), durations[inside]
+    if scores.dim() == 2:
+        return F.cross_entropy(scores, durations.clamp(max=scores.shape[1]) - 1)
+    return F.mse_loss(scores, torch.log(durations.float() + 1))

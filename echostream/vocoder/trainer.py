@@ -19,7 +19,7 @@ from echostream.errors import CheckpointError, ConfigError
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_generator_state, load_weights, save_vocoder
 from echostream.models.decoders.vocoder_layers import Whole
-from echostream.vocoder.dataset import Batch, PieceSampler, Utterance, read_samples
+from echostream.vocoder.dataset import Batch, PieceSampler, Utterance, UtteranceSampler, read_samples
 from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS, build_discriminators
 from echostream.vocoder.losses import (
     SpectralLoss,
@@ -30,8 +30,6 @@ from echostream.vocoder.losses import (
     magnitude,
     mel_filters,
 )
-
-FORMAT = "echostream-vocoder-training/1"
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,16 @@ class TrainerOptions:
 class Trainer:
     """One training run of a vocoder in one directory.
 
+    ``DurationTrainer`` (durations.py) trains a part of one by the same means.
+
     Args:
         config: shape of the generator.
         options: see there.
         train: utterances to learn from. held_out: utterances to validate on.
         directory: gets ``training.pt`` (everything to go on), ``vocoder.pt`` and ``vocoder.json`` (the EMA weights).
     """
+
+    format = "echostream-vocoder-training/1"
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class Trainer:
         """Write the run's state and the vocoder; a cut-off write leaves the files of before."""
         self.directory.mkdir(parents=True, exist_ok=True)
         content = {
-            "format": FORMAT,
+            "format": self.format,
             "config": json.dumps(self.config.to_dict()),
             "options": json.dumps(asdict(self.options)),
             "step": self.step,
@@ -175,8 +177,8 @@ class Trainer:
         except Exception as error:  # whatever the unpickler stumbles over
             line = (str(error).splitlines() or [""])[0][:120]
             raise CheckpointError(f"{self.checkpoint} cannot be read ({line}); remove it to start anew") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise CheckpointError(f"{self.checkpoint} is no vocoder training checkpoint; remove it to start anew")
+        if not isinstance(content, dict) or content.get("format") != self.format:
+            raise CheckpointError(f"{self.checkpoint} is no checkpoint of such a training; use another directory")
         if VocoderConfig.from_dict(json.loads(content["config"])) != VocoderConfig.from_dict(self.config.to_dict()):
             raise CheckpointError(f"{self.checkpoint} is of another generator configuration; use another directory")
         normed = any("parametrizations" in key for key in content["model"])
@@ -206,23 +208,23 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
 
-    def speak(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def speak(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
         """Generate the batch's pieces within their utterances.
 
         The unit layers see the whole utterance, the frame layers what they reach, the upsampling the piece.
 
         Returns:
-            waveform [B, T], with the true samples wherever no loss is due, log-durations [B, U], and the log-mel
-            spectrogram [B, 80, frames] as read from the frame features.
+            waveform [B, T], with the true samples wherever no loss is due, what the duration predictor says (see
+            ``duration_loss``), and the log-mel spectrogram [B, 80, frames] as read from the frame features.
         """
         model, options = self.model, self.options
         piece = batch.wav.shape[1] // UNIT_HOP
         flow = Whole(batch.lengths)
         with self._autocast():
             x = model.embed(batch.units, flow)
-            log_durations = (
-                model.predict_log_durations(x, flow) if model.dur_predictor is not None else x.new_zeros(x.shape[:2])
-            )
+            scores = None
+            if model.dur_predictor is not None:
+                scores = model.dur_predictor(model.duration_input(batch.units, flow, x), flow)
             frames, frame_lengths = model.stretch(x, batch.durations, batch.lengths)
             # Only the frames that the piece can depend on, aligned at the piece's end; zeros stand before frame 0 and
             # behind an utterance's end, as they do in the generator itself.
@@ -242,7 +244,7 @@ class Trainer:
         due = (place >= options.warmup_frames) | (batch.begin[:, None] == 0)
         due &= place < batch.valid[:, None]
         waveform = torch.where(due.repeat_interleave(UNIT_HOP, 1), waveform, batch.wav)
-        return waveform, log_durations, mel.float()
+        return waveform, scores, mel.float()
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One update of the generator, and of the discriminators once they have started; returns the losses."""
@@ -251,7 +253,7 @@ class Trainer:
         rate = min(1.0, (self.step + 1) / options.learning_rate_warmup) * 0.5 ** (self.step / options.half_life)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * rate
-        fake, log_durations, frame_mel = self.speak(batch)
+        fake, scores, frame_mel = self.speak(batch)
         logs: dict[str, float] = {}
         if self.step >= options.gan_start and self.discriminators is None:
             self._start_gan()
@@ -268,12 +270,13 @@ class Trainer:
             self.optimizer_d.step()
             logs["discriminator"] = loss_d.item()
         mel, stft = self.spectral(fake, batch.wav)
-        duration = duration_loss(log_durations, batch.durations, batch.lengths)
         spoken = torch.arange(frame_mel.shape[2], device=self.device) < batch.valid[:, None]
         frame_loss = (frame_mel - self.spectral.frame_mel(batch.wav)).abs().mean(1)[spoken].mean()
         loss = options.mel_weight * mel + options.stft_weight * stft + options.frame_mel_weight * frame_loss
-        if self.model.dur_predictor is not None:
-            loss = loss + options.duration_weight * duration
+        losses = dict(mel=mel, stft=stft, frame_mel=frame_loss)
+        if scores is not None:
+            losses["duration"] = duration_loss(scores, batch.durations, batch.lengths)
+            loss = loss + options.duration_weight * losses["duration"]
         if self.discriminators is not None:
             self.discriminators.requires_grad_(False)
             with self._autocast():
@@ -292,8 +295,7 @@ class Trainer:
         self.step += 1
         if self.step % 10 == 0:
             self._average(10)
-        losses = dict(mel=mel, stft=stft, frame_mel=frame_loss, duration=duration, norm=norm)
-        logs.update({name: value.item() for name, value in losses.items()})
+        logs.update({name: value.item() for name, value in {**losses, "norm": norm}.items()})
         return logs
 
     @torch.no_grad()
@@ -312,6 +314,10 @@ class Trainer:
                 target[f"{name}.bias"].lerp_(module.bias, 1 - decay)
 
     # ------------------------------------------------------------------------------------------------------- the loop
+    def sampler(self) -> PieceSampler | UtteranceSampler:
+        frames = self.options.piece_frames + self.options.warmup_frames
+        return PieceSampler(self.train_items, self.options.batch_size, frames, self.options.seed)
+
     def run(
         self,
         max_steps: int | None,
@@ -323,10 +329,7 @@ class Trainer:
         on_validate: Callable[["Trainer"], dict[str, float]] | None = None,
     ) -> None:
         """Train until a limit. Minutes count from this call; ``minutes`` of the run go on over resumes."""
-        sampler = PieceSampler(
-            self.train_items, self.options.batch_size, self.options.piece_frames + self.options.warmup_frames,
-            self.options.seed,
-        )
+        sampler = self.sampler()
         begin = saved = validated = time.monotonic()
         before = self.minutes
         sums: dict[str, list[float]] = {}
@@ -340,7 +343,7 @@ class Trainer:
                 self.minutes = before + (now - begin) / 60
                 if self.step % log_steps == 0 and on_log is not None:
                     logs = {name: float(np.mean(values)) for name, values in sums.items()}
-                    bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("mel", "stft", "duration")})
+                    bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("mel", "stft", "duration") if name in logs})
                     on_log(self.step, logs)
                     sums.clear()
                 if now - saved > save_minutes * 60:
@@ -361,22 +364,25 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mel L1 with true durations, error of the predicted durations; EMA weights, held-out utterances."""
-        mels, duration_errors, totals = [], [], []
+        mels = []
+        for item, wav in self.resynthesize(len(self.held_out), true_durations=True):
+            real = torch.from_numpy(read_samples(item)).unsqueeze(0).to(self.device)
+            mels.append(float(self.spectral(torch.from_numpy(wav).unsqueeze(0).to(self.device), real)[0]))
+        return {"mel": float(np.mean(mels)), **self.validate_durations()}
+
+    @torch.no_grad()
+    def validate_durations(self) -> dict[str, float]:
+        """Mean absolute error of the predicted durations in frames, and predicted over true length."""
+        if self.ema.dur_predictor is None:
+            return {}
+        errors, ratios = [], []
         for item in self.held_out:
             units = torch.from_numpy(item.units).unsqueeze(0).to(self.device)
-            durations = torch.from_numpy(item.durations).unsqueeze(0).to(self.device)
-            wav, _ = self.ema(units, durations=durations, speakers=self._speaker(item))
-            real = torch.from_numpy(read_samples(item)).unsqueeze(0).to(self.device)
-            mels.append(float(self.spectral(wav, real)[0]))
-            if self.ema.dur_predictor is not None:
-                predicted = self.ema.predict_durations(self.ema.embed(units, Whole(None)), Whole(None))
-                duration_errors.append(float((predicted - durations).abs().float().mean()))
-                totals.append(float(predicted.sum() / durations.sum()))
-        out = {"mel": float(np.mean(mels))}
-        if totals:
-            out["duration_error_frames"] = float(np.mean(duration_errors))
-            out["duration_ratio"] = float(np.mean(totals))
-        return out
+            flow = Whole(None)
+            predicted = self.ema.predict_durations(self.ema.duration_input(units, flow), flow)[0].cpu().numpy()
+            errors.append(np.abs(predicted - item.durations).mean())
+            ratios.append(predicted.sum() / item.durations.sum())
+        return {"duration_error_frames": float(np.mean(errors)), "duration_ratio": float(np.mean(ratios))}
 
     @torch.no_grad()
     def resynthesize(self, count: int, true_durations: bool = False) -> Iterator[tuple[Utterance, np.ndarray]]:

@@ -3,7 +3,8 @@
 The generator is HiFi-GAN's (Kong et al., 2020) on unit embeddings (Polyak et al., 2021) with the duration predictor of
 Lee et al. (2022), so that ``{"generator": ...}`` checkpoints of fairseq and speech-resynthesis load and sound the same.
 EchoStream's own configuration keys (``causal`` and those below it) make a generator that streams: everything behind
-the unit layers is causal, and the unit layers see ``lookahead_units`` ahead.
+the unit layers is causal, and the unit layers see ``lookahead_units`` ahead. ``var_pred_max_frames`` gives it a better
+duration predictor.
 
 Letters: B batch, U units, F frames of 20 ms (a unit lasts one or more), C channels, T samples or any time axis.
 Units are cluster ids 0..num_embeddings-1, not dictionary indices.
@@ -18,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echostream.errors import ConfigError, UnitError
+from echostream.errors import UnitError
 from echostream.models.decoders import vocoder_streaming as streaming
-from echostream.models.decoders.vocoder_config import PRESETS, VocoderConfig
+from echostream.models.decoders.vocoder_config import MAX_DURATION, PRESETS, VocoderConfig
 from echostream.models.decoders.vocoder_layers import (
     SLOPE,
     ContextLayer,
     Conv,
+    DurationClassifier,
     DurationPredictor,
     Flow,
     ResBlock,
@@ -33,9 +35,8 @@ from echostream.models.decoders.vocoder_layers import (
 )
 from echostream.models.decoders.vocoder_streaming import VocoderState, WindowState
 
-__all__ = ["PRESETS", "CodeHiFiGAN", "VocoderConfig", "VocoderState", "WindowState"]
+__all__ = ["MAX_DURATION", "PRESETS", "CodeHiFiGAN", "VocoderConfig", "VocoderState", "WindowState"]
 
-MAX_DURATION = 500  # frames (10 s): a mistrained predictor must not ask for gigabytes
 NORMED = ("conv_pre", "ups", "resblocks", "conv_post")  # parts that carry weight norm in the field's checkpoints
 
 
@@ -56,9 +57,12 @@ class CodeHiFiGAN(nn.Module):
         self.dict = nn.Embedding(cfg.num_embeddings, cfg.embedding_dim)
         if cfg.multispkr:
             self.spkr = nn.Embedding(cfg.num_speakers, cfg.embedding_dim)
-        self.dur_predictor = (
-            DurationPredictor(cfg.dur_predictor_params, causal) if cfg.dur_predictor_params is not None else None
-        )
+        params = cfg.dur_predictor_params
+        self.dur_predictor: DurationPredictor | DurationClassifier | None = None
+        if params is not None and params.var_pred_max_frames:
+            self.dur_predictor = DurationClassifier(params, cfg.num_embeddings, cfg.lookahead_units)
+        elif params is not None:
+            self.dur_predictor = DurationPredictor(params, causal)
         if cfg.context_layers:
             self.context = nn.ModuleList(
                 ContextLayer(cfg.embedding_dim, cfg.context_kernel_size, 0 if i else cfg.lookahead_units)
@@ -163,24 +167,27 @@ class CodeHiFiGAN(nn.Module):
         return units.masked_fill(~inside, 0)
 
     def embed(self, units: Tensor, flow: Flow | None = None) -> Tensor:
-        """Units [B, U] to what durations and frames are made of, [B, C, U]."""
+        """Units [B, U] to what frames are made of, [B, C, U]."""
         x = self.dict(units).transpose(1, 2)
         for layer in getattr(self, "context", ()):
             x = layer(x, flow)
         return x
 
-    def predict_log_durations(self, x: Tensor, flow: Flow) -> Tensor:
-        """[B, C, U] to log(frames + 1), [B, U]."""
-        if self.dur_predictor is None:
-            raise ConfigError("this vocoder has no duration predictor (dur_predictor_params); pass durations")
-        return self.dur_predictor(x, flow)
+    def duration_input(self, units: Tensor, flow: Flow, x: Tensor | None = None) -> Tensor:
+        """What the durations are predicted from, [B, C, U]: the predictor's own look at the units, or ``embed``'s.
+
+        Args:
+            x: what ``embed`` gave for these units; None: computed where it is needed.
+        """
+        if isinstance(self.dur_predictor, DurationClassifier):
+            return self.dur_predictor.look(self.dur_predictor.dict(units).mT, flow)
+        return self.embed(units, flow) if x is None else x
 
     def predict_durations(self, x: Tensor, flow: Flow) -> Tensor:
-        """[B, C, U] to whole frames [B, U], at least 1; 1 each when the vocoder has no duration predictor."""
+        """``duration_input`` to whole frames [B, U], at least 1; 1 each when the vocoder has no duration predictor."""
         if self.dur_predictor is None:
             return torch.ones(x.shape[0], x.shape[2], dtype=torch.long, device=x.device)
-        frames = torch.round(torch.exp(self.dur_predictor(x, flow).clamp(max=20.0)) - 1)
-        return frames.clamp(1, MAX_DURATION).long()
+        return self.dur_predictor.frames(self.dur_predictor(x, flow)).long()
 
     def stretch(self, x: Tensor, durations: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Repeat each unit for its frames, and tell frames of one unit apart when ``position_buckets`` says so.
@@ -263,7 +270,7 @@ class CodeHiFiGAN(nn.Module):
         flow = Whole(uneven)
         x = self.embed(units, flow)
         if durations is None:
-            durations = self.predict_durations(x, flow)
+            durations = self.predict_durations(self.duration_input(units, flow, x), flow)
         elif durations.shape != units.shape:
             raise UnitError(f"durations have shape {list(durations.shape)}, units {list(units.shape)}")
         else:

@@ -12,15 +12,44 @@ from typing import Any, Mapping
 from echostream.constants import SAMPLE_RATE, UNIT_HOP
 from echostream.errors import ConfigError
 
+MAX_DURATION = 500  # frames (10 s): a mistrained predictor must not ask for gigabytes
+
 
 @dataclass(frozen=True)
 class DurationConfig:
-    """``dur_predictor_params`` of the field's config.json."""
+    """``dur_predictor_params``: the keys of the field's config.json, then EchoStream's own.
 
-    encoder_embed_dim: int
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    encoder_embed_dim: int  # width of what it reads: the voice's unit embeddings, or an embedding of its own
     var_pred_hidden_dim: int
     var_pred_kernel_size: int = 3
     var_pred_dropout: float = 0.5
+    # EchoStream's own
+    var_pred_max_frames: int = 0  # 0: the field's predictor; else a choice among 1..so many frames, see vocoder_layers
+    var_pred_layers: int = 0  # residual convolutions of that choice, behind the first convolution
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, least = getattr(self, f.name), 0 if f.name in ("var_pred_max_frames", "var_pred_layers") else 1
+            if f.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"dur_predictor_params.{f.name} is {value!r}; it must be a whole number >= {least}")
+        if not isinstance(self.var_pred_dropout, (int, float)) or not 0 <= self.var_pred_dropout < 1:
+            raise ConfigError(
+                f"dur_predictor_params.var_pred_dropout is {self.var_pred_dropout!r}; it must lie between 0 and 1"
+            )
+        if self.var_pred_max_frames and not 2 <= self.var_pred_max_frames <= MAX_DURATION:
+            raise ConfigError(
+                f"dur_predictor_params.var_pred_max_frames is {self.var_pred_max_frames}; it must lie in "
+                f"2..{MAX_DURATION}, or be 0 for the field's predictor"
+            )
+        if self.var_pred_layers and not self.var_pred_max_frames:
+            raise ConfigError(
+                f"dur_predictor_params.var_pred_layers is {self.var_pred_layers}; the field's predictor has no such "
+                "layers, set var_pred_max_frames too"
+            )
 
 
 @dataclass(frozen=True)
@@ -121,7 +150,17 @@ class VocoderConfig:
             )
         if self.dur_predictor_params is not None:
             params = self.dur_predictor_params
-            if params.encoder_embed_dim != self.embedding_dim:
+            if params.var_pred_max_frames and not (self.causal and self.lookahead_units):
+                raise ConfigError(
+                    f"dur_predictor_params.var_pred_max_frames is {params.var_pred_max_frames}; this predictor needs "
+                    "causal: true and lookahead_units of at least 1"
+                )
+            if params.var_pred_max_frames and params.var_pred_kernel_size <= self.lookahead_units:
+                raise ConfigError(
+                    f"dur_predictor_params.var_pred_kernel_size is {params.var_pred_kernel_size}; it must be larger "
+                    f"than lookahead_units {self.lookahead_units}"
+                )
+            if not params.var_pred_max_frames and params.encoder_embed_dim != self.embedding_dim:
                 raise ConfigError(
                     f"dur_predictor_params.encoder_embed_dim is {params.encoder_embed_dim}; it must equal "
                     f"embedding_dim {self.embedding_dim}"
@@ -136,6 +175,14 @@ class VocoderConfig:
         if self.upsample_channels:
             return self.upsample_channels
         return tuple(self.upsample_initial_channel >> (i + 1) for i in range(len(self.upsample_rates)))
+
+    @property
+    def past_units(self) -> int:
+        """Units before the current one that the layers which read the units themselves see."""
+        kernels = [self.context_kernel_size] if self.context_layers else []
+        if self.dur_predictor_params is not None and self.dur_predictor_params.var_pred_max_frames:
+            kernels.append(self.dur_predictor_params.var_pred_kernel_size)
+        return max(kernels, default=1) - 1 - self.lookahead_units
 
     @property
     def input_width(self) -> int:
@@ -220,7 +267,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         resblock_dilation_sizes=[[1, 3], [1, 3]],
         embedding_dim=128,
         dur_predictor_params=dict(
-            encoder_embed_dim=128, var_pred_hidden_dim=128, var_pred_kernel_size=3, var_pred_dropout=0.2
+            encoder_embed_dim=128,
+            var_pred_hidden_dim=128,
+            var_pred_kernel_size=5,
+            var_pred_dropout=0.1,
+            var_pred_max_frames=15,
+            var_pred_layers=4,
         ),
         causal=True,
         lookahead_units=2,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echostream.models.decoders.vocoder_config import DurationConfig
+from echostream.models.decoders.vocoder_config import MAX_DURATION, DurationConfig
 
 SLOPE = 0.1  # of HiFi-GAN's leaky ReLUs; the one before conv_post has PyTorch's 0.01
 
@@ -150,12 +150,16 @@ def pack(weight: Tensor, dilation: int = 1) -> Packed | None:
 
 
 class Conv(nn.Conv1d):
-    """1-d convolution over [B, C, T] that keeps T: zeros on both sides, or before alone when causal."""
+    """1-d convolution over [B, C, T] that keeps T: zeros on both sides, or before alone when causal.
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, dilation: int = 1, causal: bool = False):
+    Args:
+        ahead: inputs that a causal one sees ahead all the same.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, dilation: int = 1, causal: bool = False, ahead: int = 0):
         super().__init__(c_in, c_out, kernel, dilation=dilation)
         span = (kernel - 1) * dilation
-        self.right = 0 if causal else span // 2
+        self.right = ahead if causal else span // 2
         self.left = span - self.right
         self.packed: Packed | None = None
 
@@ -272,10 +276,57 @@ class DurationPredictor(nn.Module):
             x = F.dropout(x, self.dropout, self.training)
         return self.proj(x.mT).squeeze(2)
 
+    @staticmethod
+    def frames(scores: Tensor) -> Tensor:
+        """What ``forward`` gave as whole frames."""
+        return torch.round(torch.exp(scores.clamp(max=20.0)) - 1).clamp(1, MAX_DURATION)
+
+    def in_order(self) -> list[Conv]:
+        """The convolutions over what ``forward`` is given, in the order in which they run."""
+        return [self.conv1[0], self.conv2[0]]
+
     @property
     def right(self) -> int:
         """Units of look-ahead."""
-        return self.conv1[0].right + self.conv2[0].right
+        return sum(conv.right for conv in self.in_order())
+
+
+class DurationClassifier(nn.Module):
+    """Durations of units as a choice among 1..N frames; the answer is the mean of the distribution, rounded.
+
+    It has an embedding of its own: what the frames are made of is shaped by the spectral losses, and predicts worse. A
+    convolution over it (``look``) sees ``ahead`` units ahead, the residual convolutions behind none.
+    """
+
+    def __init__(self, config: DurationConfig, num_embeddings: int, ahead: int):
+        super().__init__()
+        width, hidden, kernel = config.encoder_embed_dim, config.var_pred_hidden_dim, config.var_pred_kernel_size
+        self.dict = nn.Embedding(num_embeddings, width)
+        self.first = Conv(width, hidden, kernel, causal=True, ahead=ahead)
+        self.convs = nn.ModuleList(Conv(hidden, hidden, kernel, causal=True) for _ in range(config.var_pred_layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(config.var_pred_layers + 1))
+        self.proj = nn.Linear(hidden, config.var_pred_max_frames)
+        self.dropout = config.var_pred_dropout
+
+    def look(self, x: Tensor, flow: Flow) -> Tensor:
+        """Its embeddings of the units [B, C, U], zeros beyond the ends, to the input of ``forward`` [B, H, U]."""
+        return self.norms[0](F.relu(self.first(x, flow)).mT).mT
+
+    def forward(self, x: Tensor, flow: Flow) -> Tensor:
+        """[B, H, U] to logits [B, U, N]; the first is of one frame."""
+        for conv, norm in zip(self.convs, self.norms[1:]):
+            x = x + F.dropout(norm(F.relu(conv(x, flow)).mT), self.dropout, self.training).mT
+        return self.proj(x.mT)
+
+    @staticmethod
+    def frames(scores: Tensor) -> Tensor:
+        """What ``forward`` gave as whole frames; exact ties go to the even number, as ONNX's Round has it."""
+        choices = torch.arange(1, scores.shape[2] + 1, dtype=scores.dtype, device=scores.device)
+        return torch.round(scores.softmax(2) @ choices)
+
+    def in_order(self) -> list[Conv]:
+        """The convolutions over what ``forward`` is given, in the order in which they run."""
+        return list(self.convs)
 
 
 def pack_weights(module: nn.Module) -> None:

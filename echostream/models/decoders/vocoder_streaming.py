@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echostream.models.decoders.vocoder_layers import Chunk, Upsample, Whole
+from echostream.models.decoders.vocoder_layers import Chunk, DurationClassifier, Upsample, Whole
 from echostream.models.state import State
 
 if TYPE_CHECKING:
@@ -75,10 +75,12 @@ def init_state(
 
 def _kept(model: CodeHiFiGAN) -> Iterator[tuple[int, int]]:
     """(inputs kept, channels) of a causal generator's convolutions, in the order in which they run."""
+    predictor = model.dur_predictor
+    if isinstance(predictor, DurationClassifier):
+        yield predictor.first.left + predictor.first.right, predictor.first.in_channels
     for layer in getattr(model, "context", ()):
         yield layer.left + layer.right, layer.conv.in_channels
-    predictor = model.dur_predictor
-    layers = [] if predictor is None else [predictor.conv1[0], predictor.conv2[0]]
+    layers = [] if predictor is None else predictor.in_order()
     layers += [model.conv_pre, *(conv for block in getattr(model, "frame_layers", ()) for conv in block.in_order())]
     for i, up in enumerate(model.ups):
         layers += [up, *(conv for block in model.blocks(i) for conv in block.in_order())]
@@ -100,24 +102,27 @@ def step_causal(
     ahead = model.config.lookahead_units
     if not units.shape[1]:
         units = units.new_zeros(units.shape[0], 1)  # a convolution wants something to slide over
-    x = model.dict(units)
-    inside = torch.arange(units.shape[1], device=units.device) < lengths[:, None]
-    x = torch.where(inside.unsqueeze(2), x, 0.0)
+    given = lengths[:, None]
     if ahead and bool(finished.any()):
-        # What lies behind the end is zeros at the first context layer's input, as offline.
-        x = F.pad(x, (0, 0, 0, ahead))
+        # What lies behind the end is zeros at the input of the layers that look ahead, as offline.
+        units = F.pad(units, (0, ahead))
         lengths = lengths + ahead * finished.long()
-    x, flow = x.mT, Chunk(lengths, state.caches)
+    inside = (torch.arange(units.shape[1], device=units.device) < given).unsqueeze(2)
+    x, flow = torch.where(inside, model.dict(units), 0.0).mT, Chunk(lengths, state.caches)
+    predictor, look = model.dur_predictor, None
+    if isinstance(predictor, DurationClassifier):
+        look = predictor.look(torch.where(inside, predictor.dict(units), 0.0).mT, flow)
     for i, layer in enumerate(getattr(model, "context", ())):
         x = layer(x, flow)
         if i == 0 and ahead:
-            # The delayed layer's first outputs of a stream belong to no unit: each row drops its own.
+            # The delayed layers' first outputs of a stream belong to no unit: each row drops its own.
             drop = torch.minimum((ahead - state.seen).clamp(min=0), lengths)
             x = _shift_left(x, drop)
+            look = None if look is None else _shift_left(look, drop)
             state = dataclasses.replace(state, seen=(state.seen + lengths).clamp(max=ahead))
             lengths = lengths - drop
             flow = Chunk(lengths, state.caches, flow.new)
-    durations = model.predict_durations(x, flow)
+    durations = model.predict_durations(x if look is None else look, flow)
     frames, frame_lengths = model.stretch(x, durations, lengths)
     flow = Chunk(frame_lengths, state.caches, flow.new)
     if frames.shape[2]:

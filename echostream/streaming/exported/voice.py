@@ -28,7 +28,7 @@ class ExportedSpeaker(Rows):
     def __init__(self, config: VocoderConfig, model: ExportedModel, rows: int):
         self.config, self.model = config, model
         self.ahead = config.lookahead_units
-        self.left = config.context_kernel_size - 1 - self.ahead if config.context_layers else 0
+        self.left = config.past_units
         self.ids = np.full((rows, self.left + self.ahead), config.num_embeddings, dtype=np.int64)
         self.waiting = np.zeros(rows, dtype=np.int64)
         self.caches = {
@@ -99,8 +99,11 @@ def caches(config: VocoderConfig) -> dict[str, tuple[int, int]]:
 
     for i in range(1, config.context_layers):
         keep(f"context.{i}", config.context_kernel_size - 1, config.embedding_dim)
-    if config.dur_predictor_params is not None:
-        params = config.dur_predictor_params
+    params = config.dur_predictor_params
+    if params is not None and params.var_pred_max_frames:
+        for i in range(params.var_pred_layers):
+            keep(f"duration.{i}", params.var_pred_kernel_size - 1, params.var_pred_hidden_dim)
+    elif params is not None:
         keep("duration.1", params.var_pred_kernel_size - 1, params.encoder_embed_dim)
         keep("duration.2", params.var_pred_kernel_size - 1, params.var_pred_hidden_dim)
     keep("conv_pre", 6, config.input_width)
