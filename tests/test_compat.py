@@ -93,3 +93,24 @@ def test_freed_memory_is_kept() -> None:
         "work(); usual = work(); kept = keep_freed_memory(); print(kept, sum(work() for _ in range(8)) <= 4 * usual)"
     )
     assert _in_fresh_interpreter(code) == "True True"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="about Linux's huge pages")
+def test_huge_pages_for_what_came_meanwhile() -> None:
+    """Memory from before is left alone, new memory is advised; its contents stay."""
+    code = (
+        "import ctypes, mmap; from echostream import compat\n"
+        "def advised(memory):\n"
+        "    at = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + len(memory) // 2\n"
+        "    for line in open('/proc/self/smaps'):\n"
+        "        start, dash, end = line.split()[0].partition('-')\n"
+        "        if dash: inside = int(start, 16) <= at < int(end, 16)\n"
+        "        if line.startswith('VmFlags') and inside: return 'hg' in line.split()\n"
+        "def allocate(letter):\n"
+        "    memory = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE); memory.write(letter * len(memory))\n"
+        "    return memory\n"
+        "old = allocate(b'a')\n"
+        "with compat.huge_pages(): new = allocate(b'b')\n"
+        "print(advised(old), advised(new), set(old[:]) == {97}, set(new[:]) == {98})"
+    )
+    assert _in_fresh_interpreter(code) == "False True True True"

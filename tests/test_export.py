@@ -27,10 +27,12 @@ from echostream.export.voice import upsampling  # noqa: E402
 from echostream.models.decoders.vocoder import CodeHiFiGAN  # noqa: E402
 from echostream.models.decoders.vocoder_config import VocoderConfig  # noqa: E402
 from echostream.models.echostream_model import build_echostream_model  # noqa: E402
+from echostream.models.subsampler import Subsampler  # noqa: E402
 from echostream.streaming import SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
 from echostream.streaming.exported.hearing import ring_ages, segment_mask, turn, write_ring  # noqa: E402
 from echostream.streaming.exported.model import ExportedModel  # noqa: E402
 from echostream.streaming.exported.stages import ExportedStages  # noqa: E402
+from echostream.streaming.exported.subsampling import patches, windows  # noqa: E402
 from echostream.streaming.stages import Extend, Listen, NewSentence, Speak, Write  # noqa: E402
 from tests.conftest import tiny_config, tiny_voice  # noqa: E402
 from tests.test_streaming import speech  # noqa: E402
@@ -377,6 +379,28 @@ def test_masks_repeat_once_the_rings_are_full(sizes: tuple[int, ...]) -> None:
             np.testing.assert_array_equal(early, late)
     masks = [segment_mask(*sizes, full + b, 9, 3, shift=False) for b in range(period)]
     assert period == 1 or any((mask != masks[0]).any() for mask in masks)
+
+
+@pytest.mark.parametrize("channels, bins", [(1, 80), (1, 13), (2, 9)])
+def test_gathered_windows_make_the_subsampler(channels: int, bins: int) -> None:
+    """Products over windows and patches are the two convolutions, at a stream's beginning, middle and end."""
+    torch.manual_seed(1)
+    subsampler = Subsampler(channels * bins, channels, 6, 4).eval()
+    frames, size = 3, 3 + 4 * 3
+    features = torch.randn(3, size, channels * bins)
+    valid, first = np.array([12, 12, 5]), np.array([True, False, False])
+    features[2, 3 + 5 :] = 0
+    features[0, :3] = 0
+    with torch.no_grad():
+        places = torch.from_numpy(windows(features.numpy(), channels, valid, first))
+        weight = torch.cat([subsampler.conv1.weight.flatten(1), subsampler.conv1.bias[:, None]], dim=1)
+        x = torch.relu(places @ weight.T)[:, torch.from_numpy(patches(frames, -(-bins // 4)))]  # [B, N * bins, 9, C]
+        x = x.flatten(2) @ subsampler.conv2.weight.permute(0, 2, 3, 1).flatten(1).T + subsampler.conv2.bias
+        ours = subsampler.proj(torch.relu(x).unflatten(1, (frames, -1)).flatten(2))
+        ages = torch.from_numpy(valid), torch.from_numpy(first)
+        theirs = subsampler._convolve(features, *ages, torch.tensor([3, 3, 2]))
+    assert torch.allclose(ours[:2], theirs[:2], atol=1e-5)
+    assert torch.allclose(ours[2, :2], theirs[2, :2], atol=1e-5)  # what lies behind the end is nobody's
 
 
 def test_upsampling_as_a_convolution() -> None:

@@ -22,8 +22,8 @@ from echostream.models.subsampler import Subsampler
 def encoder_graph(encoder: EchoStreamEncoder, int8: bool) -> Graph:
     """G segments of each stream.
 
-    Inputs: ``features`` [B, 3 + 4 (G S + R), F], three frames of context first, zero where there is no speech;
-    ``inside`` [B, 1 + 2 (G S + R), 1, 1], 0 for frames of the first convolution that lie outside of the stream;
+    Inputs: ``windows`` [B, places, 9 channels + 1] and ``patches`` [(G S + R) bins, 9], what the two convolutions see
+    (``streaming.exported.subsampling``);
     ``mask`` [B, 1, G W, M + L + G W + G] (without M and G where there is no memory bank); with right context
     ``places`` [G W], which subsampled frame stands where; and per layer ``keys.i`` and ``values.i`` [B, H, M + L, d].
 
@@ -49,24 +49,20 @@ def encoder_graph(encoder: EchoStreamEncoder, int8: bool) -> Graph:
 
 
 def subsample(g: Graph, subsampler: Subsampler) -> str:
-    """Features to encoder frames [B, N, D]; the second convolution as a product of matrices, so that int8 serves it."""
-    channels, depth = subsampler.conv1.out_channels, subsampler.in_channels
-    bins = subsampler.num_bins // depth
-    x = g.input("features", "B", "T", subsampler.num_bins)
-    x = g("Transpose", g("Reshape", x, [0, 0, depth, bins]), perm=[0, 2, 1, 3])
-    x = g("Conv", x, subsampler.conv1.weight, subsampler.conv1.bias, strides=[2, 2], pads=[0, 1, 0, 1])
-    x = g("Transpose", g("Relu", x), perm=[0, 2, 3, 1])  # [B, time, bin, channel]
-    x = g("Mul", x, g.input("inside", "B", "T2", 1, 1))
-    bins = -(-bins // 2)
-    x = g("Pad", x, [0, 0, 1, 0, 0, 0, 1, 0])
-    out = -(-bins // 2)
-    taps = []
-    for i in range(3):
-        rows = g.slice(x, 1, i, i - 2 or 2**63 - 1, step=2)
-        taps += [g.slice(rows, 2, j, j + 2 * out - 1, step=2) for j in range(3)]
+    """What the first convolution sees to encoder frames [B, N, D].
+
+    Both convolutions are products of matrices, the second so that int8 serves it. The caller gathers for the first one,
+    in which nine numbers become a hundred and more; for the second the graph does, by ``patches``.
+    """
+    channels, bias = subsampler.conv1.out_channels, as_array(subsampler.conv1.bias)[:, None]
+    conv1 = np.concatenate([as_array(subsampler.conv1.weight).reshape(channels, -1), bias], axis=1)
+    x = g.input("windows", "B", "places", conv1.shape[1])
+    x = g("Relu", g("MatMul", x, np.ascontiguousarray(conv1.T)))
+    x = g("Gather", x, g.input("patches", "bins", 9, kind="INT64"), axis=1)  # [B, N * bins, 9, C]
+    x = g("Reshape", x, [0, 0, 9 * channels])
     weight = as_array(subsampler.conv2.weight).transpose(0, 2, 3, 1).reshape(channels, -1)
-    x = g("Relu", g.linear(g("Concat", *taps, axis=3), weight, subsampler.conv2.bias))
-    return g.dense(g("Reshape", x, [0, 0, out * channels]), subsampler.proj)
+    x = g("Relu", g.linear(x, weight, subsampler.conv2.bias))
+    return g.dense(g("Reshape", x, [0, -1, subsampler.proj.in_features]), subsampler.proj)
 
 
 def emformer_layer(g: Graph, layer: EmformerLayer, i: int, x: str, mask: str, kept: list[str]) -> str:

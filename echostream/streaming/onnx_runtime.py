@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from echostream.compat import huge_pages
 from echostream.errors import CheckpointError, require
 
 
@@ -31,7 +32,8 @@ def open_graph(path: str | Path, what: str, threads: int = 1) -> Any:
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     try:
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with huge_pages():
+            return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"{what} {path} is not an ONNX graph that can be run ({reason})") from None

@@ -17,9 +17,9 @@ import numpy as np
 from echostream.config import EchoStreamConfig
 from echostream.constants import SUBSAMPLING
 from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pick, unstack
+from echostream.streaming.exported.subsampling import CONTEXT, patches, windows
 from echostream.streaming.stages import Heard, Listen
 
-CONTEXT = SUBSAMPLING - 1  # feature frames before an encoder frame that the subsampler sees
 MAX_SEGMENTS = 8  # computed at once when so many have arrived; the weights are then read once for all of them
 
 
@@ -30,6 +30,7 @@ class ExportedHearing(Rows):
         self.config, self.model = config, model
         self.right, self.window = config.right_context_length, config.st_left_context - 1
         bins = config.input_feat_per_channel * config.input_channels
+        self.bins = -(-config.input_feat_per_channel // SUBSAMPLING)  # per channel, when subsampled
         dim, heads, st_heads = config.encoder_embed_dim, config.encoder_attention_heads, config.st_decoder_heads
         places = config.memory_size + config.left_cache_length
         waiting = CONTEXT + SUBSAMPLING * (config.segment_length + self.right)
@@ -97,8 +98,8 @@ class ExportedHearing(Rows):
         valid = np.array([min(len(held[row]) - CONTEXT, SUBSAMPLING * size) for row in rows])
         before = self.segments[rows]
         feeds = {
-            "features": features,
-            "inside": inside(valid, before == 0, 2 * size + 1),
+            "windows": windows(features, self.config.input_channels, valid, before == 0),
+            "patches": patches(size, self.bins),
             "mask": self._mask(before, -(-valid // SUBSAMPLING), count),
             **layers(("keys", "values"), pick(self.ring, rows)),
         }
@@ -185,17 +186,6 @@ def segment_mask(
         parts.insert(0, (bank >= query - memory) & (bank >= -before))
         parts.append((np.arange(count) < query) & (np.arange(count) >= query - memory))
     return additive(np.concatenate(parts, axis=1))[None, None]
-
-
-def inside(valid: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
-    """1 for the first convolution's frames that belong to the stream: [B, size, 1, 1], the first of them being -1.
-
-    Args:
-        valid: [B] feature frames that there are. first: [B] does the stream begin with them?
-    """
-    time = np.arange(-1, size - 1)
-    within = (time < -(-valid[:, None] // 2)) & ~((time < 0) & first[:, None])
-    return within.astype(np.float32)[:, :, None, None]
 
 
 def ring_ages(count: np.ndarray, size: int) -> np.ndarray:
