@@ -183,17 +183,19 @@ def huge_pages() -> Iterator[None]:
     """
     before = _whole_pages()
     yield
-    new = sorted(_whole_pages() - before)
+    new = _whole_pages() - before
     if not new:
         return
+    starts = sorted(page for page in new if page - 1 not in new)
+    ends = sorted(page + 1 for page in new if page + 1 not in new)
     import ctypes
 
     huge_page, collapse = 14, 25  # linux/mman.h
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for page in new:
+    for start, end in zip(starts, ends, strict=True):
         for advice in (huge_page, collapse):
-            madvise(page * HUGE_PAGE, HUGE_PAGE, advice)
+            madvise(start * HUGE_PAGE, (end - start) * HUGE_PAGE, advice)
 
 
 def _whole_pages() -> set[int]:

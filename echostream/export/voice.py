@@ -15,7 +15,8 @@ import numpy as np
 
 from echostream.errors import ConfigError
 from echostream.export.graph import REST, Graph, as_array
-from echostream.models.decoders.vocoder import MAX_DURATION, SLOPE, CodeHiFiGAN
+from echostream.models.decoders.vocoder import SLOPE, CodeHiFiGAN
+from echostream.models.decoders.vocoder_config import MAX_DURATION
 from echostream.models.decoders.vocoder_layers import DurationClassifier
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from echostream.errors import UnitError
 from echostream.models.decoders import vocoder_streaming as streaming
-from echostream.models.decoders.vocoder_config import MAX_DURATION, PRESETS, VocoderConfig
+from echostream.models.decoders.vocoder_config import PRESETS, VocoderConfig
 from echostream.models.decoders.vocoder_layers import (
     SLOPE,
     ContextLayer,
@@ -35,7 +35,7 @@ from echostream.models.decoders.vocoder_layers import (
 )
 from echostream.models.decoders.vocoder_streaming import VocoderState, WindowState
 
-__all__ = ["MAX_DURATION", "PRESETS", "CodeHiFiGAN", "VocoderConfig", "VocoderState", "WindowState"]
+__all__ = ["PRESETS", "CodeHiFiGAN", "VocoderConfig", "VocoderState", "WindowState"]
 
 NORMED = ("conv_pre", "ups", "resblocks", "conv_post")  # parts that carry weight norm in the field's checkpoints
 
