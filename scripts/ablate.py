@@ -23,6 +23,7 @@ interrupted trainings go on. Every training's log lies beside its checkpoint in 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -32,8 +33,9 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.dry_run:
             ablations.show()
             return
-        failed = ablations.run()
+        with alone(args.save_dir):
+            failed = ablations.run()
         figures = ablations.compare()
         text = "\n".join(f"### {title}\n\n{ablation.table(arms)}\n" for title, arms in figures.items())
         print(f"\n{text}")
@@ -119,6 +122,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Raises ConfigError: another process holds ``folder``; two would write the same files."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another ablate.py is at work in {folder}; wait, or give another --save-dir") from None
+        yield
 
 
 class Ablations:

@@ -133,6 +133,13 @@ def test_arms_are_trained_decoded_and_compared(plan, corpus, launched, capsys):
                      for step in ("asr, 1 updates, done", "joint, 2 updates")]  # fmt: skip
 
 
+def test_one_process_works_in_a_folder(plan, corpus, launched):
+    folder = run(plan, corpus, "--dry-run")
+    with ablate.alone(folder), pytest.raises(SystemExit, match="another ablate.py is at work in .*runs"):
+        run(plan, corpus)
+    assert not launched
+
+
 def test_an_arm_that_fails_does_not_stop_the_others(plan, corpus, launched, capsys):
     values = yaml.safe_load(plan.read_text())
     values["groups"]["small"]["arms"] = {"reference": None, "bad": {"step-flags": {"joint": {"memory-size": -1}}}}
