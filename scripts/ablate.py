@@ -104,20 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the trainings and stop")
     args = parser.parse_args(argv)
     try:
-        ablations = Ablations(args)
-        if args.dry_run:
-            ablations.show()
-            return
         with alone(args.save_dir):
-            failed = ablations.run()
-        figures = ablations.compare()
-        text = "\n".join(f"### {title}\n\n{ablation.table(arms)}\n" for title, arms in figures.items())
-        print(f"\n{text}")
-        if args.table:
-            args.table.write_text(text, encoding="utf-8")
-            args.table.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        if failed:
-            raise EchoStreamError(f"not finished: {', '.join(failed)}; the same command goes on with them")
+            work(args)
     except EchoStreamError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -127,12 +115,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Raises ConfigError: another process holds ``folder``; two would write the same files."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"another ablate.py is at work in {folder}; wait, or give another --save-dir") from None
         yield
+
+
+def work(args: argparse.Namespace) -> None:
+    """Train, decode and compare what the command line asks for, or show what would be trained.
+
+    Raises:
+        EchoStreamError: something in it is wrong, or an arm failed.
+    """
+    ablations = Ablations(args)
+    if args.dry_run:
+        ablations.show()
+        return
+    failed = ablations.run()
+    figures = ablations.compare()
+    text = "\n".join(f"### {title}\n\n{ablation.table(arms)}\n" for title, arms in figures.items())
+    print(f"\n{text}")
+    if args.table:
+        args.table.write_text(text, encoding="utf-8")
+        args.table.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if failed:
+        raise EchoStreamError(f"not finished: {', '.join(failed)}; the same command goes on with them")
 
 
 class Ablations:

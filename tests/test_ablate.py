@@ -135,9 +135,11 @@ def test_arms_are_trained_decoded_and_compared(plan, corpus, launched, capsys):
 
 def test_one_process_works_in_a_folder(plan, corpus, launched):
     folder = run(plan, corpus, "--dry-run")
+    manifest = folder / "data" / f"{ablate.TEST}.tsv"
+    before = manifest.read_bytes()
     with ablate.alone(folder), pytest.raises(SystemExit, match="another ablate.py is at work in .*runs"):
-        run(plan, corpus)
-    assert not launched
+        run(plan, corpus, "--test-limit", "1")
+    assert not launched and manifest.read_bytes() == before  # the other process goes on decoding what it was to decode
 
 
 def test_an_arm_that_fails_does_not_stop_the_others(plan, corpus, launched, capsys):
