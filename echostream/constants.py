@@ -5,6 +5,9 @@ FRAME_LENGTH = 400  # samples in an analysis window (25 ms)
 FRAME_SHIFT = 160  # samples between two feature frames (10 ms)
 NUM_MEL_BINS = 80
 SUBSAMPLING = 4  # feature frames per encoder frame
+# Two convolutions of kernel 3 and stride 2 make encoder frame t look at the features 4t-3 .. 4t+3: nothing beyond the
+# four frames it replaces, and three frames before them.
+SUBSAMPLING_CONTEXT = SUBSAMPLING - 1
 ENCODER_FRAME_MS = 40  # one encoder frame of source audio
 UNIT_RATE = 50  # discrete units per second of target speech, before deduplication
 UNIT_HOP = SAMPLE_RATE // UNIT_RATE  # samples of waveform per unit (320)

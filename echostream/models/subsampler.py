@@ -11,13 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echostream.constants import SUBSAMPLING
+from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT
 from echostream.errors import ConfigError
 from echostream.models.state import State
-
-# Two convolutions of kernel 3 and stride 2 make encoder frame t look at the features 4t-3 .. 4t+3: nothing beyond the
-# four frames it replaces, and three frames before them.
-CONTEXT = SUBSAMPLING - 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Subsampler(nn.Module):
             ([B, ceil(T / 4), D] encoder frames of 40 ms, zero in the padding; [B] valid encoder frames).
         """
         count = -(-features.shape[1] // SUBSAMPLING)
-        window = F.pad(features, (0, 0, CONTEXT, count * SUBSAMPLING - features.shape[1]))
+        window = F.pad(features, (0, 0, SUBSAMPLING_CONTEXT, count * SUBSAMPLING - features.shape[1]))
         out_lengths = -(-lengths // SUBSAMPLING)
         return self._convolve(window, lengths, torch.ones_like(lengths, dtype=torch.bool), out_lengths), out_lengths
 
@@ -83,7 +79,7 @@ class Subsampler(nn.Module):
         """The state of streams of which nothing has been heard."""
         weight = self.proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        frames = torch.zeros(batch_size, CONTEXT, self.num_bins, device=device, dtype=dtype)
+        frames = torch.zeros(batch_size, SUBSAMPLING_CONTEXT, self.num_bins, device=device, dtype=dtype)
         zero = torch.zeros(batch_size, device=device, dtype=torch.long)
         return SubsamplerState(frames, frames, zero, zero)
 
@@ -109,7 +105,7 @@ class Subsampler(nn.Module):
             counts = torch.where(finished, -(-available // SUBSAMPLING), counts)
         count = int(counts.max())
         heard = torch.cat([state.context, pending], dim=1)
-        size = CONTEXT + count * SUBSAMPLING
+        size = SUBSAMPLING_CONTEXT + count * SUBSAMPLING
         if count:
             window = heard[:, :size] if heard.shape[1] >= size else F.pad(heard, (0, 0, 0, size - heard.shape[1]))
             y = self._convolve(window, available, state.frames == 0, counts)
@@ -117,8 +113,8 @@ class Subsampler(nn.Module):
             y = self.proj.weight.new_zeros(len(features), 0, self.proj.out_features)
         consumed = counts * SUBSAMPLING
         new = SubsamplerState(
-            context=take_rows(heard, consumed, CONTEXT),
-            pending=take_rows(heard, consumed + CONTEXT, CONTEXT),
+            context=take_rows(heard, consumed, SUBSAMPLING_CONTEXT),
+            pending=take_rows(heard, consumed + SUBSAMPLING_CONTEXT, SUBSAMPLING_CONTEXT),
             pending_count=(available - consumed).clamp(min=0),
             frames=state.frames + counts,
         )
@@ -136,7 +132,7 @@ class Subsampler(nn.Module):
             out_lengths: [B] encoder frames to keep; the others are set to zero.
         """
         batch, size, _ = window.shape
-        time = torch.arange(-CONTEXT, size - CONTEXT, device=window.device)
+        time = torch.arange(-SUBSAMPLING_CONTEXT, size - SUBSAMPLING_CONTEXT, device=window.device)
         x = window.masked_fill((time >= lengths[:, None])[:, :, None], 0.0)
         x = x.view(batch, size, self.in_channels, -1).transpose(1, 2)  # [B, channel, T, bin]
         if _is_half(x):

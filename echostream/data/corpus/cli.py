@@ -223,7 +223,7 @@ def run_units(args: argparse.Namespace) -> None:
         paths = [args.output / "target" / line["audio"] for name, line in recordings.items() if name in train]
         model = target_units.fit_units(
             args.output, features, paths, args.num_units, args.fit_frames, args.positions, args.seed,
-            progress_bar("k-means"),
+            progress_bar("k-means", unit="it"),
         )
         print(f"units: k-means fitted, {len(model)} units of {features.name}", flush=True)
     facts = {"features": features.name, "num_units": len(model),
@@ -362,9 +362,9 @@ def note_step(args: argparse.Namespace, name: str, **facts: object) -> None:
     path.write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def progress_bar(title: str) -> Callable[[Iterable], Iterable]:
+def progress_bar(title: str, unit: str = "utt") -> Callable[[Iterable], Iterable]:
     tqdm = require("tqdm", "all").tqdm
-    return lambda items: tqdm(items, desc=title, unit="utt", mininterval=2.0)
+    return lambda items: tqdm(items, desc=title, unit=unit, mininterval=2.0)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ def fit_units(
     """Fit k-means on recordings drawn by hash, ``max_frames`` frames in all; saved as ``units/kmeans.npz``."""
     sample, total = [], 0
     order = sorted(recordings, key=lambda path: hash_int(seed, "fit", path.stem))
-    for paths in progress(list(_batches(order, _BATCH))):
+    for paths in _batches(progress(order), _BATCH):
         loaded = [samples for _, samples in _load(paths, None)]
         for frames in features.extract(loaded):
             sample.append(frames)
@@ -75,7 +76,7 @@ def assign_units(
     todo = [name for name in mine if name not in done]
     counts = {"done": len(mine) - len(todo), "converted": 0, "skipped": 0}
     with Skipped(output / "skipped", "units", shard, num_shards) as skipped:
-        for number, names in enumerate(progress(list(_batches(todo, _BATCH)))):
+        for number, names in enumerate(_batches(progress(todo), _BATCH)):
             loaded = list(_load([output / "target" / recordings[name]["audio"] for name in names], skipped))
             lines = []
             for (path, _), frames in zip(loaded, features.extract([samples for _, samples in loaded])):
@@ -102,9 +103,9 @@ def write_units(output: Path, ledger: Ledger) -> None:
     write_table(output / "target" / "units.tsv", UNIT_COLUMNS, ([line[c] for c in UNIT_COLUMNS] for line in lines))
 
 
-def _batches(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _batches(items: Iterable, size: int) -> Iterator[list]:
+    rest = iter(items)
+    yield from iter(lambda: list(itertools.islice(rest, size)), [])
 
 
 def _load(paths: list[Path], skipped: Skipped | None) -> Iterator[tuple[Path, np.ndarray]]:

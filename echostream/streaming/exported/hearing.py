@@ -15,9 +15,9 @@ import math
 import numpy as np
 
 from echostream.config import EchoStreamConfig
-from echostream.constants import SUBSAMPLING
+from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT
 from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pick, unstack
-from echostream.streaming.exported.subsampling import CONTEXT, patches, windows
+from echostream.streaming.exported.subsampling import patches, windows
 from echostream.streaming.stages import Heard, Listen
 
 MAX_SEGMENTS = 8  # computed at once when so many have arrived; the weights are then read once for all of them
@@ -33,12 +33,12 @@ class ExportedHearing(Rows):
         self.bins = -(-config.input_feat_per_channel // SUBSAMPLING)  # per channel, when subsampled
         dim, heads, st_heads = config.encoder_embed_dim, config.encoder_attention_heads, config.st_decoder_heads
         places = config.memory_size + config.left_cache_length
-        waiting = CONTEXT + SUBSAMPLING * (config.segment_length + self.right)
+        waiting = SUBSAMPLING_CONTEXT + SUBSAMPLING * (config.segment_length + self.right)
 
         def zeros(*shape: int, dtype: type = np.float32) -> np.ndarray:
             return np.zeros(shape, dtype=dtype)
 
-        self.features = zeros(rows, waiting, bins)  # CONTEXT frames that were used, then those that wait
+        self.features = zeros(rows, waiting, bins)  # SUBSAMPLING_CONTEXT frames that were used, then those that wait
         self.waiting, self.segments, self.frames = (zeros(rows, dtype=np.int64) for _ in range(3))
         self.ring = zeros(2 * config.encoder_layers, rows, heads, places, dim // heads)
         self.st_ring = zeros(2 * config.st_decoder_layers, rows, st_heads, self.window, dim // st_heads)
@@ -57,8 +57,9 @@ class ExportedHearing(Rows):
         held: dict[int, np.ndarray] = {}  # by row: context and features not encoded yet
         ready: dict[int, int] = {}  # by row: segments that can be computed
         for row, request in zip(rows, requests):
-            held[row] = np.concatenate([self.features[row, : CONTEXT + self.waiting[row]], request.features])
-            waiting = len(held[row]) - CONTEXT
+            kept = self.features[row, : SUBSAMPLING_CONTEXT + self.waiting[row]]
+            held[row] = np.concatenate([kept, request.features])
+            waiting = len(held[row]) - SUBSAMPLING_CONTEXT
             if request.finished:
                 ready[row] = -(-waiting // (SUBSAMPLING * segment))
             else:
@@ -76,7 +77,7 @@ class ExportedHearing(Rows):
                 self.reset(row)
             else:
                 self.features[row, : len(held[row])] = held[row]
-                self.waiting[row] = len(held[row]) - CONTEXT
+                self.waiting[row] = len(held[row]) - SUBSAMPLING_CONTEXT
         return [self._join(found[row]) for row in rows]
 
     def _join(self, parts: list[Heard]) -> Heard:
@@ -91,11 +92,12 @@ class ExportedHearing(Rows):
         """The next ``count`` segments of each row."""
         segment = self.config.segment_length
         size = count * segment + self.right
-        features = np.zeros((len(rows), CONTEXT + SUBSAMPLING * size, self.features.shape[2]), dtype=np.float32)
+        length = SUBSAMPLING_CONTEXT + SUBSAMPLING * size
+        features = np.zeros((len(rows), length, self.features.shape[2]), dtype=np.float32)
         for window, row in zip(features, rows):
             part = held[row][: len(window)]
             window[: len(part)] = part
-        valid = np.array([min(len(held[row]) - CONTEXT, SUBSAMPLING * size) for row in rows])
+        valid = np.array([min(len(held[row]) - SUBSAMPLING_CONTEXT, SUBSAMPLING * size) for row in rows])
         before = self.segments[rows]
         feeds = {
             "windows": windows(features, self.config.input_channels, valid, before == 0),

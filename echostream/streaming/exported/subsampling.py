@@ -11,9 +11,6 @@ import functools
 
 import numpy as np
 
-from echostream.constants import SUBSAMPLING
-
-CONTEXT = SUBSAMPLING - 1  # feature frames before an encoder frame that it depends on
 KERNEL, STRIDE = 3, 2
 
 
