@@ -13,7 +13,7 @@ from echostream.errors import ConfigError
 from echostream.models.decoders.vocoder import VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_generator_state, load_weights
 from echostream.models.decoders.vocoder_layers import Whole
-from echostream.vocoder.dataset import Batch, Utterance, UtteranceSampler
+from echostream.vocoder.dataset import Batch, UtteranceSampler
 from echostream.vocoder.losses import duration_loss
 from echostream.vocoder.trainer import Trainer, TrainerOptions
 
@@ -34,19 +34,11 @@ class DurationTrainer(Trainer):
 
     format = "echostream-duration-training/1"
 
-    def __init__(
-        self,
-        config: VocoderConfig,
-        options: TrainerOptions,
-        train: list[Utterance],
-        held_out: list[Utterance],
-        directory: Path,
-        device: str = "cpu",
-    ):
+    def __init__(self, config: VocoderConfig, options: TrainerOptions, *args: Any, **kwargs: Any):
         if config.dur_predictor_params is None:
             raise ConfigError("this vocoder has no duration predictor (dur_predictor_params); nothing to train")
         options = dataclasses.replace(options, weight_norm=False)
-        super().__init__(config, options, train, held_out, directory, device)
+        super().__init__(config, options, *args, **kwargs)
         self.model = self.ema
         self.model.dur_predictor.requires_grad_(True)
         self._new_optimizer()
