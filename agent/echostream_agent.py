@@ -103,7 +103,7 @@ class SessionStates(AgentStates):
                 self.unsaid += new
             elif isinstance(event, TargetUnits):
                 # Read from MT states, the speech may stay some subwords behind the text.
-                out += self._say(event.inputs if self.bundle.config.unit_decoder_input == "mt" else None)
+                out += self._say(event.inputs if self.bundle.config.units_read_text else None)
             elif isinstance(event, SentenceEnd):
                 self.heard[event.sentence] = event.source_text
                 out += [*self._say(None), " "]

@@ -64,7 +64,9 @@ class EchoStreamConfig:
     mt_vocab_size: int = _option(6000, "target dictionary size (the same dictionary as the ST head's)")
     # Unit decoder
     unit_decoder_input: str = _option(
-        "encoder", "what the unit decoder upsamples: encoder frames, or MT decoder states", ("encoder", "mt")
+        "encoder",
+        "what the unit decoder upsamples: encoder frames, MT decoder states, or those and the tokens written from them",
+        ("encoder", "mt", "mt-tokens"),
     )
     ctc_upsample_ratio: int = _option(5, "unit positions per input state (5 per encoder frame, 25 per MT subword)")
     unit_decoder_layers: int = _option(6, "layers of the unit decoder")
@@ -106,6 +108,11 @@ class EchoStreamConfig:
                 )
         if self.full_context and self.shift_context:
             raise ConfigError("full_context has no segments whose context shift_context could shift; choose one")
+
+    @property
+    def units_read_text(self) -> bool:
+        """Does the unit decoder read MT decoder states, and not encoder frames?"""
+        return self.unit_decoder_input != "encoder"
 
     @property
     def left_cache_length(self) -> int:
@@ -173,7 +180,7 @@ SMALL: dict[str, Any] = dict(
     mt_decoder_heads=3,
     mt_decoder_embed_dim=192,
     mt_decoder_ffn_dim=768,
-    unit_decoder_input="mt",
+    unit_decoder_input="mt-tokens",
     ctc_upsample_ratio=16,
     unit_decoder_layers=4,
     unit_decoder_heads=3,

@@ -95,13 +95,15 @@ class EchoStreamGenerator:
 
     def _units(self, model: nn.Module, x: Tensor, lengths: Tensor, tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Greedy units [B, U] and their number [B]; for an ``mt`` unit decoder, of the beam's best hypotheses."""
-        if model.config.unit_decoder_input == "encoder":
+        written = None
+        if not model.config.units_read_text:
             inputs, input_lengths = x, lengths
         else:
+            written = data_utils.collate_tokens(tokens, PAD).to(x.device)
             previous = data_utils.collate_tokens(tokens, PAD, EOS, move_eos_to_beginning=True).to(x.device)
             _, inputs = model.mt_decoder(previous, x, lengths)
             input_lengths = torch.tensor([len(t) for t in tokens], device=x.device)
-        logits = model.unit_decoder(inputs, input_lengths, x, lengths)
+        logits = model.unit_decoder(inputs, input_lengths, x, lengths, tokens=written)
         units, counts, _ = greedy_units(logits, input_lengths * model.config.ctc_upsample_ratio)
         return units, counts
 

@@ -19,6 +19,7 @@ COMPONENTS = {
     "unit_decoder": "unit decoder",
     "vocoder": "vocoder",
 }
+UNIT_INPUTS = {"encoder": "encoder frames", "mt": "MT states", "mt-tokens": "MT states and tokens"}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def _describe_directory(path: Path) -> dict[str, Any]:
             "policy": repr(session.engine.policy),
             "chunk (ms)": session.settings.chunk_ms,
             "longest sentence (s)": session.engine.max_frames * ENCODER_FRAME_MS / 1000,
-            "unit decoder reads": {"mt": "MT states", "encoder": "encoder frames"}[bundle.config.unit_decoder_input],
+            "unit decoder reads": UNIT_INPUTS[bundle.config.unit_decoder_input],
             "state of a stream (bytes)": session.nbytes,
         },
         "files (bytes)": {**files, "in all": sum(files.values())},

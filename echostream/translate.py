@@ -184,6 +184,6 @@ def timeline_output(args: Namespace, bundle: Bundle, rate: int) -> TimelinePictu
         rate,
         bundle.target_dict,
         speech=bundle.vocoder is not None,
-        units_read_text=bundle.config.unit_decoder_input == "mt",
+        units_read_text=bundle.config.units_read_text,
         seconds=args.timeline_seconds,
     )

@@ -217,8 +217,8 @@ def test_every_shipped_arm_is_a_command_of_fairseq(corpus, tmp_path, capsys):
             args = options.parse_args_and_arch(options.get_training_parser(), words.split())
             config = EchoStreamConfig.from_args(args)
             assert args.data == str(data) and args.max_update in (150, 300, 550, 850, 1000)
-            assert config.unit_decoder_input == "mt" or config.ctc_upsample_ratio == 5
-    assert len({tuple(lines) for lines in commands.values()}) == len(commands) == 16
+            assert config.units_read_text or config.ctc_upsample_ratio == 5
+    assert len({tuple(lines) for lines in commands.values()}) == len(commands) == 17
     assert commands["asr-first"][0] == commands["g-masked"][0] == commands["reference"][0]
     assert "--encoder-init" not in commands["all-at-once"][0]
     assert "--encoder-init" in commands["warm-decoders"][2] and "--decoder-init" in commands["warm-decoders"][2]

@@ -22,7 +22,11 @@ from echostream.streaming import SentenceEnd, SessionBatch, SourceText, Streamin
 from echostream.streaming.backends import backend_of
 from tests.conftest import NUM_UNITS, tiny_config, tiny_voice
 
-SIZES = {"mt": dict(unit_decoder_input="mt", ctc_upsample_ratio=25), "encoder": dict(unit_decoder_input="encoder")}
+SIZES = {
+    "mt": dict(unit_decoder_input="mt", ctc_upsample_ratio=25),
+    "mt-tokens": dict(unit_decoder_input="mt-tokens", ctc_upsample_ratio=25),
+    "encoder": dict(unit_decoder_input="encoder"),
+}
 CHUNKS = 8  # a sentence: 2.56 s; two of them fill all that a session remembers
 
 

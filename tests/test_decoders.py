@@ -19,6 +19,7 @@ from echostream.text import collapse_ctc
 
 D = 16
 EXACT = dict(rtol=0, atol=1e-9)
+UNIT_INPUTS = ["encoder", "mt", "mt-tokens"]
 
 
 def config(**changes) -> EchoStreamConfig:
@@ -348,21 +349,24 @@ def test_mt_greedy_is_the_best_token_of_the_forward():
 # ---- units -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["encoder", "mt"])
+@pytest.mark.parametrize("source", UNIT_INPUTS)
 def test_unit_shapes(source):
     decoder = make(UnitDecoder, unit_decoder_input=source)
-    inputs = random(2, 5, 12 if source == "mt" else D)
-    logits = decoder(inputs, torch.tensor([5, 2]), random(2, 7, D), torch.tensor([7, 3]))
+    inputs, tokens = random(2, 5, D if source == "encoder" else 12), torch.randint(4, 9, (2, 5))
+    logits = decoder(inputs, torch.tensor([5, 2]), random(2, 7, D), torch.tensor([7, 3]), tokens=tokens)
     assert logits.shape == (2, 15, 13)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("source", ["encoder", "mt"])
+@pytest.mark.parametrize("source", UNIT_INPUTS)
 def test_unit_masked_forward_reproduces_the_stream(source, in_place):
     generator = torch.Generator().manual_seed(3)
     decoder = make(UnitDecoder, unit_decoder_input=source)
     lengths, frames = torch.tensor([9, 4]), torch.tensor([20, 15])
-    inputs, memory = random(2, 9, 12 if source == "mt" else D), random(2, 20, D)
+    inputs, memory = random(2, 9, D if source == "encoder" else 12), random(2, 20, D)
+    tokens = torch.randint(4, 9, (2, 9))
+    if decoder.tokens is not None:  # they start at zero
+        torch.nn.init.normal_(decoder.tokens.weight)
     visible, got = torch.zeros(2, 9, dtype=torch.long), random(2, 27, 13)
     state, done, heard = decoder.init_state(2), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
     while bool((done < lengths).any()):
@@ -371,9 +375,9 @@ def test_unit_masked_forward_reproduces_the_stream(source, in_place):
         state = decoder.extend(chunk, take, state, in_place)
         heard = heard + take
         take = torch.minimum(torch.randint(0, 4, (2,), generator=generator), lengths - done)
-        chunk = torch.stack([inputs[b].roll(-int(done[b]), 0)[:4] for b in range(2)])
+        chunk, written = (torch.stack([x[b].roll(-int(done[b]), 0)[:4] for b in range(2)]) for x in (inputs, tokens))
         before = snapshot(state)
-        logits, counts, new = decoder.step(chunk, take, state, in_place)
+        logits, counts, new = decoder.step(chunk, take, state, in_place, written)
         assert in_place or unchanged(state, before)
         assert torch.equal(counts, take * 3)
         state = new
@@ -382,7 +386,7 @@ def test_unit_masked_forward_reproduces_the_stream(source, in_place):
             got[row, start * 3 : end * 3] = logits[row, : (end - start) * 3]
             visible[row, start:end] = heard[row]
         done = done + take
-    expected = decoder(inputs, lengths, memory, frames, visible)
+    expected = decoder(inputs, lengths, memory, frames, visible, tokens)
     for row, length in enumerate((lengths * 3).tolist()):
         torch.testing.assert_close(got[row, :length], expected[row, :length], **EXACT)
 

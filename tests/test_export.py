@@ -58,7 +58,10 @@ def bundle_of(data: Path, folder: Path, voice: VocoderConfig | None = None, **ch
     if voice is not None:
         files = folder / "voice.pt", folder / "voice.json"
         save_vocoder(CodeHiFiGAN(voice), *files)
-    return save_bundle(folder / "bundle", build_echostream_model(config).state_dict(), config, data, vocoder=files)
+    model = build_echostream_model(config)
+    if model.unit_decoder.tokens is not None:  # they start at zero
+        torch.nn.init.normal_(model.unit_decoder.tokens.weight)
+    return save_bundle(folder / "bundle", model.state_dict(), config, data, vocoder=files)
 
 
 def said(session: StreamingSession, samples: np.ndarray) -> tuple[list, np.ndarray]:
@@ -84,9 +87,10 @@ def said(session: StreamingSession, samples: np.ndarray) -> tuple[list, np.ndarr
         dict(left_context_length=0, st_decoder_layers=0),
         dict(left_context_length=5, right_context_length=1, shift_context=True),
         dict(unit_decoder_input="encoder", ctc_upsample_ratio=1, st_left_context=1),
+        dict(unit_decoder_input="mt-tokens"),
         dict(segment_length=1, memory_size=5, unit_decoder_embed_dim=16, mt_decoder_embed_dim=48, mt_decoder_heads=3),
     ],
-    ids=["default", "right-context", "no-memory", "no-left", "shifted", "encoder-units", "single-frames"],
+    ids=["default", "right-context", "no-memory", "no-left", "shifted", "encoder-units", "token-units", "single-frame"],
 )
 def test_graphs_compute_what_torch_does(tiny_data: Path, tmp_path: Path, changes: dict) -> None:
     directory, differences = export_directory(bundle_of(tiny_data, tmp_path, tiny_voice(), **changes), tmp_path / "out")

@@ -12,8 +12,10 @@ import torch
 pytest.importorskip("fairseq")
 
 from echostream import compat
+from echostream.constants import BLANK
 from echostream.data.manifest import read_manifest
 from echostream.errors import CheckpointError, ConfigError
+from echostream.models.decoders.unit_decoder import greedy_units
 from tests.training_data import NUM_UNITS, make_corpus, tiny_flags
 
 compat.register_with_fairseq()
@@ -40,7 +42,12 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     data = make_corpus(folder / "data", train=6, dev=5)
     options = dict(max_update=30, disable_validation=True, join_probability=0.0, dropout=0.0, unit_weight=1.0)
     fairseq("train", tiny_flags(data, folder / "run", **options))
-    return data, folder / "run/checkpoint_last.pt"
+    checkpoint = folder / "run/checkpoint_last.pt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["model"]["unit_decoder.output.bias"][BLANK] -= 8  # so little training leaves it silent
+    torch.nn.init.normal_(content["model"]["unit_decoder.tokens.weight"])
+    torch.save(content, checkpoint)
+    return data, checkpoint
 
 
 def generate(trained: tuple[Path, Path], results: Path, *flags: str, data: Path | None = None, subset: str = "dev"):
@@ -85,9 +92,14 @@ def test_beam_of_one_is_greedy_and_batches_do_not_matter(trained, tmp_path):
     model.eval()
     with torch.no_grad():
         x, lengths = model.encoder(sample["net_input"]["src_tokens"], sample["net_input"]["src_lengths"])
-        tokens, _, _ = model.mt_decoder.greedy(x, lengths, 12)
+        tokens, hidden, counts = model.mt_decoder.greedy(x, lengths, 12)
+        scores = model.unit_decoder(hidden, counts, x, lengths, tokens=tokens)
+        units, sizes, _ = greedy_units(scores, counts * model.config.ctc_upsample_ratio)
     # With --max-len-b 12 a hypothesis has 12 tokens at most, cut or not, as the greedy one has.
-    assert texts == {data.utterances[i].id: task.target_text(row) for i, row in enumerate(tokens.tolist())}
+    ids = [utterance.id for utterance in data.utterances]
+    assert texts == {name: task.target_text(row) for name, row in zip(ids, tokens.tolist())}
+    said = {name: row[:size].tolist() for name, row, size in zip(ids, units, sizes.tolist())}
+    assert said == {row["id"]: row["units"] for row in together} and any(said.values())
 
 
 def test_the_text_decoder_on_true_transcripts(trained, tmp_path):

@@ -20,6 +20,7 @@ from echostream.models.echostream_model import EchoStreamModel, SentenceWindows,
 
 ROOT = Path(__file__).parents[1]
 EXACT = dict(rtol=0, atol=1e-9)
+UNIT_INPUTS = ["encoder", "mt", "mt-tokens"]
 TINY = dict(
     conv_channels=4, encoder_embed_dim=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_embed_dim=24,
     left_context_length=6, memory_size=2, asr_vocab_size=11, st_decoder_layers=1, st_decoder_heads=2, st_vocab_size=13,
@@ -31,7 +32,10 @@ TINY = dict(
 
 def tiny(seed: int = 0, **changes) -> EchoStreamModel:
     torch.manual_seed(seed)
-    return build_echostream_model(EchoStreamConfig(**{**TINY, **changes})).double().eval()
+    model = build_echostream_model(EchoStreamConfig(**{**TINY, **changes})).double().eval()
+    if model.unit_decoder.tokens is not None:  # they start at zero, where none differs from another
+        torch.nn.init.normal_(model.unit_decoder.tokens.weight)
+    return model
 
 
 def speech(*lengths: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +108,7 @@ def test_the_model_does_not_need_fairseq():
 # ---- offline -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["encoder", "mt"])
+@pytest.mark.parametrize("source", UNIT_INPUTS)
 def test_every_parameter_learns(source):
     model = tiny(unit_decoder_input=source).train()
     x, lengths = speech(70, 50)
@@ -117,7 +121,7 @@ def test_every_parameter_learns(source):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("source", ["encoder", "mt"])
+@pytest.mark.parametrize("source", UNIT_INPUTS)
 def test_neighbours_and_padding_change_nothing(source):
     model = tiny(unit_decoder_input=source)
     x, lengths = speech(70, 45)
@@ -130,7 +134,7 @@ def test_neighbours_and_padding_change_nothing(source):
         torch.testing.assert_close(both[name][1, :n], alone[name][0, :n], **EXACT)
 
 
-@pytest.mark.parametrize("source", ["encoder", "mt"])
+@pytest.mark.parametrize("source", UNIT_INPUTS)
 def test_sentence_windows_equal_single_sentences(source):
     """What follows the encoder sees a window of a joined utterance as it would see an utterance of its own."""
     model = tiny(unit_decoder_input=source)
@@ -145,13 +149,14 @@ def test_sentence_windows_equal_single_sentences(source):
             u = int((prev[s] != PAD).sum())
             logits, hidden = model.mt_decoder(prev[s : s + 1, :u], part, n)
             torch.testing.assert_close(out["mt_logits"][s, :u], logits[0], **EXACT)
-            inputs = (hidden, torch.tensor([u])) if source == "mt" else (part, n)
-            units = model.unit_decoder(*inputs, part, n)[0]
+            inputs = (part, n) if source == "encoder" else (hidden, torch.tensor([u]))
+            tokens = torch.cat([prev[s, 1:u], torch.tensor([EOS])])[None]
+            units = model.unit_decoder(*inputs, part, n, tokens=tokens)[0]
             assert int(out["unit_lengths"][s]) == len(units)
             torch.testing.assert_close(out["unit_logits"][s, : len(units)], units, **EXACT)
 
 
-@pytest.mark.parametrize("source", ["encoder", "mt"])
+@pytest.mark.parametrize("source", UNIT_INPUTS)
 def test_parts_alone_equal_the_whole(source):
     model = tiny(unit_decoder_input=source)
     x, lengths = speech(70, 45)
@@ -161,8 +166,40 @@ def test_parts_alone_equal_the_whole(source):
         for part in ("asr", "st", "mt", "unit"):
             out = model(x, lengths, prev, parts={part})
             torch.testing.assert_close(out[f"{part}_logits"], whole[f"{part}_logits"], **EXACT)
-            needed = {part, "mt"} if (part, source) == ("unit", "mt") else {part}
+            needed = {part, "mt"} if part == "unit" and source != "encoder" else {part}
             assert {name.split("_")[0] for name in out if name.endswith("logits")} == needed
+
+
+def test_units_follow_what_was_written():
+    """With mt-tokens another last word sounds different although no MT state has seen it; with mt alone it cannot."""
+    x, lengths = speech(70)
+    prev, changed = targets(5), targets(5)
+    changed[0, 4] = 4 + (int(prev[0, 4]) - 3) % 9  # position 4 predicts </s>; position 3 predicted this token
+    for source, depends in (("mt", False), ("mt-tokens", True)):
+        model = tiny(unit_decoder_input=source)
+        with torch.no_grad():
+            one, other = (model(x, lengths, p)["unit_logits"][0] for p in (prev, changed))
+        start, end = (n * model.unit_decoder.ratio for n in (3, 4))
+        assert torch.equal(one[:start], other[:start])
+        assert torch.equal(one[start:end], other[start:end]) != depends
+
+
+def test_a_decoder_that_read_states_alone_goes_on_as_it_was(tmp_path):
+    """--decoder-init of an ``mt`` checkpoint: the tokens' embeddings start at zero, the scores stay the same."""
+    from echostream.models.fairseq_model import DECODERS, take_over
+
+    states, tokens = tiny(unit_decoder_input="mt"), tiny(1, unit_decoder_input="mt-tokens")
+    torch.nn.init.zeros_(tokens.unit_decoder.tokens.weight)
+    torch.save({"model": states.state_dict(), "args": None, "cfg": None}, tmp_path / "states.pt")
+    taken = take_over(tokens, tmp_path / "states.pt", DECODERS)
+    assert "unit_decoder.input.weight" in taken and "unit_decoder.tokens.weight" not in taken
+    memory, inputs, n = torch.randn(1, 6, 16).double(), torch.randn(1, 4, 12).double(), torch.tensor([4])
+    given = dict(tokens=torch.tensor([[4, 5, 6, EOS]]))
+    with torch.no_grad():
+        before, after = (m.unit_decoder(inputs, n, memory, n + 2, **given) for m in (states, tokens))
+    torch.testing.assert_close(after, before, **EXACT)
+    with pytest.raises(EchoStreamError, match="'mt-tokens': the unit decoder needs the tokens"):
+        tokens.unit_decoder(inputs, n, memory, n + 2)
 
 
 def test_masks_reach_both_decoders():
@@ -212,7 +249,7 @@ def test_vocoder_of_too_few_units_is_refused():
         build_echostream_model(EchoStreamConfig(**TINY), vocoder=speaker(8))
 
 
-@pytest.mark.parametrize("source", ["encoder", "mt"])
+@pytest.mark.parametrize("source", UNIT_INPUTS)
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16 weights"])
 def test_bfloat16_trains_decodes_and_streams(source, kind):
     torch.manual_seed(0)

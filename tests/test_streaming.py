@@ -99,7 +99,10 @@ def make_bundle(unit_input: str = "mt", seed: int = 0, voice: bool = True, **cha
         _, hidden = model.mt_decoder(prev, x[:, :100], torch.tensor([100]))
         tune(model.mt_decoder.output, hidden[0])
         model.mt_decoder.output.bias[EOS] += 0.5
-        inputs = model.unit_decoder.upsample(hidden if unit_input == "mt" else x[:, :100])
+        if model.unit_decoder.tokens is not None:  # they start at zero
+            torch.nn.init.normal_(model.unit_decoder.tokens.weight, std=0.3)
+        written = torch.randint(NUM_SPECIALS, size, (1, 30))
+        inputs = model.unit_decoder.upsample(x[:, :100] if unit_input == "encoder" else hidden, written)
         hidden = model.unit_decoder.run(inputs, x[:, :100], torch.tensor([100]), None)
         tune(model.unit_decoder.output, hidden[0], blank=1.0)
     vocoder = None
@@ -119,7 +122,11 @@ def make_bundle(unit_input: str = "mt", seed: int = 0, voice: bool = True, **cha
     )
 
 
-BUNDLES = {"mt": make_bundle("mt"), "encoder": make_bundle("encoder", ctc_upsample_ratio=2)}
+BUNDLES = {
+    "mt": make_bundle("mt"),
+    "mt-tokens": make_bundle("mt-tokens"),
+    "encoder": make_bundle("encoder", ctc_upsample_ratio=2),
+}
 
 
 def translate(bundle, samples, splits=None, rate=16000, **options) -> list:
@@ -155,7 +162,7 @@ def assert_same(left: list, right: list) -> None:
 # ------------------------------------------------------------------------------------------------------- parity
 
 
-@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+@pytest.mark.parametrize("unit_input", BUNDLES)
 @pytest.mark.parametrize("rate", [16000, 8000, 44100])
 def test_any_split_gives_the_same_events(unit_input, rate):
     samples = speech(6.0, rate, seed=9)
@@ -182,7 +189,7 @@ TRIED = {
 }
 
 
-@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+@pytest.mark.parametrize("unit_input", BUNDLES)
 @pytest.mark.parametrize("whole_words", [True, False])
 @pytest.mark.parametrize("policy", TRIED)
 def test_streamed_scores_are_those_of_the_masked_training_forward(policy, whole_words, unit_input):
@@ -286,7 +293,7 @@ def test_decisions_fall_on_the_audio_clock():
         assert all(e.source_time_s == pytest.approx(2.0, abs=1e-3) for e in session.finish())
 
 
-@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+@pytest.mark.parametrize("unit_input", BUNDLES)
 def test_committed_output_only_grows(unit_input):
     events = translate(BUNDLES[unit_input], speech(8.0, seed=9))
     ended = -1
@@ -407,7 +414,7 @@ def test_state_does_not_grow():
 # ------------------------------------------------------------------------------------------- saved and restored
 
 
-@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+@pytest.mark.parametrize("unit_input", BUNDLES)
 def test_a_restored_session_goes_on_identically(unit_input, tmp_path):
     bundle, samples = BUNDLES[unit_input], speech(5.0, 22050, seed=9)
     expected = translate(bundle, samples, rate=22050)
@@ -467,7 +474,7 @@ def test_saved_sessions_that_do_not_fit(tmp_path):
 # ------------------------------------------------------------------------------------------------ many in a batch
 
 
-@pytest.mark.parametrize("unit_input", ["mt", "encoder"])
+@pytest.mark.parametrize("unit_input", BUNDLES)
 def test_a_batch_gives_each_stream_what_it_gets_alone(unit_input):
     """Streams of different ages, lengths and paces; places are taken over by later streams."""
     bundle = BUNDLES[unit_input]

@@ -69,7 +69,7 @@ TINY_MODEL = dict(
     conv_channels=8, encoder_embed_dim=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_embed_dim=64,
     st_decoder_layers=1, st_decoder_heads=2, mt_decoder_layers=1, mt_decoder_heads=2, mt_decoder_embed_dim=32,
     mt_decoder_ffn_dim=64, unit_decoder_layers=1, unit_decoder_heads=2, unit_decoder_embed_dim=32,
-    unit_decoder_ffn_dim=64, ctc_upsample_ratio=8, unit_decoder_input="mt",
+    unit_decoder_ffn_dim=64, ctc_upsample_ratio=8, unit_decoder_input="mt-tokens",
 )
 
 

@@ -286,7 +286,7 @@ def resident_mb() -> float:
 
 
 def run(args: argparse.Namespace) -> dict:
-    values = {"unit_decoder_input": args.unit_input, "ctc_upsample_ratio": 25 if args.unit_input == "mt" else 5}
+    values = {"unit_decoder_input": args.unit_input, "ctc_upsample_ratio": 5 if args.unit_input == "encoder" else 25}
     config = EchoStreamConfig.small() if args.small else EchoStreamConfig(**values)
     script = Script.write(config, args.sentence)
     per_sentence = script.frames * ENCODER_FRAME_MS // CHUNK_MS
@@ -523,7 +523,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help="the small model instead of the default configuration")
     parser.add_argument(
         "--unit-input",
-        choices=("encoder", "mt"),
+        choices=("encoder", "mt", "mt-tokens"),
         default="encoder",
         help="what the default model's unit decoder reads (default: encoder)",
     )

@@ -88,7 +88,7 @@ def stream(
         found = {}
         for number, samples in streams.items():
             clocks = [
-                WordTimes(bundle.target_dict, speech, bundle.config.unit_decoder_input == "mt")
+                WordTimes(bundle.target_dict, speech, bundle.config.units_read_text)
                 for speech in (False, True)
             ]
             spoken = clocks[1] if sessions.settings.speech else None

@@ -130,7 +130,9 @@ class Comparison:
 
     def _units(self, frames: np.ndarray, hidden: np.ndarray) -> None:
         decoder = self.model.unit_decoder
-        inputs = hidden if self.model.config.unit_decoder_input == "mt" else frames
+        config = self.model.config
+        inputs = hidden if config.units_read_text else frames
+        tokens = self.rng.integers(4, config.mt_vocab_size, len(inputs)) if config.units_read_text else None
         state = decoder.init_state(ROWS)
         self.stages.run([(row, NewSentence()) for row in range(ROWS)])
         at = 0
@@ -139,8 +141,10 @@ class Comparison:
             state = decoder.extend(_padded(given), torch.tensor([len(g) for g in given]), state)
             self.stages.run([(row, Extend(part)) for row, part in enumerate(given)])
             read = [inputs[at : at + n] for n in counts]
-            scores, lengths, state = decoder.step(_padded(read), torch.tensor(counts), state)
-            self.stages.run([(row, ReadUnits(part)) for row, part in enumerate(read)])
+            written = [None if tokens is None else tokens[at : at + n] for n in counts]
+            padded = None if tokens is None else _padded(written)
+            scores, lengths, state = decoder.step(_padded(read), torch.tensor(counts), state, tokens=padded)
+            self.stages.run([(row, ReadUnits(*part)) for row, part in enumerate(zip(read, written))])
             for row, n in enumerate(lengths.tolist()):
                 self._note("unit decoder", scores[row, :n], self.recorded.last["units"]["scores"][row, :n])
             at += max(counts)

@@ -48,10 +48,17 @@ def mt_graph(decoder: MTDecoder, int8: bool) -> Graph:
 
 
 def unit_graph(decoder: UnitDecoder, int8: bool) -> Graph:
-    """``inputs`` [B, U, width] to ``scores`` [B, U * ratio, units + 4]. The rest: see ``_decode``; N = U * ratio."""
+    """``inputs`` [B, U, width] to ``scores`` [B, U * ratio, units + 4]. The rest: see ``_decode``; N = U * ratio.
+
+    A decoder that reads tokens too has another input, ``tokens`` [B, U].
+    """
     g = Graph("units", int8)
     x = g.input("inputs", "B", "U", decoder.input.in_features)
-    x = g("Unsqueeze", g.dense(x, decoder.input), [2])
+    x = g.dense(x, decoder.input)
+    if decoder.tokens is not None:
+        tokens = g.input("tokens", "B", "U", kind="INT64")
+        x = g("Add", x, g("Gather", as_array(decoder.tokens.weight) * math.sqrt(decoder.dim), tokens))
+    x = g("Unsqueeze", x, [2])
     x = g("Reshape", g("Tile", x, [1, 1, decoder.ratio, 1]), [0, -1, decoder.dim])
     hidden, _ = _decode(g, decoder, x, told=False)
     g.output("scores", g.dense(hidden, decoder.output), "B", "N", decoder.output.out_features)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Callable, Collection, Mapping, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.config import EchoStreamConfig
-from echostream.constants import BLANK, NUM_SPECIALS, PAD
+from echostream.constants import BLANK, EOS, NUM_SPECIALS, PAD
 from echostream.errors import CheckpointError, ConfigError, EchoStreamError
 from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder, STState
 from echostream.models.decoders.layers import DecoderState
@@ -154,7 +155,7 @@ class EchoStreamModel(nn.Module):
 
     @property
     def _units_read_text(self) -> bool:
-        return self.config.unit_decoder_input == "mt"
+        return self.config.units_read_text
 
     @staticmethod
     def _encoder_out(x: Tensor, lengths: Tensor) -> dict[str, Any]:
@@ -175,18 +176,20 @@ class EchoStreamModel(nn.Module):
     ) -> dict[str, Tensor]:  # fmt: skip
         out: dict[str, Tensor] = {}
         inputs, input_lengths = x, lengths
+        tokens = None
         if self._units_read_text:
             unit_visible = visible if unit_visible is None else unit_visible
             if prev is not None:
-                inputs, input_lengths = hidden, (prev != PAD).sum(1)
+                inputs, input_lengths, tokens = hidden, (prev != PAD).sum(1), next_tokens(prev)
             elif self.training:
                 raise EchoStreamError(
-                    "unit_decoder_input is 'mt': training needs prev_output_tokens, the target sentences shifted right"
+                    f"unit_decoder_input is {self.config.unit_decoder_input!r}: training needs prev_output_tokens, "
+                    "the target sentences shifted right"
                 )
             else:
-                out["mt_tokens"], inputs, input_lengths = self.mt_decoder.greedy(x, lengths)
-                out["mt_hidden"] = inputs
-        out["unit_logits"] = self.unit_decoder(inputs, input_lengths, x, lengths, unit_visible)
+                tokens, inputs, input_lengths = self.mt_decoder.greedy(x, lengths)
+                out["mt_tokens"], out["mt_hidden"] = tokens, inputs
+        out["unit_logits"] = self.unit_decoder(inputs, input_lengths, x, lengths, unit_visible, tokens)
         out["unit_lengths"] = input_lengths * self.config.ctc_upsample_ratio
         return out
 
@@ -327,6 +330,12 @@ class EchoStreamModel(nn.Module):
         if strict and not any(name.startswith("vocoder.") for name in state_dict):
             state_dict.update({name: value for name, value in own.items() if name.startswith("vocoder.")})
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
+
+def next_tokens(prev: Tensor) -> Tensor:
+    """The tokens [S, U] that follow each of ``prev_output_tokens`` [S, U]: ``</s>`` last, padding behind."""
+    following = F.pad(prev[:, 1:], (0, 1), value=PAD)
+    return following.masked_fill((prev != PAD) & (following == PAD), EOS)
 
 
 def check_weights(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], strict: bool = True) -> None:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # The parts that --encoder-init and --decoder-init take over, and the heads that depend on a dictionary.
 ENCODER, HEADS = ("encoder.",), ("asr_head.", "st_decoder.")
 DECODERS = ("mt_decoder.", "unit_decoder.")
+FROM_ZERO = ("unit_decoder.tokens.weight",)  # a checkpoint without it is one in which it is zero
 PARTS = ("encoder", "asr_head", "st_decoder", "mt_decoder", "unit_decoder")
 
 
@@ -130,7 +131,7 @@ def take_over(
     """
     weights, _ = read_fairseq_checkpoint(path)
     own = model.state_dict()
-    wanted = [name for name in own if name.startswith(tuple(parts))]
+    wanted = [name for name in own if name.startswith(tuple(parts)) and (name in weights or name not in FROM_ZERO)]
     for name in wanted:
         if name not in weights:
             raise CheckpointError(f"checkpoint {path} lacks {name}; it is not of this configuration")

@@ -22,7 +22,7 @@ class WordTimes:
     Args:
         vocabulary: of the target.
         speech: do words count when they sound? Else when they are written.
-        units_read_text: does the unit decoder read MT states (``unit_decoder_input: mt``), so that its inputs count
+        units_read_text: does the unit decoder read MT states (``mt``, ``mt-tokens``), so that its inputs count
             subwords? Otherwise all text written so far is said with the next units.
     """
 

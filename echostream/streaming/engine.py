@@ -131,7 +131,7 @@ class Engine:
         self.config, self.source_dict, self.target_dict = config, source_dict, target_dict
         self.policy, self.segmenter, self.settings = policy, segmenter, settings
         self.sample_rate = sample_rate if settings.speech else None
-        self.units_read_text = config.unit_decoder_input == "mt"
+        self.units_read_text = config.units_read_text
         self.max_frames = min(settings.max_sentence_frames or config.max_sentence_frames, config.max_sentence_frames)
         # A forced end must leave the next sentence room to grow before it, too, is full.
         self.lookback = min(settings.lookback_frames, self.max_frames // 2)
@@ -389,7 +389,7 @@ class Engine:
             ready = min(ready, self.policy.units(self._progress(sentence)) - sentence.inputs_read)
         new: list[int] = []
         if ready > 0:
-            symbols = yield ReadUnits(sentence.inputs[:ready])
+            symbols = yield ReadUnits(sentence.inputs[:ready], self._written(sentence, ready))
             sentence.inputs = sentence.inputs[ready:].copy()
             sentence.inputs_read += ready
             sentence.unit_frames += [sentence.visible] * ready
@@ -418,6 +418,13 @@ class Engine:
             events.append(
                 Waveform(sentence=sentence.index, source_time_s=now, samples=samples, sample_rate=self.sample_rate)
             )
+
+    def _written(self, sentence: Sentence, count: int) -> np.ndarray | None:
+        """The tokens of the next ``count`` MT states that the unit decoder reads; the last of a sentence is </s>'s."""
+        if not self.units_read_text:
+            return None
+        read = sentence.inputs_read
+        return np.array([*sentence.tokens, EOS][read : read + count], dtype=np.int64)
 
     # ---- from one sentence to the next -------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class Progress:
         target_token_frames: the encoder frame of each of those, counted from the sentence's start.
         written: target subwords committed by the MT decoder.
         unit_inputs: inputs that the unit decoder has consumed: MT states (one a subword), or encoder frames.
-        units_read_text: are they MT states (``unit_decoder_input: mt``)?
+        units_read_text: are they MT states (``unit_decoder_input: mt`` or ``mt-tokens``)?
         source_words: words the ASR CTC head has completed: as many as it has begun, less the one it may be in.
         first_frame: the encoder frame of the sentence's first CTC token of either head, counted from its start.
         written_words: words begun by the committed subwords.

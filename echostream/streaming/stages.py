@@ -70,9 +70,13 @@ class Rewind:
 
 @dataclass(frozen=True)
 class ReadUnits:
-    """Feed the unit decoder inputs [P, D]. Answer: the best symbol of each position, int64 [P * R]."""
+    """Feed the unit decoder inputs [P, D]. Answer: the best symbol of each position, int64 [P * R].
+
+    ``tokens``: int64 [P], those written from the inputs, where they are MT states.
+    """
 
     inputs: np.ndarray
+    tokens: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,15 @@ class TorchStages(Answering):
 
     def _read_units(self, rows: list[int], requests: list[ReadUnits]) -> list[np.ndarray]:
         inputs, lengths = self._pad(rows, [r.inputs for r in requests])
-        scores, counts, unit = self.model.unit_decoder.step(inputs, lengths, self.state.unit[0], in_place=True)
+        tokens = None
+        if requests[0].tokens is not None:
+            tokens = torch.zeros(inputs.shape[:2], dtype=torch.long)
+            for row, request in zip(rows, requests):
+                tokens[row, : len(request.tokens)] = torch.from_numpy(request.tokens)
+            tokens = tokens.to(self.device)
+        scores, counts, unit = self.model.unit_decoder.step(
+            inputs, lengths, self.state.unit[0], in_place=True, tokens=tokens
+        )
         self._replace(unit=(unit,))
         symbols, sizes = _numpy(scores.argmax(-1)), _numpy(counts)
         return [symbols[r, : sizes[r]] for r in rows]

@@ -50,8 +50,8 @@ class ExportedStages(Answering):
         )  # fmt: skip
         self.parts: dict[str, Rows] = {"hearing": self.hearing, "mt": self.mt}
         if speech:
-            self.ratio = config.ctc_upsample_ratio
-            limit = "max_target_tokens" if config.unit_decoder_input == "mt" else "max_sentence_frames"
+            self.ratio, self.units_read_tokens = config.ctc_upsample_ratio, config.unit_decoder_input == "mt-tokens"
+            limit = "max_target_tokens" if config.units_read_text else "max_sentence_frames"
             self.units = ExportedDecoder(
                 model, "units", "unit_memory", config.unit_decoder_layers, config.unit_decoder_embed_dim,
                 getattr(config, limit) * self.ratio, frames, limit, rows,
@@ -94,7 +94,12 @@ class ExportedStages(Answering):
 
     def _read_units(self, rows: list[int], requests: list[ReadUnits]) -> list[np.ndarray]:
         inputs, lengths = pad([r.inputs for r in requests])
-        out = self.units.step(rows, {"inputs": inputs}, lengths * self.ratio)
+        given = {"inputs": inputs}
+        if self.units_read_tokens:
+            given["tokens"] = np.zeros(inputs.shape[:2], dtype=np.int64)
+            for row, request in zip(given["tokens"], requests):
+                row[: len(request.tokens)] = request.tokens
+        out = self.units.step(rows, given, lengths * self.ratio)
         return [scores[:n].argmax(-1) for scores, n in zip(out["scores"], lengths * self.ratio)]
 
     def _speak(self, rows: list[int], requests: list[Speak]) -> list[np.ndarray]:
