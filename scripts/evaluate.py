@@ -38,6 +38,7 @@ from echostream.evaluation.streams import stream  # noqa: E402
 from echostream.evaluation.systems import keep_heard, read_results, read_systems  # noqa: E402
 from echostream.evaluation.table import markdown  # noqa: E402
 from echostream.streaming.options import (  # noqa: E402
+    add_beam_argument,
     add_chunk_argument,
     add_policy_arguments,
     add_segmenter_arguments,
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         + " ".join(f"{knob}={','.join(map(str, values))}" for knob, values in sweep.GRID.items()) + ")",
     )  # fmt: skip
     add_chunk_argument(sweeping, sweep.CHUNKS_MS)
+    add_beam_argument(sweeping)
     add_segmenter_arguments(sweeping)
     sweeping.add_argument("--speech", action="store_true", help="measure the speech too, which takes far longer")
     sweeping.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS), help="hears the speech")

@@ -111,9 +111,9 @@ def test_segments_can_be_sent_over_the_wire(agent: EchoStreamAgent) -> None:
 
 def test_knobs_come_from_checkpoint_and_command_line(tiny_bundle: Path) -> None:
     assert make_agent(tiny_bundle).states.session.settings.chunk_ms == 320
-    options = ["--chunk-ms", "640", "--lagging-k1", "3", "--stride-n2", "2", "--segmenter", "none"]
+    options = ["--chunk-ms", "640", "--lagging-k1", "3", "--stride-n2", "2", "--segmenter", "none", "--beam", "4"]
     engine = make_agent(tiny_bundle, *options).states.session.engine
-    assert engine.settings.chunk_ms == 640 and engine.segmenter.name == "none"
+    assert (engine.settings.chunk_ms, engine.settings.beam, engine.segmenter.name) == (640, 4, "none")
     assert (engine.policy.lagging_k1, engine.policy.stride_n2) == (3, 2)
 
 

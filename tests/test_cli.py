@@ -215,12 +215,13 @@ def test_knobs_reach_the_session(tiny_bundle, recording, monkeypatch):
     monkeypatch.setattr(
         StreamingSession, "__init__", lambda self, *args, **kwargs: (made.append(self), init(self, *args, **kwargs))[1]
     )
-    knobs = "--policy wait-k --wait-k 5 --wait-unit tokens --chunk-ms 640 --segmenter none --max-sentence-s 8".split()
+    knobs = "--policy wait-k --wait-k 5 --wait-unit tokens --chunk-ms 640 --beam 3 --segmenter none".split()
+    knobs += ["--max-sentence-s", "8"]
     assert main(["translate", str(recording), "-q", "--checkpoint-dir", str(tiny_bundle), *knobs]) == 0
     engine = made[0].engine
     assert (engine.policy.wait_k, engine.policy.wait_unit, engine.policy.wait_stride) == (5, "tokens", 1)
     assert (engine.settings.chunk_ms, engine.max_frames, engine.segmenter.name) == (640, 200, "none")
-    assert not engine.settings.speech
+    assert engine.settings.beam == 3 and not engine.settings.speech
 
 
 @pytest.mark.parametrize(

@@ -135,10 +135,11 @@ def test_a_wrong_graph_is_refused(tiny_bundle: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_a_session_says_the_same(tiny_bundle: Path, exported: Path) -> None:
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_session_says_the_same(tiny_bundle: Path, exported: Path, beam: int) -> None:
     samples = speech(4.0, seed=2)
-    texts, wave = said(StreamingSession(load_bundle(tiny_bundle)), samples)
-    session = StreamingSession(load_bundle(exported))
+    texts, wave = said(StreamingSession(load_bundle(tiny_bundle), beam=beam), samples)
+    session = StreamingSession(load_bundle(exported), beam=beam)
     for _ in range(2):  # reset() makes it new
         exported_texts, exported_wave = said(session, samples)
         assert exported_texts == texts and any(name == "TargetText" for name, *_ in texts)

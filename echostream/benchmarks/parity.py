@@ -20,7 +20,7 @@ from echostream.constants import EOS, PAD
 from echostream.models.echostream_model import SentenceWindows
 from echostream.streaming import Event, SentenceEnd, SessionBatch, StreamingSession, Waveform
 from echostream.streaming.sentence import FRAME_S
-from echostream.streaming.stages import Extend, NewSentence, ReadUnits, Request, Write
+from echostream.streaming.stages import Extend, NewSentence, ReadUnits, Request, Search, Write
 from echostream.streaming.torch_stages import TorchStages
 
 # ------------------------------------------------------------------------------------------------- ways to stream
@@ -150,6 +150,9 @@ class RecordingStages(TorchStages):
             self.sentences[-1].visible += len(request.frames)
         if isinstance(request, Write):
             self.sentences[-1].text[position] = (answers[0].scores, self.sentences[-1].visible)
+        if isinstance(request, Search):
+            for place, chosen in enumerate(answers[0], position):
+                self.sentences[-1].text[place] = (chosen.scores, self.sentences[-1].visible)
         return answers
 
 

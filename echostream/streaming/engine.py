@@ -7,7 +7,7 @@ whoever drives it may serve many streams at once. In order, at every decision:
 2. Where does the current sentence end, if it does? By the segmenter, or with the stream, or at the maximum length.
 3. Extend: the decoders see the sentence's new frames. A sentence found to end at frame f sees ``tail_frames`` more at
    most, so that it never reads far into the next one.
-4. Write text: as much as the policy allows, or, at a sentence's end, up to ``</s>``.
+4. Write text: as much as the policy allows, or, at a sentence's end, up to ``</s>``, by beam search if so set.
 5. Write units, then speech, likewise.
 6. At an end: the vocoder is flushed, the sentence given out whole, and the next one begins at the frame of the old
    one's last CTC token. The decoders see the frames from there on again, from a buffer of recent frames.
@@ -16,7 +16,7 @@ whoever drives it may serve many streams at once. In order, at every decision:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generator, NamedTuple
+from typing import Any, Generator, Iterator, NamedTuple
 
 import numpy as np
 
@@ -25,9 +25,10 @@ from echostream.constants import BLANK, BOS, EOS, NUM_SPECIALS, PAD
 from echostream.errors import ConfigError
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
 from echostream.streaming.policy import Draft, Policy, Progress
+from echostream.streaming.search import Chosen
 from echostream.streaming.segmenter import AudioMemory, Segmenter, Spoken, has_letters
 from echostream.streaming.sentence import FRAME_S, Sentence
-from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Request, Rewind, Speak, Write
+from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Request, Rewind, Search, Speak, Write
 from echostream.text import WORD_START, Vocabulary
 
 Work = Generator[Request, Any, Any]
@@ -51,6 +52,7 @@ class Settings:
         max_sentence_frames: encoder frames (40 ms) after which a sentence is ended whatever it says; None: as many as
             the model's buffers hold. Rounded down to those.
         tail_frames: encoder frames behind its closing token that a sentence may see.
+        beam: hypotheses of the beam search that finishes a sentence once its end is known; 1: greedy, as before it.
         lookback_frames: encoder frames kept for the next sentence: how far before the present it may begin, and how
             much of a pause before its first CTC token it sees.
 
@@ -65,9 +67,10 @@ class Settings:
     max_sentence_frames: int | None = None
     tail_frames: int = 4
     lookback_frames: int = 125
+    beam: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("chunk_ms", 10), ("tail_frames", 0), ("lookback_frames", 1)):
+        for name, least in (("chunk_ms", 10), ("tail_frames", 0), ("lookback_frames", 1), ("beam", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
@@ -304,7 +307,8 @@ class Engine:
         A word is known to be whole when the token after it starts another one: one token more than allowed is drafted
         to see that. (``</s>`` does not tell: with half of the source in view, so does a decoder that has closed the
         sentence too early, full stop included.) What is drafted but not committed is forgotten and written anew later,
-        with more of the source in view.
+        with more of the source in view. Once the sentence's end is known nothing is: then a beam search may look
+        for the best way to finish it.
         """
         if not self.settings.text:
             return
@@ -326,10 +330,18 @@ class Engine:
         hidden: list[np.ndarray] = []
         places: list[int] = []  # where the draft may be cut
         starts, looped, ended = 0, 0, False
+        last = before[-1] if before else EOS
+        found: Iterator[Chosen] | None = None
+        if closes and self.settings.beam > 1:
+            found = iter((yield Search(last, self.settings.beam, max(0, wanted))))
         while closes or len(draft) < wanted + words:
-            written = yield Write(draft[-1] if draft else before[-1] if before else EOS, layer)
-            token = best_token(written.scores)
-            hidden.append(written.hidden)
+            if found is not None:
+                token, _, state = next(found)
+                looked = None
+            else:
+                written = yield Write(draft[-1] if draft else last, layer)
+                token, state, looked = best_token(written.scores), written.hidden, written.attention
+            hidden.append(state)
             if token == EOS or (closes and len(draft) >= wanted):
                 # Out of room at a sentence's end: this position stands for </s>.
                 ended = closes
@@ -337,7 +349,7 @@ class Engine:
             if words and vocabulary.starts_word(token):
                 places.append(len(draft))
             starts += vocabulary.starts_word(token)
-            drafted = Draft(before, (*draft, token), starts, written.attention)
+            drafted = Draft(before, (*draft, token), starts, looked)
             if not closes and self.policy.stops(progress, drafted):
                 starts -= vocabulary.starts_word(token)
                 break

@@ -56,6 +56,7 @@ def add_policy_arguments(
     """
     parser.add_argument("--policy", choices=tuple(POLICIES), help="when to write (default: the checkpoint's, or ctc)")
     add_chunk_argument(parser, chunks)
+    add_beam_argument(parser)
     for name, knob in KNOBS.items():
         parser.add_argument(
             "--" + name.replace("_", "-"),
@@ -64,6 +65,15 @@ def add_policy_arguments(
             metavar=None if knob.choices else "N",
             help=knob.help,
         )
+
+
+def add_beam_argument(parser: ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--beam",
+        type=int,
+        metavar="N",
+        help="hypotheses of the search that finishes a sentence, 1: greedy (default: the checkpoint's, or 1)",
+    )
 
 
 def add_chunk_argument(parser: ArgumentParser | argparse._ArgumentGroup, several: tuple[int, ...] = ()) -> None:
@@ -98,7 +108,7 @@ def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) ->
 
 def said_options(args: Namespace) -> dict[str, Any]:
     """The options of this file that were said, but for ``--chunk-ms``: to hand them on to another program."""
-    names = ("policy", *KNOBS, *SEGMENTER_OPTIONS)
+    names = ("policy", "beam", *KNOBS, *SEGMENTER_OPTIONS)
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
@@ -138,7 +148,7 @@ def session_options(args: Namespace, bundle: Bundle) -> dict[str, Any]:
             bundle.target_dict,
             **said("punctuation_model", "punctuation_side", "vad_model", "min_pause_ms"),
         ),
-        **said("chunk_ms"),
+        **said("chunk_ms", "beam"),
     }
     longest = getattr(args, "max_sentence_s", None)
     if longest is not None:

@@ -62,6 +62,23 @@ class Written(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Search:
+    """Finish the sentence by beam search. Answer: the best continuation, a list of ``Chosen``, ``</s>`` last.
+
+    The MT decoder stays where it is: only ``NewSentence`` may follow.
+
+    Attributes:
+        token: to be fed first, as with ``Write``.
+        beam: hypotheses kept at a time.
+        most: tokens before ``</s>`` at most.
+    """
+
+    token: int
+    beam: int
+    most: int
+
+
+@dataclass(frozen=True)
 class Rewind:
     """Forget the MT decoder's positions from ``positions`` on: a draft was not committed. Answer: None."""
 
@@ -87,7 +104,7 @@ class Speak:
     finished: bool
 
 
-Request = Listen | NewSentence | Extend | Write | Rewind | ReadUnits | Speak
+Request = Listen | NewSentence | Extend | Write | Search | Rewind | ReadUnits | Speak
 
 # Under which name the time of each kind of request is booked.
 STAGE_NAMES: dict[type, str] = {
@@ -95,6 +112,7 @@ STAGE_NAMES: dict[type, str] = {
     NewSentence: "text",
     Extend: "text",
     Write: "text",
+    Search: "text",
     Rewind: "text",
     ReadUnits: "units",
     Speak: "vocoder",
@@ -146,6 +164,7 @@ _METHODS: dict[type, str] = {
     NewSentence: "_new_sentence",
     Extend: "_extend",
     Write: "_write",
+    Search: "_search",
     Rewind: "_rewind",
     ReadUnits: "_read_units",
     Speak: "_speak",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from echostream.models.decoders.layers import AttentionProbe, DecoderState
 from echostream.models.state import State
+from echostream.streaming.search import Chosen, beam_search
 from echostream.streaming.stages import (
     Answering,
     Extend,
@@ -25,6 +26,7 @@ from echostream.streaming.stages import (
     ReadUnits,
     Request,
     Rewind,
+    Search,
     Speak,
     Write,
     Written,
@@ -131,6 +133,28 @@ class TorchStages(Answering):
             return [Written(scores[r, 0], hidden[r, 0]) for r in rows]
         weights, frames = _numpy(probe.weights), _numpy(mt.frames)
         return [Written(scores[r, 0], hidden[r, 0], weights[r, 0, : frames[r]]) for r in rows]
+
+    def _search(self, rows: list[int], requests: list[Search]) -> list[list[Chosen]]:
+        return [self._finish_sentence(row, request) for row, request in zip(rows, requests)]
+
+    def _finish_sentence(self, row: int, request: Search) -> list[Chosen]:
+        whole, decoder = self.state.mt, self.model.mt_decoder
+        places = int(whole.positions[row]) + request.most + 1
+        state = DecoderState(
+            tuple(cache.map(lambda t: t[row : row + 1, :places]) for cache in whole.own),
+            tuple(cache.map(lambda t: t[row : row + 1, : int(whole.frames[row])]) for cache in whole.memory),
+            whole.positions[row : row + 1],
+            whole.frames[row : row + 1],
+        )
+
+        def step(tokens: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            nonlocal state
+            chosen = torch.from_numpy(parents).to(self.device)
+            fed = torch.from_numpy(tokens)[:, None].to(self.device)
+            scores, hidden, state = decoder.step(fed, None, state.index_select(chosen), in_place=True)
+            return _numpy(scores)[:, 0], _numpy(hidden)[:, 0]
+
+        return beam_search(step, request.token, request.beam, request.most)
 
     def _rewind(self, rows: list[int], requests: list[Rewind]) -> list[None]:
         positions = self.state.mt.positions.clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 from echostream.errors import EchoStreamError
@@ -85,6 +87,21 @@ class ExportedDecoder(Rows):
             self.own[:, row, at : at + count] = unstack(out["kept"][i, :count], len(self.own))
         self.positions[rows] += lengths
         return out
+
+    def branch(self, row: int, places: int) -> ExportedDecoder:
+        """The sentence of ``row`` as it stands, alone in a decoder of its own with so many positions."""
+        branch = copy.copy(self)
+        branch.own, branch.memory = (
+            self.own[:, row : row + 1, :places].copy(),
+            self.memory[:, row : row + 1, : 1 + self.frames[row]],
+        )
+        branch.positions, branch.frames = self.positions[row : row + 1], self.frames[row : row + 1]
+        return branch
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """Of a branch: its row b goes on from what was row ``rows[b]``."""
+        self.own, self.memory = self.own[:, rows], self.memory[:, rows]
+        self.positions, self.frames = self.positions[rows], self.frames[rows]
 
     def snapshot(self, row: int) -> dict[str, np.ndarray]:
         """The row's arrays, of the buffers only what is in use."""

@@ -10,6 +10,7 @@ from echostream.streaming.exported.decoder import ExportedDecoder
 from echostream.streaming.exported.hearing import ExportedHearing
 from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, ExportedModel, Rows, pad
 from echostream.streaming.exported.voice import ExportedSpeaker
+from echostream.streaming.search import Chosen, beam_search
 from echostream.streaming.stages import (
     Answering,
     Extend,
@@ -18,6 +19,7 @@ from echostream.streaming.stages import (
     NewSentence,
     ReadUnits,
     Rewind,
+    Search,
     Speak,
     Write,
     Written,
@@ -87,6 +89,20 @@ class ExportedStages(Answering):
                 looked = out["attention"][i, request.attention_layer, 0, 1 : 1 + self.mt.frames[row]]
             written.append(Written(out["scores"][i, 0], out["hidden"][i, 0], looked))
         return written
+
+    def _search(self, rows: list[int], requests: list[Search]) -> list[list[Chosen]]:
+        return [self._finish_sentence(row, request) for row, request in zip(rows, requests)]
+
+    def _finish_sentence(self, row: int, request: Search) -> list[Chosen]:
+        decoder = self.mt.branch(row, int(self.mt.positions[row]) + request.most + 1)
+
+        def step(tokens: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            decoder.reorder(parents)
+            count = len(tokens)
+            out = decoder.step(list(range(count)), {"tokens": tokens[:, None]}, np.ones(count, dtype=np.int64))
+            return out["scores"][:, 0], out["hidden"][:, 0]
+
+        return beam_search(step, request.token, request.beam, request.most)
 
     def _rewind(self, rows: list[int], requests: list[Rewind]) -> list[None]:
         self.mt.positions[rows] = [r.positions for r in requests]

@@ -1,0 +1,67 @@
+"""Beam search over the rest of a sentence, whatever steps the decoder."""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+from echostream.constants import BOS, EOS, PAD
+
+
+class Chosen(NamedTuple):
+    """A token of the best hypothesis, with the scores [V] and the state [D] that predicted it."""
+
+    token: int
+    scores: np.ndarray
+    hidden: np.ndarray
+
+
+# Feeds a token to each of H hypotheses that follow ``parents`` of the call before: (tokens [H], parents [H]) to the
+# scores [H, V] of their next tokens and the states [H, D] behind them.
+Step = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def beam_search(step: Step, first: int, beam: int, most: int) -> list[Chosen]:
+    """The best continuation, ``</s>`` last, by log-probability per token.
+
+    The search ends once ``beam`` hypotheses have ended, as fairseq's does.
+
+    Args:
+        step: the decoder; it is called with one hypothesis first.
+        first: the token before the continuation.
+        beam: hypotheses kept at a time.
+        most: tokens before ``</s>`` at most; whoever has so many ends there.
+    """
+    tokens, parents = np.array([first]), np.array([0])
+    totals, paths = np.zeros(1), [()]
+    ended: list[tuple[float, tuple[Chosen, ...]]] = []
+    for length in range(1, most + 2):
+        scores, hidden = step(tokens, parents)
+        likely = log_softmax(scores)
+        likely[:, [BOS, PAD]] = -np.inf
+        if length > most:
+            likely[:, np.arange(likely.shape[1]) != EOS] = -np.inf
+        sums = totals[:, None] + likely
+        order = np.argsort(-sums, axis=None, kind="stable")[: 2 * beam]
+        alive = []
+        for rank, place in enumerate(order.tolist()):
+            row, token = divmod(place, sums.shape[1])
+            if sums[row, token] == -np.inf:
+                break
+            path = (*paths[row], Chosen(token, scores[row], hidden[row]))
+            if token != EOS:
+                alive.append((row, token, sums[row, token], path))
+            elif rank < beam:
+                ended.append((sums[row, token] / length, path))
+        if len(ended) >= beam or not alive:
+            break
+        parents, tokens, totals, paths = (list(part) for part in zip(*alive[:beam]))
+        parents, tokens, totals = np.array(parents), np.array(tokens), np.array(totals)
+    return list(max(ended, key=lambda one: one[0])[1])
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis, in float64."""
+    shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
