@@ -380,9 +380,9 @@ def test_cvss_without_tables(tmp_path: Path) -> None:
 # --- the whole chain ---------------------------------------------------------------------------------------------
 
 
-def test_all_steps_from_ready_recordings(tmp_path: Path) -> None:
-    """CVSS layout to manifests, with MFCC units; every file that training wants is there and agrees with the others."""
-    common_voice, cvss = tmp_path / "cv", tmp_path / "cvss"
+def ready_corpus(directory: Path) -> Path:
+    """All steps on forty recorded pairs in CVSS's layout, with MFCC units: the corpus."""
+    common_voice, cvss = directory / "cv", directory / "cvss"
     (common_voice / "clips").mkdir(parents=True)
     lines = {"train": [], "dev": []}
     table = ["path\tsentence"]
@@ -395,9 +395,15 @@ def test_all_steps_from_ready_recordings(tmp_path: Path) -> None:
     (common_voice / "all.tsv").write_text("\n".join(table) + "\n")
     for split, content in lines.items():
         (cvss / f"{split}.tsv").write_text("\n".join(content) + "\n")
-    output = tmp_path / "out"
+    output = directory / "out"
     assert main(["all", "--output", str(output), "--cvss", str(cvss), "--common-voice", str(common_voice),
                  "--vocab-size", "40", "--features", "mfcc", "--num-units", "20", "--positions", "0"]) == 0
+    return output
+
+
+def test_all_steps_from_ready_recordings(tmp_path: Path) -> None:
+    """CVSS layout to manifests; every file that training wants is there and agrees with the others."""
+    output = ready_corpus(tmp_path)
     train = list(read_table(output / "train.tsv", ["id", "src_audio", "src_n_frames", "src_text", "tgt_text",
                                                    "tgt_audio", "tgt_n_frames", "voice"]))
     assert len(train) == 36 and len(list(read_table(output / "dev.tsv"))) == 4
@@ -428,6 +434,48 @@ def test_all_steps_from_ready_recordings(tmp_path: Path) -> None:
     assert main(["units", "--output", str(output), "--features", "mfcc", "--num-units", "20"]) == 0
     assert main(["manifests", "--output", str(output)]) == 0
     assert before == ((output / "train.tsv").read_bytes(), (output / "units" / "kmeans.npz").read_bytes())
+
+
+class Whistler:
+    """A target voice whose recordings are as long as their text."""
+
+    version = "whistler"
+
+    def plan(self, row: str, seed: int) -> str:
+        return "whistler"
+
+    def speak(self, text: str, voice: str) -> np.ndarray:
+        return tone(0.1 + 0.02 * len(text), 300 + 10 * len(text), SAMPLE_RATE)
+
+
+def test_respeak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The target voice says what a model wrote: each text once, for every recording that was translated so."""
+    monkeypatch.setattr(tts, "Hibari", Whistler)
+    output = ready_corpus(tmp_path)
+    train = list(read_table(output / "train.tsv"))
+    texts = {train[0]["id"]: "A guess.", train[1]["id"]: "A guess.", train[2]["id"]: "Another one.", train[3]["id"]: ""}
+    generated = tmp_path / "generate-train.jsonl"
+
+    def respeak(texts: dict[str, str]) -> int:
+        generated.write_text("".join(json.dumps({"id": name, "mt": text}) + "\n" for name, text in texts.items()))
+        return main(["respeak", "--output", str(output), "--generated", str(generated), "--manifest", "own",
+                     "--features", "mfcc", "--num-units", "20"])
+
+    assert respeak(texts) == 0
+    own = list(read_table(output / "own.tsv"))
+    assert [(line["id"], line["tgt_text"]) for line in own] == [(f"own-{k}", v) for k, v in texts.items()][:3]
+    assert [line["src_audio"] for line in own] == [line["src_audio"] for line in train[:3]]
+    assert own[0]["target"] == own[1]["target"] != own[2]["target"] and own[0]["tgt_audio"] == own[1]["tgt_audio"]
+    for line in own:
+        samples = load_audio(output / "target" / f"{line['target']}.wav")
+        assert len(samples) == len(Whistler().speak(line["tgt_text"], "whistler"))
+    assert json.loads((output / "steps" / "respeak-own.json").read_text())["settings"]["generated"] == [generated.name]
+    assert main(["manifests", "--output", str(output)]) == 0
+    assert list(read_table(output / "train.tsv")) == train  # the true texts are as they were
+    dev = next(read_table(output / "dev.tsv"))["id"]
+    capsys.readouterr()
+    assert respeak({dev: "A guess."}) == 1
+    assert f"{dev!r} is no recording of the split train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [

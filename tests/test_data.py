@@ -95,6 +95,15 @@ def test_manifest_missing_short_or_double(corpus, tmp_path):
         read_manifest(tmp_path / "train.tsv")
 
 
+def test_several_manifests_are_one_split(corpus):
+    parts = [SpeechToSpeechDataset(corpus / f"{name}.tsv", DataConfig.load(corpus)) for name in ("train", "dev")]
+    both = SpeechToSpeechDataset([corpus / "train.tsv", corpus / "dev.tsv"], DataConfig.load(corpus))
+    assert [u.id for u in both.utterances] == [u.id for part in parts for u in part.utterances]
+    np.testing.assert_array_equal(both[len(parts[0])]["source"], parts[1][0]["source"])
+    with pytest.raises(ManifestError, match="dev.tsv, line 2: id .* appears twice"):
+        SpeechToSpeechDataset([corpus / "dev.tsv", corpus / "dev.tsv"], DataConfig.load(corpus))
+
+
 # --- the data directory
 
 

@@ -103,7 +103,7 @@ class SpeechToSpeechDataset(BucketedDataset):
     ``__getitem__`` gives, joined and speed-perturbed items included. All randomness follows from (seed, epoch, index).
 
     Args:
-        manifest: the split's table.
+        manifests: the split's tables, one or several; no id may be in two of them.
         config: the data directory's files.
         augmentation: what to do in training; None (validation, test) gives every utterance as it is, in file order.
         seed: of all random choices.
@@ -114,13 +114,14 @@ class SpeechToSpeechDataset(BucketedDataset):
 
     def __init__(
         self,
-        manifest: str | Path,
+        manifests: str | Path | Sequence[str | Path],
         config: DataConfig,
         augmentation: Augmentation | None = None,
         seed: int = 1,
     ):
-        self.manifest = Path(manifest)
-        self.utterances: list[Utterance] = read_manifest(manifest)
+        paths = [manifests] if isinstance(manifests, (str, Path)) else list(manifests)
+        self.name = ", ".join(map(str, paths))
+        self.utterances: list[Utterance] = read_manifest(*paths)
         self.root = config.root
         self.cmvn: GlobalCMVN = config.cmvn
         self.augmentation = augmentation
@@ -131,10 +132,11 @@ class SpeechToSpeechDataset(BucketedDataset):
         self.tgt_ids = [config.target.encode(u.tgt_text) for u in self.utterances]
         for u, src, tgt in zip(self.utterances, self.src_ids, self.tgt_ids):
             if not src or not tgt:
-                raise ManifestError(f"manifest {manifest}: row {u.id!r} has no subwords in its source or target text")
+                raise ManifestError(f"manifest {self.name}: row {u.id!r} has no subwords in its source or target text")
             if u.units.max() >= config.num_units:
                 raise ManifestError(
-                    f"manifest {manifest}: row {u.id!r} holds unit {u.units.max()}, but num_units is {config.num_units}"
+                    f"manifest {self.name}: row {u.id!r} holds unit {u.units.max()}, "
+                    f"but num_units is {config.num_units}"
                 )
         self.epoch = 0
         self.items: list[Item] = []
@@ -248,7 +250,7 @@ class SpeechToSpeechDataset(BucketedDataset):
     def _check_length(self, utterance: Utterance, found: int) -> None:
         if abs(found - utterance.n_frames) > FRAME_TOLERANCE:
             raise ManifestError(
-                f"manifest {self.manifest}: row {utterance.id!r} says {utterance.n_frames} frames of 10 ms, but "
+                f"manifest {self.name}: row {utterance.id!r} says {utterance.n_frames} frames of 10 ms, but "
                 f"{self.root / utterance.audio} has {found}"
             )
 

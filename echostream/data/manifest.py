@@ -54,15 +54,15 @@ class TextPair:
     audio: str = ""
 
 
-def read_manifest(path: str | Path) -> list[Utterance]:
-    """Read a manifest and check every row.
+def read_manifest(*paths: str | Path) -> list[Utterance]:
+    """Read a manifest, or several as one, and check every row.
 
     Raises:
-        ManifestError: the file is missing or empty, a column is missing, or a row does not hold what its columns
-            promise; the message names the file, the line and the value.
+        ManifestError: a file is missing or empty, a column is missing, or a row does not hold what its columns
+            promise, or an id has been before; the message names the file, the line and the value.
     """
     rows, seen = [], set()
-    for row, where in _read_rows(Path(path), COLUMNS):
+    for row, where in (found for path in paths for found in _read_rows(Path(path), COLUMNS)):
         utterance = _parse(row, where)
         if utterance.id in seen:
             raise ManifestError(f"{where}: id {utterance.id!r} appears twice")

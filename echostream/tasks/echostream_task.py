@@ -160,7 +160,8 @@ class EchoStreamTask(FairseqTask):
         return self.cfg.max_source_positions, self.cfg.max_target_positions
 
     def load_dataset(self, split: str, combine: bool = False, task_cfg: Any = None, **kwargs: Any) -> None:
-        """Load ``DATA/<split>.tsv``. Splits that start with ``train`` are augmented while training.
+        """Load ``DATA/<split>.tsv``, or several manifests: ``train,train_own``. Splits that start with ``train`` are
+        augmented while training.
 
         fairseq-generate and fairseq-validate pass the checkpoint's ``task_cfg``: then every split is read as it is.
 
@@ -174,7 +175,8 @@ class EchoStreamTask(FairseqTask):
             return
         training = split.startswith("train") and task_cfg is None
         self.datasets[split] = SpeechToSpeechDataset(
-            Path(self.cfg.data) / f"{split}.tsv", self.config, self.augmentation if training else None, self.cfg.seed
+            [Path(self.cfg.data) / f"{name}.tsv" for name in split.split(",")], self.config,
+            self.augmentation if training else None, self.cfg.seed,
         )
         logger.info(
             "%s: %d utterances, %.2f h%s", split, len(self.datasets[split].utterances),

@@ -1,4 +1,4 @@
-"""The steps of ``scripts/prepare_corpus.py``: text, speech, target, units, manifests, and all of them in a row.
+"""The steps of ``scripts/prepare_corpus.py``: text, speech, target, units, manifests; all in a row; and respeak.
 
 Every step reads what the steps before it left in the output directory, does only what is missing, and notes its
 settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
@@ -7,10 +7,12 @@ settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Callable, Iterable
@@ -21,6 +23,7 @@ from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
 from echostream.errors import EchoStreamError, ManifestError, require
+from echostream.evaluation.systems import read_results
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
 
@@ -44,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     step("target", run_target, "record the target speech of the sets", _target_options, _shard_options)
     step("units", run_units, "fit k-means and turn the target speech into units", _units_options, _shard_options)
     step("manifests", run_manifests, "write manifests, CMVN, config.yaml and corpus.json", _manifest_options)
+    step("respeak", run_respeak, "let the target voice say what a model made of the training speech",
+         _respeak_options, _units_options, _shard_options)
     step("all", run_all, "every step in a row, one set of recordings for each split", _text_options,
          _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options)
     return parser
@@ -123,6 +128,12 @@ def _manifest_options(parser: argparse.ArgumentParser) -> None:
                         help="which sets go into which manifest (default: each set into the manifest of its split)")
     parser.add_argument("--without-units", action="store_true", help="keep pairs whose target has no units yet")
     parser.add_argument("--cmvn-utterances", type=int, default=3000, help="of the train manifest; 0 keeps gcmvn.npz")
+
+
+def _respeak_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--generated", type=Path, nargs="+", required=True, metavar="FILE",
+                        help="generate-<subset>.jsonl of fairseq-generate, over recordings of the split train")
+    parser.add_argument("--manifest", required=True, metavar="NAME", help="name of the new manifest")
 
 
 def run_text(args: argparse.Namespace) -> None:
@@ -301,6 +312,38 @@ def run_manifests(args: argparse.Namespace) -> None:
     print(f"skipped: {len(skipped)} (skipped.tsv)")
 
 
+def run_respeak(args: argparse.Namespace) -> None:
+    """A manifest whose target text is the model's own: a unit decoder that learns from it learns to say what it reads.
+
+    Behind the true text it learns to say words that the MT states before it may not mean.
+    """
+    ledgers = [speech_ledger(args.output, name) for name in speech_sets(args.output)]
+    recordings = {name: line for ledger in ledgers for name, line in ledger.items()}
+    rows = {row.row: row for row in read_rows(args.output / "rows.tsv")}
+    own: dict[str, Row] = {}
+    for path in args.generated:
+        for line in read_results(path):
+            text = line.get("mt", "").strip()
+            recording = recordings.get(line.get("id", ""))
+            if recording is None or recording["split"] != "train":
+                raise ManifestError(f"{path}: {line.get('id')!r} is no recording of the split train in {args.output}")
+            if text:
+                name = f"own-{hashlib.sha1(text.encode()).hexdigest()[:12]}"
+                own[recording["id"]] = replace(rows[recording["row"]], tgt_text=text, target=name, tgt_audio="")
+    counts = speech.target_speech(
+        args.output, list(own.values()), tts.Hibari(), args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
+        args.num_shards, progress=progress_bar("respeak"),
+    )
+    print(f"respeak: {dict(counts)}")
+    run_units(_of_step(args, "units"))
+    units = {line["id"]: line for line in read_table(args.output / "target" / "units.tsv", target_units.UNIT_COLUMNS)}
+    # Recordings of one pair have texts of their own; and ids, so that both manifests can be trained on together.
+    lines = [{**recordings[name], "id": f"own-{name}", "row": name} for name in own]
+    tally = manifests.write_manifest(args.output / f"{args.manifest}.tsv", lines, own, units)
+    note_step(args, f"respeak-{args.manifest}", counts={**counts, **tally})
+    print(f"{args.manifest}: {tally['written']} utterances, {tally['no units']} without units")
+
+
 def _speaker(voice: str) -> str:
     """A voice without its speed and pitch, espeak-ng's variants taken together."""
     name = voice.split(" ")[0]
@@ -353,13 +396,14 @@ def note_step(args: argparse.Namespace, name: str, **facts: object) -> None:
     note = {
         "step": args.step,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "settings": {k: Path(v).name if isinstance(v, Path) else v for k, v in settings.items()},
+        "settings": settings,
         "versions": versions,
         **facts,
     }
     path = args.output / "steps" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(note, indent=2, ensure_ascii=False, default=lambda file: file.name)  # no path of this machine
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def progress_bar(title: str, unit: str = "utt") -> Callable[[Iterable], Iterable]:
