@@ -145,17 +145,13 @@ class EchoStreamModel(nn.Module):
             x, lengths = SentenceWindows(*windows).gather(x, lengths)
         if callable(visible):
             visible = visible(out["st_logits"])
-        if prev_output_tokens is not None and ("mt" in parts or "unit" in parts and self._units_read_text):
+        if prev_output_tokens is not None and ("mt" in parts or "unit" in parts and self.config.units_read_text):
             out["mt_logits"], out["mt_hidden"] = self.mt_decoder(prev_output_tokens, x, lengths, visible)
         if "unit" in parts:
             out.update(self._units(x, lengths, prev_output_tokens, out.get("mt_hidden"), visible, unit_visible))
         if "unit" in parts and self.vocoder is not None and not self.training:
             out.update(self._vocode(out["unit_logits"], out["unit_lengths"]))
         return out
-
-    @property
-    def _units_read_text(self) -> bool:
-        return self.config.units_read_text
 
     @staticmethod
     def _encoder_out(x: Tensor, lengths: Tensor) -> dict[str, Any]:
@@ -177,7 +173,7 @@ class EchoStreamModel(nn.Module):
         out: dict[str, Tensor] = {}
         inputs, input_lengths = x, lengths
         tokens = None
-        if self._units_read_text:
+        if self.config.units_read_text:
             unit_visible = visible if unit_visible is None else unit_visible
             if prev is not None:
                 inputs, input_lengths, tokens = hidden, (prev != PAD).sum(1), next_tokens(prev)
@@ -248,7 +244,7 @@ class EchoStreamModel(nn.Module):
         weight = self.asr_head.output.weight
         units: tuple[DecoderState, ...] = ()
         vocoder: tuple[State, ...] = ()
-        if not self._units_read_text:
+        if not self.config.units_read_text:
             units = (self.unit_decoder.init_state(batch_size),)
             if self.vocoder is not None:
                 vocoder = (self.vocoder.init_state(batch_size),)

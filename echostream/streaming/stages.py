@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
+from echostream.streaming.search import Chosen, Step, beam_search
+
 
 @dataclass(frozen=True)
 class Listen:
@@ -157,6 +159,15 @@ class Answering:
         rows = [row for row, _ in requests]
         values = [request for _, request in requests]
         return getattr(self, _METHODS[type(values[0])])(rows, values)
+
+    def _search(self, rows: list[int], requests: list[Search]) -> list[list[Chosen]]:
+        return [
+            beam_search(self._branch(row, r.most + 1), r.token, r.beam, r.most) for row, r in zip(rows, requests)
+        ]
+
+    def _branch(self, row: int, places: int) -> Step:
+        """Steps hypotheses of the MT decoder's sentence in ``row``, which stays as it is, by ``places`` at most."""
+        raise NotImplementedError
 
 
 _METHODS: dict[type, str] = {

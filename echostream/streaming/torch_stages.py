@@ -16,7 +16,7 @@ from torch import Tensor
 
 from echostream.models.decoders.layers import AttentionProbe, DecoderState
 from echostream.models.state import State
-from echostream.streaming.search import Chosen, beam_search
+from echostream.streaming.search import Step
 from echostream.streaming.stages import (
     Answering,
     Extend,
@@ -26,7 +26,6 @@ from echostream.streaming.stages import (
     ReadUnits,
     Request,
     Rewind,
-    Search,
     Speak,
     Write,
     Written,
@@ -134,12 +133,9 @@ class TorchStages(Answering):
         weights, frames = _numpy(probe.weights), _numpy(mt.frames)
         return [Written(scores[r, 0], hidden[r, 0], weights[r, 0, : frames[r]]) for r in rows]
 
-    def _search(self, rows: list[int], requests: list[Search]) -> list[list[Chosen]]:
-        return [self._finish_sentence(row, request) for row, request in zip(rows, requests)]
-
-    def _finish_sentence(self, row: int, request: Search) -> list[Chosen]:
+    def _branch(self, row: int, places: int) -> Step:
         whole, decoder = self.state.mt, self.model.mt_decoder
-        places = int(whole.positions[row]) + request.most + 1
+        places += int(whole.positions[row])
         state = DecoderState(
             tuple(cache.map(lambda t: t[row : row + 1, :places]) for cache in whole.own),
             tuple(cache.map(lambda t: t[row : row + 1, : int(whole.frames[row])]) for cache in whole.memory),
@@ -151,10 +147,12 @@ class TorchStages(Answering):
             nonlocal state
             chosen = torch.from_numpy(parents).to(self.device)
             fed = torch.from_numpy(tokens)[:, None].to(self.device)
-            scores, hidden, state = decoder.step(fed, None, state.index_select(chosen), in_place=True)
+            # The frames are the same for all: they are copied when hypotheses are added, not at every token.
+            state = state.reorder(chosen) if len(chosen) == state.batch_size else state.index_select(chosen)
+            scores, hidden, state = decoder.step(fed, None, state, in_place=True)
             return _numpy(scores)[:, 0], _numpy(hidden)[:, 0]
 
-        return beam_search(step, request.token, request.beam, request.most)
+        return step
 
     def _rewind(self, rows: list[int], requests: list[Rewind]) -> list[None]:
         positions = self.state.mt.positions.clone()
@@ -166,10 +164,7 @@ class TorchStages(Answering):
         inputs, lengths = self._pad(rows, [r.inputs for r in requests])
         tokens = None
         if requests[0].tokens is not None:
-            tokens = torch.zeros(inputs.shape[:2], dtype=torch.long)
-            for row, request in zip(rows, requests):
-                tokens[row, : len(request.tokens)] = torch.from_numpy(request.tokens)
-            tokens = tokens.to(self.device)
+            tokens, _ = self._pad_symbols(rows, [r.tokens for r in requests])
         scores, counts, unit = self.model.unit_decoder.step(
             inputs, lengths, self.state.unit[0], in_place=True, tokens=tokens
         )
@@ -178,16 +173,9 @@ class TorchStages(Answering):
         return [symbols[r, : sizes[r]] for r in rows]
 
     def _speak(self, rows: list[int], requests: list[Speak]) -> list[np.ndarray]:
-        longest = max(len(r.units) for r in requests)
-        units = torch.zeros(self.rows, longest, dtype=torch.long)
-        lengths = torch.zeros(self.rows, dtype=torch.long)
-        for row, request in zip(rows, requests):
-            units[row, : len(request.units)] = torch.from_numpy(np.asarray(request.units, dtype=np.int64))
-            lengths[row] = len(request.units)
+        units, lengths = self._pad_symbols(rows, [r.units for r in requests])
         finished = self._flags(rows, [r.finished for r in requests])
-        waveform, sizes, state = self.vocoder.step(
-            units.to(self.device), lengths.to(self.device), self.state.vocoder[0], finished
-        )
+        waveform, sizes, state = self.vocoder.step(units, lengths, self.state.vocoder[0], finished)
         self._replace(vocoder=(state,))
         samples, counts = _numpy(waveform.float()), _numpy(sizes)
         return [samples[r, : counts[r]].copy() for r in rows]
@@ -283,6 +271,15 @@ class TorchStages(Answering):
             for row, array in zip(rows, arrays):
                 padded[row, : len(array)] = torch.from_numpy(np.array(array))
         return padded.to(device=self.device, dtype=self.dtype), lengths.to(self.device)
+
+    def _pad_symbols(self, rows: list[int], arrays: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """The same for whole numbers [n]: one long tensor [rows, N] and its lengths."""
+        symbols = torch.zeros(self.rows, max(map(len, arrays)), dtype=torch.long)
+        lengths = torch.zeros(self.rows, dtype=torch.long)
+        for row, array in zip(rows, arrays):
+            symbols[row, : len(array)] = torch.from_numpy(np.asarray(array, dtype=np.int64))
+            lengths[row] = len(array)
+        return symbols.to(self.device), lengths.to(self.device)
 
     def _flags(self, rows: list[int], values: list[bool]) -> Tensor:
         flags = torch.zeros(self.rows, dtype=torch.bool)

@@ -89,12 +89,10 @@ class ExportedDecoder(Rows):
         return out
 
     def branch(self, row: int, places: int) -> ExportedDecoder:
-        """The sentence of ``row`` as it stands, alone in a decoder of its own with so many positions."""
+        """The sentence of ``row`` as it stands, alone in a decoder of its own with so many positions more."""
         branch = copy.copy(self)
-        branch.own, branch.memory = (
-            self.own[:, row : row + 1, :places].copy(),
-            self.memory[:, row : row + 1, : 1 + self.frames[row]],
-        )
+        branch.own = self.own[:, row : row + 1, : self.positions[row] + places].copy()
+        branch.memory = self.memory[:, row : row + 1, : 1 + self.frames[row]]
         branch.positions, branch.frames = self.positions[row : row + 1], self.frames[row : row + 1]
         return branch
 

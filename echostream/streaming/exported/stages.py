@@ -10,7 +10,7 @@ from echostream.streaming.exported.decoder import ExportedDecoder
 from echostream.streaming.exported.hearing import ExportedHearing
 from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, ExportedModel, Rows, pad
 from echostream.streaming.exported.voice import ExportedSpeaker
-from echostream.streaming.search import Chosen, beam_search
+from echostream.streaming.search import Step
 from echostream.streaming.stages import (
     Answering,
     Extend,
@@ -19,7 +19,6 @@ from echostream.streaming.stages import (
     NewSentence,
     ReadUnits,
     Rewind,
-    Search,
     Speak,
     Write,
     Written,
@@ -90,11 +89,8 @@ class ExportedStages(Answering):
             written.append(Written(out["scores"][i, 0], out["hidden"][i, 0], looked))
         return written
 
-    def _search(self, rows: list[int], requests: list[Search]) -> list[list[Chosen]]:
-        return [self._finish_sentence(row, request) for row, request in zip(rows, requests)]
-
-    def _finish_sentence(self, row: int, request: Search) -> list[Chosen]:
-        decoder = self.mt.branch(row, int(self.mt.positions[row]) + request.most + 1)
+    def _branch(self, row: int, places: int) -> Step:
+        decoder = self.mt.branch(row, places)
 
         def step(tokens: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             decoder.reorder(parents)
@@ -102,7 +98,7 @@ class ExportedStages(Answering):
             out = decoder.step(list(range(count)), {"tokens": tokens[:, None]}, np.ones(count, dtype=np.int64))
             return out["scores"][:, 0], out["hidden"][:, 0]
 
-        return beam_search(step, request.token, request.beam, request.most)
+        return step
 
     def _rewind(self, rows: list[int], requests: list[Rewind]) -> list[None]:
         self.mt.positions[rows] = [r.positions for r in requests]
@@ -112,9 +108,7 @@ class ExportedStages(Answering):
         inputs, lengths = pad([r.inputs for r in requests])
         given = {"inputs": inputs}
         if self.units_read_tokens:
-            given["tokens"] = np.zeros(inputs.shape[:2], dtype=np.int64)
-            for row, request in zip(given["tokens"], requests):
-                row[: len(request.tokens)] = request.tokens
+            given["tokens"], _ = pad([r.tokens for r in requests], np.int64)
         out = self.units.step(rows, given, lengths * self.ratio)
         return [scores[:n].argmax(-1) for scores, n in zip(out["scores"], lengths * self.ratio)]
 
