@@ -1,4 +1,4 @@
-"""The steps of ``scripts/prepare_corpus.py``: text, speech, target, units, manifests; all in a row; and respeak.
+"""Steps of ``scripts/prepare_corpus.py``: catalogues; text, speech, target, units, manifests, all in a row; respeak.
 
 Every step reads what the steps before it left in the output directory, does only what is missing, and notes its
 settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Callable, Iterable
 
 from echostream.constants import SAMPLE_RATE
-from echostream.data.corpus import manifests, sources, speech, target_units, tts
+from echostream.data.corpus import catalogues, manifests, sources, speech, target_units, tts
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
@@ -53,7 +53,26 @@ def build_parser() -> argparse.ArgumentParser:
          _respeak_options, _units_options, _shard_options)
     step("all", run_all, "every step in a row, one set of recordings for each split", _text_options,
          _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options)
+    text = "write parallel text, the messages of programs, from gettext catalogues (.mo, .po)"
+    _catalogue_options(steps.add_parser("catalogues", help=text, description=text))
     return parser
+
+
+def _catalogue_options(parser: argparse.ArgumentParser) -> None:
+    limits = catalogues.Limits()
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR",
+                        help="searched for <language>/LC_MESSAGES/*.mo and <language>.po, as in /usr/share/locale")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="table to write, .tsv or .tsv.gz")
+    parser.add_argument("--source-lang", default="es")
+    parser.add_argument("--target-lang", default="en")
+    parser.add_argument("--message-lang", default="en", help="language of the untranslated messages, one of the two")
+    parser.add_argument("--exclude", type=Path, nargs="*", default=[], metavar="TABLE",
+                        help="no sentence of these tables may occur (rows.tsv: none outside of the split train)")
+    parser.add_argument("--min-words", type=int, default=limits.min_words)
+    parser.add_argument("--max-words", type=int, default=limits.max_words,
+                        help="messages of several sentences are cut into pieces of all lengths up to this")
+    parser.add_argument("--fragments", action="store_true", help="also keep what does not end like a sentence")
+    parser.set_defaults(run=run_catalogues)
 
 
 def _shard_options(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +92,8 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-lang", default="en")
     parser.add_argument("--max-words", type=int, default=40, help="longer pairs are skipped and listed")
     parser.add_argument("--test-size", type=int, default=1000, help="pairs of the fixed test set (--pairs)")
+    parser.add_argument("--train-only", action="store_true",
+                        help="all of --pairs train; dev and test are another corpus', whose sentences are not in these")
     parser.add_argument("--vocab-size", type=int, default=1000, help="SentencePiece pieces on each side")
     parser.add_argument("--source-vocab-size", type=int,
                         help="pieces on the source side: few (160) let the ASR CTC learn in a tenth of the time")
@@ -138,12 +159,23 @@ def _respeak_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", required=True, metavar="NAME", help="name of the new manifest")
 
 
+def run_catalogues(args: argparse.Namespace) -> None:
+    counts = catalogues.write_pairs(
+        args.output, args.directories, args.source_lang, args.target_lang, args.message_lang, args.exclude,
+        catalogues.Limits(args.min_words, args.max_words, args.fragments), progress_bar("catalogues", unit="file"),
+    )
+    written = {name: counts.pop(name) for name in ("pairs", "words", "catalogues")}
+    print(", ".join(f"{count} {name}" for name, count in written.items()) + f"; left out: {dict(counts)}")
+
+
 def run_text(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with Skipped(args.output / "skipped", "text") as skipped:
         if args.pairs:
             columns = tuple(args.columns) if args.columns else None
-            rows = sources.rows_of_text(args.pairs, skipped, args.max_words, args.test_size, columns)
+            rows = sources.rows_of_text(
+                args.pairs, skipped, args.max_words, args.test_size, columns, args.train_only
+            )
         elif args.common_voice:
             rows = sources.rows_of_cvss(args.common_voice, args.cvss, skipped, args.max_words)
         else:

@@ -22,17 +22,18 @@ from echostream.errors import AudioError, ManifestError, require
 
 
 def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: int = TEST_SIZE,
-                 columns: tuple[str, str] | None = None) -> list[Row]:
+                 columns: tuple[str, str] | None = None, train_only: bool = False) -> list[Row]:
     """Sentence pairs of a parallel text file (tab-separated, gzip by the suffix ``.gz``, one header line).
 
     Args:
         columns: header names of the source and target side; by default the first two columns.
+        train_only: every pair trains; what tests is elsewhere.
 
     Raises:
         ManifestError: the file is missing, is no text, or has not the columns.
     """
     pairs = list(_read_pairs(path, columns))
-    splits = split_pairs(pairs)
+    splits = ["train"] * len(pairs) if train_only else split_pairs(pairs)
     test = set(fixed_test_rows(pairs, splits, test_size))
     seen: dict[str, str] = {}
     rows = []
