@@ -30,6 +30,7 @@ from echostream.units.kmeans import load_kmeans
 PACKAGES = (
     "echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2", "py-nanotts",
 )
+DEFAULT_UNITS = 1000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,7 +141,7 @@ def _units_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, default=11, help="HuBERT layer, from 1")
     parser.add_argument("--compute-type", default="int8", help="of CTranslate2: int8, float32 ...")
     parser.add_argument("--kmeans", type=Path, help="use these centroids (npz, or joblib as HuBERT's) and fit none")
-    parser.add_argument("--num-units", type=int, default=1000)
+    parser.add_argument("--num-units", type=int, default=DEFAULT_UNITS)
     parser.add_argument("--fit-frames", type=int, default=300_000, help="frames to fit k-means on, 50 a second")
     parser.add_argument("--positions", type=int, default=16,
                         help="position-dependent directions to take out of the features (0: none)")
@@ -149,7 +150,8 @@ def _units_options(parser: argparse.ArgumentParser) -> None:
 def _manifest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", nargs="*", default=[], metavar="NAME=SET,SET",
                         help="which sets go into which manifest (default: each set into the manifest of its split)")
-    parser.add_argument("--without-units", action="store_true", help="keep pairs whose target has no units yet")
+    parser.add_argument("--without-units", action="store_true",
+                        help="keep pairs whose target has no units yet; the steps target and units may be left out")
     parser.add_argument("--cmvn-utterances", type=int, default=3000, help="of the train manifest; 0 keeps gcmvn.npz")
 
 
@@ -283,8 +285,12 @@ def run_units(args: argparse.Namespace) -> None:
 
 def run_manifests(args: argparse.Namespace) -> None:
     rows = {row.row: row for row in read_rows(args.output / "rows.tsv")}
-    text, units_note = _read_note(args.output, "text"), _read_note(args.output, "units")
-    units = {line["id"]: line for line in read_table(args.output / "target" / "units.tsv", target_units.UNIT_COLUMNS)}
+    text = _read_note(args.output, "text")
+    if args.without_units and not (args.output / "steps" / "units.json").is_file():
+        units_note, units = {"num_units": DEFAULT_UNITS}, {}
+    else:
+        units_note, table = _read_note(args.output, "units"), args.output / "target" / "units.tsv"
+        units = {line["id"]: line for line in read_table(table, target_units.UNIT_COLUMNS)}
     by_set = {name: list(speech_ledger(args.output, name).values()) for name in speech_sets(args.output)}
     plan: dict[str, list[str]] = {}
     for entry in args.manifest:
