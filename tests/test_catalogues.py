@@ -157,6 +157,11 @@ def test_catalogues_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ]
     assert "3 pairs, 14 words, 2 catalogues; left out: {'held out': 1, 'seen before': 1}" in capsys.readouterr().out
 
+    assert main([*step[:-1], str(tmp_path / "more.tsv"), "--exclude", str(held), str(output)]) == 0  # nothing twice
+    assert len((tmp_path / "more.tsv").read_text().splitlines()) == 1
+    assert main([*step, "--exclude", str(tmp_path / "gone.tsv")]) == 1
+    assert "gone.tsv cannot be read: No such file" in capsys.readouterr().err
+
     text = ["text", "--output", str(tmp_path / "c"), "--pairs", str(output), "--train-only", "--vocab-size", "30"]
     assert main(text) == 0
     assert [row.split for row in read_rows(tmp_path / "c" / "rows.tsv")] == ["train"] * 3
