@@ -129,7 +129,7 @@ class Subwords:
         except (RuntimeError, OSError) as error:
             raise ManifestError(f"{model} is not a SentencePiece model: {str(error).splitlines()[0]}") from None
         sp = self.processor
-        ordinary = (i for i in range(sp.GetPieceSize()) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i)))
+        ordinary = (i for i in range(sp.GetPieceSize()) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i) or sp.IsUnused(i)))
         pieces = [sp.IdToPiece(i) for i in ordinary]
         missing = [piece for piece in pieces if piece not in self.vocabulary.index]
         if missing:
