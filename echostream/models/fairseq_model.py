@@ -65,7 +65,8 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         parser.add_argument(
             "--freeze",
             metavar="PARTS",
-            help=f"leave these parts as they are: a comma-separated list of {', '.join(PARTS)}",
+            help=f"leave these parts as they are: a comma-separated list of {', '.join(PARTS)}, or of modules and "
+            "weights in them (encoder.subsampler,encoder.layers.0)",
         )
 
     @classmethod
@@ -103,12 +104,13 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
                 take_over(model, source, parts, heads)
             if source:
                 setattr(args, option, None)  # the path is this machine's: a checkpoint must not depend on it later
-        frozen = [part for part in (getattr(args, "freeze", None) or "").split(",") if part]
-        for part in frozen:
-            if part not in PARTS:
-                raise ConfigError(f"--freeze names {part!r}; the parts are {', '.join(PARTS)}")
-            getattr(model, part).requires_grad_(False)
-        if len(set(frozen)) == len(PARTS):
+        for part in filter(None, (getattr(args, "freeze", None) or "").split(",")):
+            weights = [value for name, value in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
+            if not weights:
+                raise ConfigError(f"--freeze names {part!r}; the parts are {', '.join(PARTS)} and what is in them")
+            for weight in weights:
+                weight.requires_grad_(False)
+        if not any(weight.requires_grad for weight in model.parameters()):
             raise ConfigError("--freeze names every part; there is nothing left to train")
         return model
 
