@@ -19,6 +19,7 @@ from torch import Tensor
 from echostream.audio.cmvn import GlobalCMVN
 from echostream.constants import EOS, FRAME_LENGTH, FRAME_SHIFT, NUM_SPECIALS, PAD
 from echostream.data.augment import SpecAugment, add_noise, change_gain, change_speed, fit_length
+from echostream.data.augmentation import SpeechAugment
 from echostream.data.config import DataConfig
 from echostream.data.joining import EXTRA_HOPS, Item, JoinPolicy, plan_epoch
 from echostream.data.manifest import Utterance, read_manifest
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # A manifest's frame count may differ from the file's by this much (an mp3's padding); more is a mistake to be told.
 FRAME_TOLERANCE = 5
+# Babble is made of so many of the split's recordings, others in every epoch.
+BABBLE_VOICES = 16
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Augmentation:
         spec_augment: masks on the features; None for none.
         gain_db: recordings are amplified or weakened by up to so many dB; 0 leaves them.
         noise_db: loudest white noise added, in dBFS; None adds none.
+        speech: rooms, noise, lines and voices that make recordings resemble people's; None leaves them as they are.
+            Ready features cannot be changed so.
         jitter: move the sentence windows of joined items at random.
     """
 
@@ -49,6 +54,7 @@ class Augmentation:
     spec_augment: SpecAugment | None = None
     gain_db: float = 0.0
     noise_db: float | None = None
+    speech: SpeechAugment | None = None
     jitter: bool = True
 
 
@@ -146,6 +152,7 @@ class SpeechToSpeechDataset(BucketedDataset):
                 )
         self.epoch = 0
         self.items: list[Item] = []
+        self._babble: list[np.ndarray] | None = None
         self.sizes = np.zeros(0, dtype=np.int64)
         self.set_epoch(1)
 
@@ -156,6 +163,7 @@ class SpeechToSpeechDataset(BucketedDataset):
         if epoch == self.epoch:
             return
         self.epoch = epoch
+        self._babble = None
         if self.augmentation is None:
             self.items = [Item((i,), (1.0,), (int(n),)) for i, n in enumerate(self.frames)]
         else:
@@ -232,12 +240,27 @@ class SpeechToSpeechDataset(BucketedDataset):
         if self.augmentation is not None and self.augmentation.noise_db is not None:
             # Uniform in dB over 40 dB below the loudest; pauses and speech get the same, as from one microphone.
             samples = add_noise(samples, self.augmentation.noise_db - 40 * rng.random(), rng)
+        if self.augmentation is not None and self.augmentation.speech is not None:
+            samples = self.augmentation.speech.record(samples, rng, self._babble_voices)
         return self.extractor.extract(samples)
 
     def _prepare(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if self.augmentation is None or self.augmentation.gain_db == 0:
+        if self.augmentation is None:
+            return samples
+        if self.augmentation.speech is not None:
+            samples = self.augmentation.speech.change_voice(samples, rng)
+        if self.augmentation.gain_db == 0:
             return samples
         return change_gain(samples, rng.uniform(-self.augmentation.gain_db, self.augmentation.gain_db))
+
+    def _babble_voices(self) -> list[np.ndarray]:
+        """The epoch's recordings for babble, read when first asked for; the generator is no item's."""
+        if self._babble is None:
+            spoken = np.flatnonzero(~self.fixed_speed)
+            rng = np.random.default_rng([self.seed, self.epoch, len(self.items)])
+            chosen = rng.choice(spoken, min(BABBLE_VOICES, len(spoken)), replace=False)
+            self._babble = [load_samples(self.root, self.utterances[number].audio) for number in chosen]
+        return self._babble
 
     def _join_features(self, item: Item) -> np.ndarray:
         """Ready features joined frame by frame, pauses as quiet as the quietest frame: float32 [n_frames, 80]."""

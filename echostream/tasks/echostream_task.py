@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from echostream import compat
 from echostream.constants import EOS, NUM_SPECIALS
 from echostream.data.augment import SpecAugment, parse_speeds
+from echostream.data.augmentation import SpeechAugment
 from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
 from echostream.data.joining import JoinPolicy
@@ -72,6 +73,14 @@ class EchoStreamTaskConfig(FairseqDataclass):
     noise_db: Optional[float] = field(
         default=None, metadata={"help": "add white noise to training speech, down from this level (dBFS, such as -40)"}
     )
+    augment_speech: str = field(
+        default="none",
+        metadata={
+            "help": "make training speech resemble people's recordings: people, or "
+            "NAME=PROBABILITY:LOW..HIGH:KIND+KIND,... of formant, reverb, noise, hum, band, codec, clip and gain "
+            "(echostream/data/augmentation/speech.py)"
+        },
+    )
     autocast: ChoiceEnum(["none", "bfloat16", "float16"]) = field(
         default="none", metadata={"help": "mixed precision in training that works without a GPU too (bfloat16)"}
     )
@@ -112,6 +121,7 @@ class EchoStreamTask(FairseqTask):
             spec_augment=SpecAugment.parse(cfg.spec_augment),
             gain_db=cfg.gain_db,
             noise_db=cfg.noise_db,
+            speech=SpeechAugment.parse(cfg.augment_speech),
         )
 
     @classmethod
