@@ -8,6 +8,7 @@ asked for.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -126,26 +127,41 @@ class CrossAttention(nn.Module):
 
 
     def weights(self, x: Tensor, k: Tensor, visible: Visible) -> Tensor:
-        """Where each query of x [B, N, D] looks: [B, N, T], the mean of the heads' weights; zero without frames."""
+        """Where each query of x [B, N, D] looks: [B, H, N, T]; zero without frames."""
         q, k = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if visible.mask is not None:
             scores = scores.masked_fill(~visible.mask, -math.inf)
-        weights = scores.softmax(dim=-1).mean(dim=1)
-        return weights if visible.nothing is None else weights.masked_fill(visible.nothing, 0.0)
+        weights = scores.softmax(dim=-1)
+        return weights if visible.nothing is None else weights.masked_fill(visible.nothing[:, None], 0.0)
 
 
 @dataclass
 class AttentionProbe:
-    """Asks a decoder's step where one of its layers looks; the step fills in ``weights``.
+    """Asks a decoder's step where some of its heads look; the step fills in ``weights``.
 
     Attributes:
-        layer: from 0, or from the last one down with -1, -2, ...
-        weights: [B, N, frames] of the layer's cross-attention, the mean of its heads.
+        heads: (layer, head), both from 0.
+        weights: [B, N, frames] of the cross-attention, the mean of these heads.
     """
 
-    layer: int
+    heads: Sequence[tuple[int, int]]
     weights: Tensor | None = None
+
+    def layer(self, number: int) -> Probe | None:
+        """What layer ``number`` is to tell its weights [B, H, N, T]; None where it is not asked."""
+        chosen = [head for layer, head in self.heads if layer == number]
+        if not chosen:
+            return None
+
+        def tell(weights: Tensor) -> None:
+            share = weights[:, chosen].sum(dim=1) / len(self.heads)
+            self.weights = share if self.weights is None else self.weights + share
+
+        return tell
+
+
+Probe = Callable[[Tensor], None]  # is told a layer's attention weights [B, H, N, T]
 
 
 class FeedForward(nn.Module):
@@ -279,14 +295,14 @@ class DecoderLayer(nn.Module):
                 branch.weight.mul_(residual_gain)
 
     def _finish(
-        self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible, probe: AttentionProbe | None = None
+        self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible, probe: Probe | None = None
     ) -> Tensor:
         x = x + self.dropout(attended)
         if not self.pre_norm:
             x = self.self_norm(x)
         query = self.cross_norm(x) if self.pre_norm else x
         if probe is not None:
-            probe.weights = self.cross_attention.weights(query, k, visible)
+            probe(self.cross_attention.weights(query, k, visible))
         x = x + self.dropout(self.cross_attention(query, k, v, visible))
         if self.pre_norm:
             return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -304,7 +320,7 @@ class DecoderLayer(nn.Module):
 
     def step(
         self, x: Tensor, append: _Append, own: KeyValues, memory: KeyValues, mask: Tensor | None, visible: Visible,
-        in_place: bool, probe: AttentionProbe | None = None,
+        in_place: bool, probe: Probe | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """New positions x [B, N, D] behind those cached in ``own``; ``memory`` holds the frames that may be seen."""
         q, k, v = self._project(x)
@@ -348,7 +364,7 @@ class TransformerDecoder(nn.Module):
         activation_dropout: float, max_positions: int, max_frames: int, position_limit: str, form: str = "vaswani",
     ):
         super().__init__()
-        self.dim, self.position_limit = dim, position_limit
+        self.dim, self.heads, self.position_limit = dim, heads, position_limit
         self.max_positions, self.max_frames = max_positions, max_frames
         self.dropout = Dropout(dropout)
         # Residual branches start quietly, each layer near the identity: the unit CTC then leaves its plateau in half
@@ -413,7 +429,7 @@ class TransformerDecoder(nn.Module):
     ) -> tuple[Tensor, DecoderState]:
         """New positions x [B, N, D] (without position vectors), which see all earlier ones and all frames so far.
 
-        A ``probe`` is given its layer's cross-attention.
+        A ``probe`` is told its heads' cross-attention.
 
         Raises:
             EchoStreamError: a row would hold more positions than the state was made for.
@@ -435,10 +451,10 @@ class TransformerDecoder(nn.Module):
         else:
             seen = visible_frames(state.frames, frames)
         own = []
-        probed = None if probe is None else self.layers[probe.layer]
-        for layer, cache, memory in zip(self.layers, state.own, state.memory):
+        for number, (layer, cache, memory) in enumerate(zip(self.layers, state.own, state.memory)):
             memory = memory.map(lambda t: t[:, :frames])
-            x, cache = layer.step(x, append, cache, memory, mask, seen, in_place, probe if layer is probed else None)
+            told = None if probe is None else probe.layer(number)
+            x, cache = layer.step(x, append, cache, memory, mask, seen, in_place, told)
             own.append(cache)
         if self.final_norm is not None:
             x = self.final_norm(x)
