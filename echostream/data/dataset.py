@@ -17,7 +17,6 @@ from fairseq.data import FairseqDataset
 from torch import Tensor
 
 from echostream.audio.cmvn import GlobalCMVN
-from echostream.audio.fbank import fbank
 from echostream.constants import EOS, FRAME_LENGTH, FRAME_SHIFT, NUM_SPECIALS, PAD
 from echostream.data.augment import SpecAugment, add_noise, change_gain, change_speed, fit_length
 from echostream.data.config import DataConfig
@@ -123,17 +122,24 @@ class SpeechToSpeechDataset(BucketedDataset):
         self.name = ", ".join(map(str, paths))
         self.utterances: list[Utterance] = read_manifest(*paths)
         self.root = config.root
-        self.cmvn: GlobalCMVN = config.cmvn
+        self.extractor, self.cmvn = config.extractor, config.cmvn
+        # A manifest counts Kaldi's frames; of the samples that give n of these others give so many more.
+        self.further_frames = self.extractor.num_frames(FRAME_LENGTH) - 1
         self.augmentation = augmentation
         self.seed = seed
         self.frames = np.array([u.n_frames for u in self.utterances], dtype=np.int64)
         self.fixed_speed = np.array([is_features(u.audio) for u in self.utterances])
+        if self.fixed_speed.any() and self.extractor.name != "kaldi":
+            raise ManifestError(
+                f"manifest {self.name}: row {self.utterances[int(self.fixed_speed.argmax())].id!r} names ready "
+                f"features, which are Kaldi's; features: {self.extractor.name} are made from recordings"
+            )
         self.src_ids = [config.source.encode(u.src_text) for u in self.utterances]
         self.tgt_ids = [config.target.encode(u.tgt_text) for u in self.utterances]
         for u, src, tgt in zip(self.utterances, self.src_ids, self.tgt_ids):
             if not src or not tgt:
                 raise ManifestError(f"manifest {self.name}: row {u.id!r} has no subwords in its source or target text")
-            if u.units.max() >= config.num_units:
+            if u.units.max(initial=-1) >= config.num_units:
                 raise ManifestError(
                     f"manifest {self.name}: row {u.id!r} holds unit {u.units.max()}, "
                     f"but num_units is {config.num_units}"
@@ -156,7 +162,7 @@ class SpeechToSpeechDataset(BucketedDataset):
             rng = np.random.default_rng([self.seed, epoch])
             augmentation = self.augmentation
             self.items = plan_epoch(self.frames, self.fixed_speed, augmentation.speeds, augmentation.join, rng)
-        self.sizes = np.array([item.n_frames for item in self.items], dtype=np.int64)
+        self.sizes = np.array([item.n_frames + self.further_frames for item in self.items], dtype=np.int64)
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
@@ -178,7 +184,7 @@ class SpeechToSpeechDataset(BucketedDataset):
     # --- items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Item ``index`` of the epoch: ``source`` float32 [T, 80] after CMVN and its targets, as lists of indices.
+        """Item ``index`` of the epoch: ``source`` float32 [T, 80] after normalisation and its targets, as lists of indices.
 
         Raises:
             AudioError: a recording cannot be used; the message names its file.
@@ -226,7 +232,7 @@ class SpeechToSpeechDataset(BucketedDataset):
         if self.augmentation is not None and self.augmentation.noise_db is not None:
             # Uniform in dB over 40 dB below the loudest; pauses and speech get the same, as from one microphone.
             samples = add_noise(samples, self.augmentation.noise_db - 40 * rng.random(), rng)
-        return fbank(samples)
+        return self.extractor.extract(samples)
 
     def _prepare(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if self.augmentation is None or self.augmentation.gain_db == 0:
@@ -262,7 +268,8 @@ class SpeechToSpeechDataset(BucketedDataset):
         Returns:
             ``net_input``: ``src_tokens`` [B, T, 80], ``src_lengths`` [B], ``prev_output_tokens`` [S, U];
             ``target`` [S, U] (MT, with end symbols), ``target_lengths`` [S]; ``src_text``, ``tgt_text`` [B, L] (CTC)
-            with ``*_lengths`` [B]; ``units`` [S, V] (dictionary indices) with ``unit_lengths`` [S]; ``windows``:
+            with ``*_lengths`` [B]; ``units`` [S, V] (dictionary indices) with ``unit_lengths`` [S], None where a
+            sentence has none; ``windows``:
             ``row``, ``start``, ``end`` [S], or None when no item joins several sentences; ``sentence_row`` [S];
             ``ntokens`` (MT target tokens), ``nsentences`` (S).
         """
@@ -276,7 +283,9 @@ class SpeechToSpeechDataset(BucketedDataset):
         previous, targets = collate_targets(sentences)
         src_text, src_text_lengths = pad([s["src_text"] for s in samples])
         tgt_text, tgt_text_lengths = pad([s["tgt_text"] for s in samples])
-        units, unit_lengths = pad_units([u for s in samples for u in s["units"]])
+        units = unit_lengths = None
+        if all(len(u) for s in samples for u in s["units"]):
+            units, unit_lengths = pad_units([u for s in samples for u in s["units"]])
         rows = torch.tensor([i for i, s in enumerate(samples) for _ in s["sentences"]])
         windows = None
         if any(s["windows"] for s in samples):

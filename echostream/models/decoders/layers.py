@@ -1,7 +1,8 @@
-"""What the ST, MT and unit decoders share: attention, positions, caches and post-norm transformer layers.
+"""What the ST, MT and unit decoders share: attention, positions, caches and transformer layers.
 
 Letters: B batch, U target positions, T encoder frames (40 ms each), N new items of one step, C places of a cache,
-D width, H heads. All layers are post-norm (Vaswani et al., 2017): ``LayerNorm(x + sublayer(x))``.
+D width, H heads. Layers are post-norm (Vaswani et al., 2017), ``LayerNorm(x + sublayer(x))``, unless another form is
+asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from echostream.errors import EchoStreamError
 from echostream.models.attention import attention
 from echostream.models.dropout import dropout as cheap_dropout
-from echostream.models.dropout import relu_dropout
+from echostream.models.dropout import activate
 from echostream.models.state import State
 
 
@@ -148,16 +149,17 @@ class AttentionProbe:
 
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, Linear."""
+    """Linear, activation (``relu`` or ``gelu``), Linear."""
 
-    def __init__(self, dim: int, inner: int, activation_dropout: float):
+    def __init__(self, dim: int, inner: int, activation_dropout: float, activation: str = "relu"):
         super().__init__()
+        self.activation = activation
         self.inner = init_linear(nn.Linear(dim, inner))
         self.outer = init_linear(nn.Linear(inner, dim))
         self.activation_dropout = activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(relu_dropout(self.inner(x), self.activation_dropout, self.training))
+        return self.outer(activate(self.inner(x), self.activation, self.activation_dropout, self.training))
 
 
 @dataclass(frozen=True)
@@ -254,18 +256,22 @@ class _Append:
 
 
 class DecoderLayer(nn.Module):
-    """Transformer decoder layer: causal self-attention, cross-attention, FFN. d 256, FFN 1024: 1,053,440 parameters."""
+    """Transformer decoder layer: causal self-attention, cross-attention, FFN. d 256, FFN 1024: 1,053,440 parameters.
+
+    ``form`` is ``vaswani`` (LayerNorm behind each residual, ReLU) or ``whisper`` (LayerNorm before each branch, GELU).
+    """
 
     def __init__(
         self, dim: int, memory_dim: int, heads: int, ffn: int, dropout: float, attention_dropout: float,
-        act_dropout: float, residual_gain: float = 1.0,
+        act_dropout: float, residual_gain: float = 1.0, form: str = "vaswani",
     ):
         super().__init__()
+        self.pre_norm = form == "whisper"
         self.self_attention = SelfAttention(dim, heads, attention_dropout)
         self.self_norm = nn.LayerNorm(dim)
         self.cross_attention = CrossAttention(dim, memory_dim, heads, attention_dropout)
         self.cross_norm = nn.LayerNorm(dim)
-        self.ffn = FeedForward(dim, ffn, act_dropout)
+        self.ffn = FeedForward(dim, ffn, act_dropout, "gelu" if self.pre_norm else "relu")
         self.ffn_norm = nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
         with torch.no_grad():
@@ -275,15 +281,24 @@ class DecoderLayer(nn.Module):
     def _finish(
         self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible, probe: AttentionProbe | None = None
     ) -> Tensor:
-        x = self.self_norm(x + self.dropout(attended))
+        x = x + self.dropout(attended)
+        if not self.pre_norm:
+            x = self.self_norm(x)
+        query = self.cross_norm(x) if self.pre_norm else x
         if probe is not None:
-            probe.weights = self.cross_attention.weights(x, k, visible)
-        x = self.cross_norm(x + self.dropout(self.cross_attention(x, k, v, visible)))
+            probe.weights = self.cross_attention.weights(query, k, visible)
+        x = x + self.dropout(self.cross_attention(query, k, v, visible))
+        if self.pre_norm:
+            return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x = self.cross_norm(x)
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attention.project(self.self_norm(x) if self.pre_norm else x)
 
     def forward(self, x: Tensor, memory: Tensor, visible: Visible) -> Tensor:
         """All positions at once: x [B, U, D], memory [B, T, memory_dim] -> [B, U, D]."""
-        q, k, v = self.self_attention.project(x)
+        q, k, v = self._project(x)
         attended = self.self_attention(q, k, v, causal=True)
         return self._finish(x, attended, *self.cross_attention.project_memory(memory), visible)
 
@@ -292,7 +307,7 @@ class DecoderLayer(nn.Module):
         in_place: bool, probe: AttentionProbe | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """New positions x [B, N, D] behind those cached in ``own``; ``memory`` holds the frames that may be seen."""
-        q, k, v = self.self_attention.project(x)
+        q, k, v = self._project(x)
         own = append.write(own, k, v, in_place)
         attended = self.self_attention(q, own.keys[:, : append.used], own.values[:, : append.used], mask)
         return self._finish(x, attended, memory.keys, memory.values, visible, probe), own
@@ -330,7 +345,7 @@ class TransformerDecoder(nn.Module):
 
     def __init__(
         self, dim: int, memory_dim: int, heads: int, ffn: int, layers: int, dropout: float, attention_dropout: float,
-        activation_dropout: float, max_positions: int, max_frames: int, position_limit: str,
+        activation_dropout: float, max_positions: int, max_frames: int, position_limit: str, form: str = "vaswani",
     ):
         super().__init__()
         self.dim, self.position_limit = dim, position_limit
@@ -340,9 +355,10 @@ class TransformerDecoder(nn.Module):
         # the updates (compare DeepNet, Wang et al., 2022).
         gain = (3 * layers) ** -0.5
         self.layers = nn.ModuleList(
-            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain)
+            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain, form)
             for _ in range(layers)
         )
+        self.final_norm = nn.LayerNorm(dim) if form == "whisper" else None
 
     def position_vectors(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Positions of any shape [...] -> [..., D]."""
@@ -359,7 +375,7 @@ class TransformerDecoder(nn.Module):
         seen = visible_frames(counts, memory.shape[1])
         for layer in self.layers:
             x = layer(x, memory, seen)
-        return x
+        return x if self.final_norm is None else self.final_norm(x)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
@@ -424,6 +440,8 @@ class TransformerDecoder(nn.Module):
             memory = memory.map(lambda t: t[:, :frames])
             x, cache = layer.step(x, append, cache, memory, mask, seen, in_place, probe if layer is probed else None)
             own.append(cache)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
         return x, DecoderState(tuple(own), state.memory, state.positions + lengths, state.frames)
 
 
