@@ -123,7 +123,7 @@ def test_pruned_vocabulary(tiny: WhisperBPE, tmp_path: Path) -> None:
     assert pieces_of(model, dictionary, texts) == [["▁the", "▁café", "▁and", "▁the", "▁", "in", "n"], ["▁a", "▁", "日"]]
     assert pieces_of(model, dictionary, ["then cafés"]) == [["▁the", "n", "▁café", "<unk>"]]
     vocabulary = Vocabulary.load(dictionary)
-    assert len(vocabulary) == len(origins)
+    assert len(vocabulary) == len(origins) and piece_origins(tiny, vocabulary) == origins
     # "he" is a step to "▁the", never written: SentencePiece keeps it as unused.
     assert "he" not in vocabulary.index and "▁t" not in vocabulary.index and "▁the" in vocabulary.index
     assert origins.tokens[EOS] == (tiny.end_of_text,) and origins.tokens[UNK] == ()

@@ -22,7 +22,7 @@ import numpy as np
 
 from echostream.constants import EOS, NUM_SPECIALS
 from echostream.errors import CheckpointError, ManifestError, require
-from echostream.text import SPECIALS, WORD_START, Vocabulary
+from echostream.text import WORD_START, Vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE = 100_000_000  # bytes of a vocabulary file
@@ -209,9 +209,13 @@ class TokenOrigins:
 
 
 def piece_origins(bpe: WhisperBPE, vocabulary: Vocabulary) -> TokenOrigins:
-    """Where the entries of any SentencePiece dictionary start from: each from the Whisper tokens of its text."""
+    """Where the entries of any SentencePiece dictionary start from: the token that a piece is, else those of its text.
+
+    Of a dictionary that ``write_whisper_subwords`` made it gives what that returned.
+    """
     pieces = vocabulary.symbols[NUM_SPECIALS:]
-    return TokenOrigins((*_special_origins(bpe), *(tuple(bpe.encode(_text(piece))) for piece in pieces)))
+    specials = ((bpe.end_of_text,) if i == EOS else () for i in range(NUM_SPECIALS))
+    return TokenOrigins((*specials, *(_piece_tokens(bpe, piece) for piece in pieces)))
 
 
 def write_whisper_subwords(
@@ -258,7 +262,7 @@ def write_whisper_subwords(
     scores = {piece: -ranks.get(piece, lowest + i) for i, piece in enumerate([*kept, *unused])}
     model.write_bytes(_sentencepiece_bpe(scores, set(unused)))
     dictionary.write_text("".join(f"{piece} {counts[piece]}\n" for piece in kept), encoding="utf-8")
-    return TokenOrigins((*_special_origins(bpe), *(_piece_tokens(bpe, piece) for piece in kept)))
+    return piece_origins(bpe, Vocabulary(kept))
 
 
 def same_segmentation(bpe: WhisperBPE, processor: object, texts: Iterable[str]) -> tuple[int, int, int, int]:
@@ -302,10 +306,6 @@ def _derivation(bpe: WhisperBPE, piece: str) -> dict[str, float]:
 def _piece_tokens(bpe: WhisperBPE, piece: str) -> tuple[int, ...]:
     token = _text(piece).encode("utf-8")
     return (bpe.ids[token],) if token in bpe.ids else tuple(bpe.encode(_text(piece)))
-
-
-def _special_origins(bpe: WhisperBPE) -> list[tuple[int, ...]]:
-    return [(bpe.end_of_text,) if i == EOS else () for i in range(len(SPECIALS))]
 
 
 def _text(piece: str) -> str:
