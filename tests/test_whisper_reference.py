@@ -108,7 +108,7 @@ def test_base_model_is_ctranslate2s(base: Path) -> None:
     mel = np.ascontiguousarray(log_mel(speech())[None])
     encoded = oracle.encode(ctranslate2.StorageView.from_array(mel), to_cpu=True)
     ours = model.encode(torch.from_numpy(mel))
-    np.testing.assert_allclose(ours.numpy(), np.asarray(encoded), atol=1e-3)
+    np.testing.assert_allclose(ours.numpy(), np.asarray(encoded), atol=1e-3, rtol=1e-4)  # its loudest are at 24
 
     prompt = [50258, 50262, 50358, 50363]  # start, Spanish, translate, no timestamps
     found = oracle.generate(

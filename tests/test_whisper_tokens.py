@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import json
@@ -20,6 +21,7 @@ from echostream.data.corpus.subwords import train_subwords
 from echostream.errors import CheckpointError, ManifestError, MissingExtraError
 from echostream.text import Vocabulary
 from echostream.whisper.tokens import (
+    _BYTES,
     END_OF_TEXT,
     TokenOrigins,
     WhisperBPE,
@@ -39,17 +41,15 @@ SENTENCES = [
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "Ġ a", "Ã ©", "f Ã©", "c a", "ca fÃ©", "Ġ cafÃ©", "n d", "Ġa nd"]
 
 
-def alphabet() -> list[str]:
-    """GPT-2's letters of the 256 bytes."""
-    from echostream.whisper.tokens import _BYTES
-
-    return list(_BYTES)
-
-
 def write_tokenizer(directory: Path, merges: list[str] = MERGES, form: str = "tokenizer") -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    tokens = [*alphabet(), *(merge.replace(" ", "") for merge in merges)]
+    tokens = [*_BYTES, *(merge.replace(" ", "") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
+    if form == "tiktoken":
+        lines = [base64.b64encode(bytes(map(_BYTES.__getitem__, token))).decode() for token in tokens]
+        text = "".join(f"{line} {i}\n" for i, line in enumerate(lines))
+        (directory / "multilingual.tiktoken").write_text(text)
+        return directory
     if form == "files":
         (directory / "vocab.json").write_text(json.dumps({**vocabulary, END_OF_TEXT: len(tokens)}))
         (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
@@ -90,7 +90,7 @@ def pieces_of(model: Path, dictionary: Path, texts: Iterable[str]) -> list[list[
     return [[subwords.vocabulary[i] for i in subwords.encode(text)] for text in texts]
 
 
-@pytest.mark.parametrize("form", ["tokenizer", "pairs", "files"])
+@pytest.mark.parametrize("form", ["tokenizer", "pairs", "files", "tiktoken"])
 def test_every_form_of_the_vocabulary(form: str, tmp_path: Path) -> None:
     bpe = WhisperBPE.load(write_tokenizer(tmp_path, form=form))
     assert bpe.tokens(" the café and a inn") == [b" the", " café".encode(), b" and", b" a", b" ", b"in", b"n"]
@@ -184,12 +184,15 @@ def test_broken_origins_are_refused(contents: bytes | None, tmp_path: Path) -> N
 
 
 BROKEN = {
-    "nothing": ({}, "neither tokenizer.json nor vocab.json"),
+    "nothing": ({}, "neither tokenizer.json, nor vocab.json"),
     "no-json": ({"tokenizer.json": "{"}, "no JSON"),
     "no-model": ({"tokenizer.json": "{}"}, "lacks 'model'"),
     "no-end": ({"tokenizer.json": '{"model": {"vocab": {}, "merges": []}}'}, "no token <|endoftext|>"),
     "letters": ({"vocab.json": '{"日": 0, "<|endoftext|>": 1}', "merges.txt": ""}, "no byte-level BPE"),
     "merges": ({"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": "a b c\n"}, "no byte-level BPE"),
+    "tiktoken": ({"multilingual.tiktoken": "YQ== 0 1\n"}, "not 'base64 rank' lines"),
+    "tiktoken-order": ({"multilingual.tiktoken": "YQ== 0\nYWE= 1\nYWFhYQ== 2\nYWFhYWFhYQ==  3\nYWFhYWFhYWE= 4\n"
+                       "YmE= 5\n"}, "is no pair"),
     "list": ({"tokenizer.json": '{"added_tokens": [1], "model": {"vocab": ["<|endoftext|>"], "merges": 3}}'}, "is"),
 }
 
@@ -204,11 +207,16 @@ def test_broken_vocabularies_are_refused(case: str, tmp_path: Path) -> None:
     assert str(tmp_path) in str(told.value) and "\n" not in str(told.value)
 
 
-def test_bpe_is_whispers(whisper: Path) -> None:
+def test_bpe_is_whispers(whisper: Path, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     oracle = tokenizers.Tokenizer.from_file(str(whisper / "tokenizer.json"))
     bpe = WhisperBPE.load(whisper)
     assert bpe.end_of_text == 50257
+    published = tmp_path / "multilingual.tiktoken"
+    by_id = sorted(bpe.ids.items(), key=lambda entry: entry[1])
+    published.write_text("".join(f"{base64.b64encode(token).decode() or '='} {i}\n" for token, i in by_id))
+    other = WhisperBPE.load(tmp_path)
+    assert (other.ids, other.ranks, other.end_of_text) == (bpe.ids, bpe.ranks, bpe.end_of_text)
     odd = ["¿Qué hora es?  Son las dos…", "日本語 тест ½ Ⅷ 3²", "e\u0301 naïve\tx\n y", "'Twas '70s rock'n'roll"]
     for text in english() + odd:
         assert bpe.encode(" " + text) == oracle.encode(" " + text, add_special_tokens=False).ids, text

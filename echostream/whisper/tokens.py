@@ -8,6 +8,7 @@ embedding of each piece is the mean of those of its Whisper tokens.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import unicodedata
@@ -48,12 +49,17 @@ class WhisperBPE:
 
     @classmethod
     def load(cls, directory: str | Path) -> WhisperBPE:
-        """Read ``tokenizer.json``, or ``vocab.json`` with ``merges.txt``, of a model directory.
+        """Read ``tokenizer.json``, ``vocab.json`` with ``merges.txt``, or OpenAI's ``multilingual.tiktoken``.
+
+        Args:
+            directory: of the model, or the ``.tiktoken`` file itself.
 
         Raises:
             CheckpointError: none is there, or it is no byte-level BPE.
         """
         directory = Path(directory)
+        if directory.suffix == ".tiktoken":
+            return cls._load_tiktoken(directory)
         path = directory / "tokenizer.json"
         if path.is_file():
             values = _read_json(path)
@@ -70,8 +76,12 @@ class WhisperBPE:
             merges = [line for line in lines if line and not line.startswith("#version")]
             if (directory / "added_tokens.json").is_file():
                 specials = {**vocabulary, **_read_json(directory / "added_tokens.json")}
+        elif (directory / "multilingual.tiktoken").is_file():
+            return cls._load_tiktoken(directory / "multilingual.tiktoken")
         else:
-            raise CheckpointError(f"{directory} holds neither tokenizer.json nor vocab.json with merges.txt")
+            raise CheckpointError(
+                f"{directory} holds neither tokenizer.json, nor vocab.json with merges.txt, nor multilingual.tiktoken"
+            )
         end = specials.get(END_OF_TEXT, vocabulary.get(END_OF_TEXT) if isinstance(vocabulary, dict) else None)
         if type(end) is not int:
             raise CheckpointError(f"{path} has no token {END_OF_TEXT}; is it Whisper's?")
@@ -81,6 +91,25 @@ class WhisperBPE:
             return cls(ids, [(_to_bytes(first), _to_bytes(second)) for first, second in pairs], end)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} is no byte-level BPE ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def _load_tiktoken(cls, path: Path) -> WhisperBPE:
+        """OpenAI's form: base64 and rank of every token. A token's merge is what the earlier ones leave of it."""
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist")
+        try:
+            lines = [line.split() for line in _read(path).splitlines() if line]
+            # "=" is how the published file writes its last token, which is empty.
+            ids = {b"" if token == "=" else base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not 'base64 rank' lines ({error})") from None
+        bpe = cls(ids, [], len(ids))  # the specials follow the tokens, the end of the text first
+        for token in sorted((token for token in ids if len(token) > 1), key=ids.__getitem__):
+            parts = bpe._merge(token)
+            if len(parts) != 2:
+                raise CheckpointError(f"{path}: token {token!r} is no pair of those before it")
+            bpe.ranks[parts[0], parts[1]] = len(bpe.ranks)
+        return bpe
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands; a sentence of Whisper's begins with a space."""
