@@ -45,6 +45,11 @@ class EchoStreamConfig:
     segment_length: int = _option(4, "encoder frames (40 ms) in a segment")
     left_context_length: int = _option(30, "encoder frames of cached left context")
     right_context_length: int = _option(0, "encoder frames of look-ahead behind a segment")
+    train_contexts: str = _option(
+        "",
+        "in training, draw segment_length:right_context_length for each batch from this list (8:8,16:0,...), so that "
+        "the model can be run with any of them; an entry may appear several times",
+    )
     memory_size: int = _option(8, "segment summaries in the memory bank; 0 leaves the bank and its weights out")
     shift_context: bool = _option(
         False, "give a stream's last segments so many more frames of left context as they lack of their own"
@@ -141,8 +146,26 @@ class EchoStreamConfig:
             raise ConfigError("full_context has no segments whose context shift_context could shift; choose one")
         if self.encoder_final_norm and not self.encoder_normalize_before:
             raise ConfigError("encoder_final_norm belongs to encoder_normalize_before: true; post-norm layers end in one")
+        contexts = self.contexts
+        if contexts and (self.encoder_relative_bias or self.full_context):
+            raise ConfigError("train_contexts goes neither with encoder_relative_bias nor with full_context")
         if self.encoder_stem == "whisper" and self.input_channels != 1:
             raise ConfigError(f"input_channels is {self.input_channels}; encoder_stem: whisper has one")
+
+    @property
+    def contexts(self) -> list[tuple[int, int]]:
+        """``train_contexts`` as (segment, right context) in encoder frames.
+
+        Raises:
+            ConfigError: it is not a list of such pairs.
+        """
+        pairs = []
+        for entry in filter(None, self.train_contexts.split(",")):
+            segment, colon, right = entry.strip().partition(":")
+            if not (colon and segment.isdecimal() and right.isdecimal() and int(segment)):
+                raise ConfigError(f"train_contexts holds {entry!r}; entries are segment:right, such as 8:4")
+            pairs.append((int(segment), int(right)))
+        return pairs
 
     @property
     def features(self) -> str:

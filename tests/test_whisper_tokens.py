@@ -95,6 +95,8 @@ def test_every_form_of_the_vocabulary(form: str, tmp_path: Path) -> None:
     bpe = WhisperBPE.load(write_tokenizer(tmp_path, form=form))
     assert bpe.tokens(" the café and a inn") == [b" the", " café".encode(), b" and", b" a", b" ", b"in", b"n"]
     assert bpe.end_of_text == 256 + len(MERGES) and bpe.encode(" the") == [258]
+    (tmp_path / "base.pt").touch()
+    assert WhisperBPE.load(tmp_path / "base.pt").ids == bpe.ids  # a model named by its file has its tokens beside it
 
 
 def test_words_are_cut_as_gpt2_cuts_them() -> None:

@@ -64,6 +64,7 @@ class EchoStreamEncoder(nn.Module):
         self.embed_dim = cfg.encoder_embed_dim
         self.dropout = cfg.dropout
         self.position_period = cfg.encoder_position_period
+        self.train_contexts = cfg.contexts
         self.block_segments = max(1, BLOCK_FRAMES // self.segment_length)
         bins = cfg.input_feat_per_channel * cfg.input_channels
         self.subsampler: Stem
@@ -98,6 +99,19 @@ class EchoStreamEncoder(nn.Module):
         self.final_norm = nn.LayerNorm(cfg.encoder_embed_dim) if cfg.encoder_final_norm else None
         self.merge = MergeFrames(factor, cfg.encoder_embed_dim) if factor > 1 else None
 
+    @property
+    def context(self) -> tuple[int, int]:
+        """Segment and right context in encoder frames of 40 ms."""
+        factor = self.subsampler.factor
+        return self.segment_length // factor, self.right_context_length // factor
+
+    def set_context(self, segment: int, right: int) -> None:
+        """From now on segments of ``segment`` encoder frames and ``right`` of right context; states are then of others."""
+        factor = self.subsampler.factor
+        self.block_segments = max(1, BLOCK_FRAMES // (factor * segment))
+        for module in (self, *self.layers):
+            module.segment_length, module.right_context_length = factor * segment, factor * right
+
     def forward(self, src_tokens: Tensor, src_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Encode whole utterances; time and memory are linear in T (quadratic with ``full_context``).
 
@@ -108,6 +122,17 @@ class EchoStreamEncoder(nn.Module):
         Returns:
             ([B, ceil(T / 4), D] encoder frames of 40 ms, zero in the padding; [B] valid encoder frames).
         """
+        if self.training and self.train_contexts:
+            chosen = self.train_contexts[int(torch.randint(len(self.train_contexts), ()))]
+            usual = self.context
+            self.set_context(*chosen)
+            try:
+                return self._forward(src_tokens, src_lengths)
+            finally:
+                self.set_context(*usual)
+        return self._forward(src_tokens, src_lengths)
+
+    def _forward(self, src_tokens: Tensor, src_lengths: Tensor) -> tuple[Tensor, Tensor]:
         x, lengths = self.subsampler(src_tokens, src_lengths)
         if self.position_period:
             # In training every item begins somewhere else, so that no place and no passage from the last position to

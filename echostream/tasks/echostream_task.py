@@ -3,6 +3,7 @@
 # No postponed annotations here: fairseq reads the types of the dataclass's fields.
 
 import contextlib
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,9 @@ class EchoStreamTaskConfig(FairseqDataclass):
 
     data: str = field(default=MISSING, metadata={"help": "data directory made by scripts/prepare_corpus.py"})
     config_yaml: str = field(default="config.yaml", metadata={"help": "the data directory's configuration file"})
+    features: Optional[str] = field(
+        default=None, metadata={"help": "log-mel features, kaldi or whisper (default: what the data directory says)"}
+    )
     source: ChoiceEnum(["speech", "text"]) = field(
         default="speech",
         metadata={
@@ -113,6 +117,9 @@ class EchoStreamTask(FairseqTask):
     @classmethod
     def setup_task(cls, cfg: EchoStreamTaskConfig, **kwargs: Any) -> "EchoStreamTask":
         config = DataConfig.load(cfg.data, cfg.config_yaml)
+        if cfg.features:
+            config = dataclasses.replace(config, features=cfg.features)
+        config.extractor  # an unknown name stops the run here
         task = cls(cfg, config)
         if cfg.cpu:
             compat.keep_freed_memory()

@@ -52,7 +52,7 @@ class WhisperBPE:
         """Read ``tokenizer.json``, ``vocab.json`` with ``merges.txt``, or OpenAI's ``multilingual.tiktoken``.
 
         Args:
-            directory: of the model, or the ``.tiktoken`` file itself.
+            directory: of the model, the model's file in it, or the ``.tiktoken`` file itself.
 
         Raises:
             CheckpointError: none is there, or it is no byte-level BPE.
@@ -60,6 +60,7 @@ class WhisperBPE:
         directory = Path(directory)
         if directory.suffix == ".tiktoken":
             return cls._load_tiktoken(directory)
+        directory = directory.parent if directory.is_file() else directory
         path = directory / "tokenizer.json"
         if path.is_file():
             values = _read_json(path)

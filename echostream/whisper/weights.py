@@ -43,6 +43,19 @@ class WhisperDims:
     n_text_layer: int
 
 
+# The multilingual models (large-v3 alone has 128 mel bands, which the features here have not).
+PUBLISHED = {
+    size: WhisperDims(mels, 1500, width, heads, layers, vocab, 448, width, heads, decoder_layers)
+    for size, (mels, width, heads, layers, decoder_layers, vocab) in {
+        "tiny": (80, 384, 6, 4, 4, 51865),
+        "base": (80, 512, 8, 6, 6, 51865),
+        "small": (80, 768, 12, 12, 12, 51865),
+        "medium": (80, 1024, 16, 24, 24, 51865),
+        "large": (80, 1280, 20, 32, 32, 51865),
+    }.items()
+}
+
+
 @dataclass(frozen=True)
 class WhisperWeights:
     """A Whisper model.
