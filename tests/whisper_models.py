@@ -105,13 +105,23 @@ def write_ctranslate2(
 def huggingface_tensors(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Hugging Face's names."""
     renames = [
-        (".blocks.", ".layers."), (".cross_attn_ln.", ".encoder_attn_layer_norm."),
-        (".attn_ln.", ".self_attn_layer_norm."), (".mlp_ln.", ".final_layer_norm."), (".cross_attn.", ".encoder_attn."), (".attn.", ".self_attn."),
-        (".query.", ".q_proj."), (".key.", ".k_proj."), (".value.", ".v_proj."), (".out.", ".out_proj."),
-        (".mlp.0.", ".fc1."), (".mlp.2.", ".fc2."), (".ln_post.", ".layer_norm."),
+        (".blocks.", ".layers."),
+        (".cross_attn_ln.", ".encoder_attn_layer_norm."),
+        (".attn_ln.", ".self_attn_layer_norm."),
+        (".mlp_ln.", ".final_layer_norm."),
+        (".cross_attn.", ".encoder_attn."),
+        (".attn.", ".self_attn."),
+        (".query.", ".q_proj."),
+        (".key.", ".k_proj."),
+        (".value.", ".v_proj."),
+        (".out.", ".out_proj."),
+        (".mlp.0.", ".fc1."),
+        (".mlp.2.", ".fc2."),
+        (".ln_post.", ".layer_norm."),
         ("decoder.ln.", "decoder.layer_norm."),
-        ("positional_embedding", "embed_positions.weight"), ("token_embedding", "embed_tokens"),
-    ]  # fmt: skip
+        ("positional_embedding", "embed_positions.weight"),
+        ("token_embedding", "embed_tokens"),
+    ]
     out = {}
     for name, value in parameters.items():
         for ours, theirs in renames:

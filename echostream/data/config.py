@@ -129,7 +129,8 @@ class Subwords:
         except (RuntimeError, OSError) as error:
             raise ManifestError(f"{model} is not a SentencePiece model: {str(error).splitlines()[0]}") from None
         sp = self.processor
-        ordinary = (i for i in range(sp.GetPieceSize()) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i) or sp.IsUnused(i)))
+        kinds = (sp.IsControl, sp.IsUnknown, sp.IsByte, sp.IsUnused)
+        ordinary = (i for i in range(sp.GetPieceSize()) if not any(kind(i) for kind in kinds))
         pieces = [sp.IdToPiece(i) for i in ordinary]
         missing = [piece for piece in pieces if piece not in self.vocabulary.index]
         if missing:

@@ -8,19 +8,22 @@ embedding of each piece is the mean of those of its Whisper tokens.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from echostream.constants import EOS, NUM_SPECIALS
 from echostream.errors import CheckpointError, ManifestError, require
-from echostream.text import SPECIALS, WORD_START, Vocabulary
+from echostream.text import WORD_START, Vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE = 100_000_000  # bytes of a vocabulary file
@@ -42,15 +45,22 @@ class WhisperBPE:
         self.ids, self.end_of_text = ids, end_of_text
         self.ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
         self._words: dict[bytes, tuple[bytes, ...]] = {}
+        self._halves: dict[bytes, tuple[bytes, bytes] | None] = {}
 
     @classmethod
     def load(cls, directory: str | Path) -> WhisperBPE:
-        """Read ``tokenizer.json``, or ``vocab.json`` with ``merges.txt``, of a model directory.
+        """Read ``tokenizer.json``, ``vocab.json`` with ``merges.txt``, or OpenAI's ``multilingual.tiktoken``.
+
+        Args:
+            directory: of the model, the model's file in it, or the ``.tiktoken`` file itself.
 
         Raises:
             CheckpointError: none is there, or it is no byte-level BPE.
         """
         directory = Path(directory)
+        if directory.suffix == ".tiktoken":
+            return cls._load_tiktoken(directory)
+        directory = directory.parent if directory.is_file() else directory
         path = directory / "tokenizer.json"
         if path.is_file():
             values = _read_json(path)
@@ -67,8 +77,12 @@ class WhisperBPE:
             merges = [line for line in lines if line and not line.startswith("#version")]
             if (directory / "added_tokens.json").is_file():
                 specials = {**vocabulary, **_read_json(directory / "added_tokens.json")}
+        elif (directory / "multilingual.tiktoken").is_file():
+            return cls._load_tiktoken(directory / "multilingual.tiktoken")
         else:
-            raise CheckpointError(f"{directory} holds neither tokenizer.json nor vocab.json with merges.txt")
+            raise CheckpointError(
+                f"{directory} holds neither tokenizer.json, nor vocab.json with merges.txt, nor multilingual.tiktoken"
+            )
         end = specials.get(END_OF_TEXT, vocabulary.get(END_OF_TEXT) if isinstance(vocabulary, dict) else None)
         if type(end) is not int:
             raise CheckpointError(f"{path} has no token {END_OF_TEXT}; is it Whisper's?")
@@ -78,6 +92,25 @@ class WhisperBPE:
             return cls(ids, [(_to_bytes(first), _to_bytes(second)) for first, second in pairs], end)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} is no byte-level BPE ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def _load_tiktoken(cls, path: Path) -> WhisperBPE:
+        """OpenAI's form: base64 and rank of every token. A token's merge is what the earlier ones leave of it."""
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist")
+        try:
+            lines = [line.split() for line in _read(path).splitlines() if line]
+            # "=" is how the published file writes its last token, which is empty.
+            ids = {b"" if token == "=" else base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not 'base64 rank' lines ({error})") from None
+        bpe = cls(ids, [], len(ids))  # the specials follow the tokens, the end of the text first
+        for token in sorted((token for token in ids if len(token) > 1), key=ids.__getitem__):
+            parts = bpe._merge(token)
+            if len(parts) != 2:
+                raise CheckpointError(f"{path}: token {token!r} is no pair of those before it")
+            bpe.ranks[parts[0], parts[1]] = len(bpe.ranks)
+        return bpe
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands; a sentence of Whisper's begins with a space."""
@@ -93,8 +126,11 @@ class WhisperBPE:
 
     def halves(self, token: bytes) -> tuple[bytes, bytes] | None:
         """The pair that was merged into a token; None for single bytes and for what no merge leads to."""
-        parts = self._merge(token, stop=2)
-        return (parts[0], parts[1]) if len(parts) == 2 and tuple(parts) in self.ranks else None
+        if token not in self._halves:
+            parts = self._merge(token, stop=2)
+            whole = len(parts) == 2 and tuple(parts) in self.ranks
+            self._halves[token] = (parts[0], parts[1]) if whole else None
+        return self._halves[token]
 
     def _word(self, word: bytes) -> tuple[bytes, ...]:
         if word not in self._words:
@@ -133,6 +169,7 @@ def split_words(text: str) -> list[str]:
     return words
 
 
+@lru_cache(maxsize=None)
 def _class(character: str) -> str:
     if character.isspace():
         return " " if character == " " else "S"
@@ -191,18 +228,24 @@ class TokenOrigins:
         try:
             with np.load(path, allow_pickle=False) as file:
                 flat, counts = file["tokens"], file["counts"]
-            if flat.ndim != 1 or counts.ndim != 1 or (counts < 0).any() or counts.sum() != len(flat) or (flat < 0).any():
+            if flat.ndim != 1 or counts.ndim != 1 or min(flat.min(initial=0), counts.min(initial=0)) < 0:
+                raise ValueError("its arrays are no lists of ids")
+            if counts.sum() != len(flat):
                 raise ValueError("its arrays do not fit each other")
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ManifestError(f"{path} holds no token origins: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ManifestError(f"{path} holds no token origins: {(str(error).splitlines() or ['empty'])[0]}") from None
         parts = np.split(flat, np.cumsum(counts)[:-1]) if len(counts) else []
         return cls(tuple(tuple(int(i) for i in part) for part in parts))
 
 
 def piece_origins(bpe: WhisperBPE, vocabulary: Vocabulary) -> TokenOrigins:
-    """Where the entries of any SentencePiece dictionary start from: each from the Whisper tokens of its text."""
+    """Where the entries of any SentencePiece dictionary start from: the token that a piece is, else those of its text.
+
+    Of a dictionary that ``write_whisper_subwords`` made it gives what that returned.
+    """
     pieces = vocabulary.symbols[NUM_SPECIALS:]
-    return TokenOrigins((*_special_origins(bpe), *(tuple(bpe.encode(_text(piece))) for piece in pieces)))
+    specials = ((bpe.end_of_text,) if i == EOS else () for i in range(NUM_SPECIALS))
+    return TokenOrigins((*specials, *(_piece_tokens(bpe, piece) for piece in pieces)))
 
 
 def write_whisper_subwords(
@@ -249,7 +292,7 @@ def write_whisper_subwords(
     scores = {piece: -ranks.get(piece, lowest + i) for i, piece in enumerate([*kept, *unused])}
     model.write_bytes(_sentencepiece_bpe(scores, set(unused)))
     dictionary.write_text("".join(f"{piece} {counts[piece]}\n" for piece in kept), encoding="utf-8")
-    return TokenOrigins((*_special_origins(bpe), *(_piece_tokens(bpe, piece) for piece in kept)))
+    return piece_origins(bpe, Vocabulary(kept))
 
 
 def same_segmentation(bpe: WhisperBPE, processor: object, texts: Iterable[str]) -> tuple[int, int, int, int]:
@@ -293,10 +336,6 @@ def _derivation(bpe: WhisperBPE, piece: str) -> dict[str, float]:
 def _piece_tokens(bpe: WhisperBPE, piece: str) -> tuple[int, ...]:
     token = _text(piece).encode("utf-8")
     return (bpe.ids[token],) if token in bpe.ids else tuple(bpe.encode(_text(piece)))
-
-
-def _special_origins(bpe: WhisperBPE) -> list[tuple[int, ...]]:
-    return [(bpe.end_of_text,) if i == EOS else () for i in range(len(SPECIALS))]
 
 
 def _text(piece: str) -> str:
