@@ -13,7 +13,6 @@ import yaml
 from echostream.errors import ConfigError
 from echostream.yaml_file import read_mapping
 
-
 ACTIVATIONS = ("relu", "gelu")
 DECODER_FORMS = ("vaswani", "whisper")
 
@@ -145,7 +144,7 @@ class EchoStreamConfig:
         if self.full_context and self.shift_context:
             raise ConfigError("full_context has no segments whose context shift_context could shift; choose one")
         if self.encoder_final_norm and not self.encoder_normalize_before:
-            raise ConfigError("encoder_final_norm belongs to encoder_normalize_before: true; post-norm layers end in one")
+            raise ConfigError("encoder_final_norm belongs to encoder_normalize_before: post-norm layers end in a norm")
         contexts = self.contexts
         if contexts and (self.encoder_relative_bias or self.full_context):
             raise ConfigError("train_contexts goes neither with encoder_relative_bias nor with full_context")
@@ -189,7 +188,7 @@ class EchoStreamConfig:
 
     @property
     def left_frames(self) -> int:
-        """Frames of left context that a layer keeps: with ``shift_context`` a segment may lack all of its own but one."""
+        """Frames of left context that a layer keeps; with ``shift_context`` more, for a segment may lack its own."""
         lacking = self.frame_rate_factor * (self.segment_length + self.right_context_length) - 1
         return self.frame_rate_factor * self.left_context_length + (lacking if self.shift_context else 0)
 

@@ -172,7 +172,7 @@ def test_speech_follows_the_text_of_every_policy():
         (lambda: make_policy("alignatt", wait_k=1), "no knob 'wait_k'"),
         (lambda: StreamingSession(BUNDLES["mt"], policy=AlignAttPolicy(alignatt_layer=2)), "layer 2, but .* 2 layers"),
         (lambda: AlignAttPolicy(alignatt_heads="3-1"), "alignatt_heads is '3-1'"),
-        (lambda: StreamingSession(BUNDLES["mt"], policy=AlignAttPolicy(alignatt_heads="0.2")), "head 2, but .* 2 a layer"),
+        (lambda: StreamingSession(BUNDLES["mt"], policy=AlignAttPolicy(alignatt_heads="0.2")), "head 2, but .* 2 a"),
     ],
 )
 def test_knobs_are_checked(build, message):

@@ -1,8 +1,8 @@
 """Whisper's log-mel filter banks (Radford et al., 2022), without the future.
 
-Whisper lifts every energy to the loudest frame of its 30 s less 8 decades. A stream does not know its loudest frame: here
-the floor is fixed, where Whisper's lies for speech of ordinary level. Only numpy is needed, and as in ``fbank`` each
-frame depends on its own 400 samples alone, down to the last bit.
+Whisper lifts every energy to the loudest frame of its 30 s less 8 decades. A stream does not know its loudest frame:
+here the floor is fixed, where Whisper's lies for speech of ordinary level. Only numpy is needed, and as in ``fbank``
+each frame depends on its own 400 samples alone, down to the last bit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def whisper_fbank(samples: np.ndarray) -> np.ndarray:
         samples: float [N] at 16 kHz, full scale is 1; for a whole stream ``LEAD`` zeros come first.
 
     Returns:
-        float32 [T, 80] with T = 1 + (N - 400) // 160: log10 of the energies, at least ``WHISPER_FLOOR``, not normalised.
+        float32 [T, 80] with T = 1 + (N - 400) // 160: log10 of the energies, not below ``WHISPER_FLOOR``.
     """
     samples = np.ascontiguousarray(samples, dtype=np.float32)
     count = max(0, 1 + (len(samples) - FRAME_LENGTH) // FRAME_SHIFT)

@@ -16,7 +16,6 @@ import torch
 from fairseq.data import FairseqDataset
 from torch import Tensor
 
-from echostream.audio.cmvn import GlobalCMVN
 from echostream.constants import EOS, FRAME_LENGTH, FRAME_SHIFT, NUM_SPECIALS, PAD
 from echostream.data.augment import SpecAugment, add_noise, change_gain, change_speed, fit_length
 from echostream.data.augmentation import SpeechAugment
@@ -192,7 +191,7 @@ class SpeechToSpeechDataset(BucketedDataset):
     # --- items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Item ``index`` of the epoch: ``source`` float32 [T, 80] after normalisation and its targets, as lists of indices.
+        """Item ``index`` of the epoch: ``source`` float32 [T, 80], normalised, and its targets, lists of indices.
 
         Raises:
             AudioError: a recording cannot be used; the message names its file.

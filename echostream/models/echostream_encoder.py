@@ -41,8 +41,8 @@ class EchoStreamEncoder(nn.Module):
     """Stem (4x, or 2x and pairs merged behind the layers) and ``encoder_layers`` Emformer layers.
 
     Every segment of S frames sees itself, L frames of left context, R frames of right context and the summaries of the
-    M segments before it. There are no positions, or such as repeat themselves (``encoder_position_period``): the encoder
-    runs for ever at a constant cost per segment.
+    M segments before it. There are no positions, or such as repeat themselves (``encoder_position_period``): the
+    encoder runs for ever at a constant cost per segment.
 
     Attributes:
         segment_length, left_context_length, right_context_length: S, L and R in frames of the layers.
@@ -106,7 +106,7 @@ class EchoStreamEncoder(nn.Module):
         return self.segment_length // factor, self.right_context_length // factor
 
     def set_context(self, segment: int, right: int) -> None:
-        """From now on segments of ``segment`` encoder frames and ``right`` of right context; states are then of others."""
+        """From now on segments have ``segment`` encoder frames and ``right`` of right context; older states end here."""
         factor = self.subsampler.factor
         self.block_segments = max(1, BLOCK_FRAMES // (factor * segment))
         for module in (self, *self.layers):

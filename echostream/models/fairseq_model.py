@@ -171,7 +171,7 @@ def take_over(
 
 
 def start_from_whisper(model: EchoStreamModel, source: str, option: str, task: Any) -> None:
-    """Give the encoder (``encoder_init``) or the MT decoder (``decoder_init``, ``mt_init``) the weights of a Whisper model.
+    """Give the encoder (``encoder_init``) or the MT decoder (``decoder_init``, ``mt_init``) a Whisper model's weights.
 
     Raises:
         CheckpointError: ``source`` is no Whisper model, or of another size. ConfigError: the part is of another kind.

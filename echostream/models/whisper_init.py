@@ -64,7 +64,7 @@ def whisper_config(dims: WhisperDims, **changes: Any) -> EchoStreamConfig:
 
 
 def encoder_weights(whisper: WhisperWeights, cfg: EchoStreamConfig) -> dict[str, Tensor]:
-    """The parameters of ``EchoStreamEncoder`` that Whisper has; the merging of pairs and options beyond it are not there.
+    """The parameters of ``EchoStreamEncoder`` that Whisper has: all but the merging of pairs and options beyond it.
 
     Raises:
         ConfigError: the encoder of ``cfg`` is not of Whisper's kind. CheckpointError: it has other sizes.
@@ -74,7 +74,8 @@ def encoder_weights(whisper: WhisperWeights, cfg: EchoStreamConfig) -> dict[str,
     )
     for name, value in wanted.items():
         if getattr(cfg, name) != value:
-            raise ConfigError(f"{name} is {getattr(cfg, name)!r}; an encoder that starts from Whisper's needs {value!r}")
+            found = getattr(cfg, name)
+            raise ConfigError(f"{name} is {found!r}; an encoder that starts from Whisper's needs {value!r}")
     dims = whisper.dims
     _check_sizes(
         whisper, cfg, input_feat_per_channel=dims.n_mels, encoder_embed_dim=dims.n_audio_state,
@@ -87,7 +88,9 @@ def encoder_weights(whisper: WhisperWeights, cfg: EchoStreamConfig) -> dict[str,
         for kind in ("weight", "bias")
     }
     for i in range(cfg.encoder_layers):
-        names = {"attention_norm": "attn_ln", "out_proj": "attn.out", "ffn_norm": "mlp_ln", "fc1": "mlp.0", "fc2": "mlp.2"}
+        names = {
+            "attention_norm": "attn_ln", "out_proj": "attn.out", "ffn_norm": "mlp_ln", "fc1": "mlp.0", "fc2": "mlp.2",
+        }  # fmt: skip
         found |= dict(_renamed(whisper, f"encoder.blocks.{i}", f"layers.{i}", names))
         found |= dict(_joined(whisper, f"encoder.blocks.{i}.attn", f"layers.{i}.qkv_proj", ("query", "key", "value")))
     found |= dict(_renamed(whisper, "encoder", "", {"final_norm": "ln_post"}))
@@ -117,7 +120,9 @@ def decoder_weights(
         mt_decoder_ffn_dim=4 * dims.n_text_state, encoder_embed_dim=dims.n_audio_state,
     )  # fmt: skip
     if not 1 <= cfg.mt_decoder_layers <= dims.n_text_layer:
-        raise CheckpointError(f"{whisper.source} has {dims.n_text_layer} decoder layers, fewer than {cfg.mt_decoder_layers}")
+        raise CheckpointError(
+            f"mt_decoder_layers is {cfg.mt_decoder_layers}; {whisper.source} has {dims.n_text_layer} decoder layers"
+        )
     table = whisper.parameters["decoder.token_embedding.weight"]
     embedding = origins.average(table)
     if len(embedding) != cfg.mt_vocab_size:

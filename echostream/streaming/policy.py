@@ -341,7 +341,7 @@ class AlignAttPolicy(PolicyBase):
         if isinstance(self.alignatt_layer, bool) or not isinstance(self.alignatt_layer, int):
             raise ConfigError(f"alignatt_layer is {self.alignatt_layer!r}; it must be a whole number")
         if not isinstance(self.alignatt_heads, str) or not _HEADS.fullmatch(self.alignatt_heads):
-            raise ConfigError(f"alignatt_heads is {self.alignatt_heads!r}; heads are layer.head,layer.head, such as 3.1,4.2")
+            raise ConfigError(f"alignatt_heads is {self.alignatt_heads!r}; it must be like 3.1,4.2 (layer.head)")
 
     @property
     def attention_heads(self) -> tuple[tuple[int, int | None], ...]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from echostream.errors import EchoStreamError
 from echostream.models.attention import attention
-from echostream.models.dropout import dropout as cheap_dropout
 from echostream.models.dropout import activate
+from echostream.models.dropout import dropout as cheap_dropout
 from echostream.models.state import State
 
 

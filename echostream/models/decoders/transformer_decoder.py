@@ -14,7 +14,7 @@ from echostream.models.decoders.layers import AttentionProbe, DecoderState, Tran
 
 
 class MTDecoder(TransformerDecoder):
-    """Transformer decoder over target subwords, in the form of Vaswani et al. (2017) or of Whisper (``mt_decoder_form``).
+    """Transformer decoder over target subwords, in Vaswani et al.'s (2017) or Whisper's form (``mt_decoder_form``).
 
     A sentence starts with ``</s>``, as fairseq has it, at position 0. Embedding and output layer are separate; in
     Whisper's form they are one matrix, and positions are learnt.
