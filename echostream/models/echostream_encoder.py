@@ -106,7 +106,7 @@ class EchoStreamEncoder(nn.Module):
         return self.segment_length // factor, self.right_context_length // factor
 
     def set_context(self, segment: int, right: int) -> None:
-        """From now on segments have ``segment`` encoder frames and ``right`` of right context; older states end here."""
+        """From now on segments have ``segment`` encoder frames and ``right`` of right context; older states end."""
         factor = self.subsampler.factor
         self.block_segments = max(1, BLOCK_FRAMES // (factor * segment))
         for module in (self, *self.layers):
