@@ -12,15 +12,15 @@ from echostream.text import Vocabulary
 
 DESCRIPTION = """Make a checkpoint directory from a Whisper model of any size.
 
-SOURCE is a directory with CTranslate2's model.bin or Hugging Face's model.safetensors, or OpenAI's .pt file; its
-tokenizer lies beside it. The encoder becomes an Emformer of the same weights that hears segments instead of 30 s; the
+SOURCE is base (multilingual Whisper base, from the packages of the extra corpus), a directory with CTranslate2's
+model.bin or Hugging Face's model.safetensors, or OpenAI's .pt file; its tokenizer lies beside it. The encoder becomes an Emformer of the same weights that hears segments instead of 30 s; the
 text decoder is cut to the target vocabulary of a corpus directory. CTC heads and unit decoder are new, and the encoder
 has not learnt to do without the future yet: train on from it (--encoder-init, --decoder-init; docs: configs/whisper).
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="Whisper model: a directory, or OpenAI's .pt file")
+    parser.add_argument("source", help="Whisper model: base, a directory, or OpenAI's .pt file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="corpus directory (scripts/prepare_corpus.py), whose "
@@ -45,10 +45,12 @@ def import_whisper(args: argparse.Namespace) -> Path:
     torch = require("torch", "train")
     from echostream.models.echostream_model import build_echostream_model
     from echostream.models.whisper_init import decoder_weights, encoder_weights, whisper_config
+    from echostream.whisper.source import whisper_source
     from echostream.whisper.tokens import WhisperBPE, piece_origins
     from echostream.whisper.weights import read_whisper
 
-    whisper = read_whisper(args.source)
+    path = whisper_source(args.source)
+    whisper = read_whisper(path)
     source, target, units = (
         Vocabulary.load(args.data / FILES[name]) for name in ("source_dict", "target_dict", "unit_dict")
     )
@@ -64,7 +66,7 @@ def import_whisper(args: argparse.Namespace) -> Path:
     )
     torch.manual_seed(1)  # of what is new
     model = build_echostream_model(config)
-    origins = piece_origins(WhisperBPE.load(args.source), target)
+    origins = piece_origins(WhisperBPE.load(path), target)
     for part, weights in (
         (model.encoder, encoder_weights(whisper, config)),
         (model.mt_decoder, decoder_weights(whisper, config, origins)),
