@@ -11,11 +11,24 @@ from typing import Any
 import yaml
 
 from echostream.errors import ConfigError
-from echostream.yaml_file import read_mapping
+from echostream.loading import read_mapping, shown
 
 
 def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+# The most that a value may be, so that no file makes a model of any size; a key that is not here: ``MOST``.
+MOST = 1 << 20
+LIMITS: dict[str, int] = {
+    "input_feat_per_channel": 1024, "input_channels": 16, "conv_channels": 8192,
+    "encoder_embed_dim": 8192, "encoder_layers": 128, "encoder_attention_heads": 256, "encoder_ffn_embed_dim": 65536,
+    "segment_length": 512, "left_context_length": 4096, "right_context_length": 512, "memory_size": 1024,
+    "st_decoder_layers": 64, "st_decoder_heads": 256, "st_left_context": 8192,
+    "mt_decoder_layers": 64, "mt_decoder_heads": 256, "mt_decoder_embed_dim": 8192, "mt_decoder_ffn_dim": 65536,
+    "unit_decoder_layers": 64, "unit_decoder_heads": 256, "unit_decoder_embed_dim": 8192, "unit_decoder_ffn_dim": 65536,
+    "ctc_upsample_ratio": 128, "max_sentence_frames": 16384, "max_target_tokens": 4096,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,14 +101,18 @@ class EchoStreamConfig:
             value = getattr(self, f.name)
             choices = f.metadata.get("choices")
             if choices and value not in choices:
-                raise ConfigError(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}")
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be one of {', '.join(choices)}")
             if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ConfigError(f"{f.name} is {value!r}; it must be a whole number")
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be a whole number")
             zero_allowed = f.name in ("right_context_length", "left_context_length", "memory_size", "st_decoder_layers")
             if f.type == "int" and value < (0 if zero_allowed else 1):
-                raise ConfigError(f"{f.name} is {value}; it must be at least {0 if zero_allowed else 1}")
-            if f.type == "float" and not 0 <= value < 1:
-                raise ConfigError(f"{f.name} is {value}; it must lie in [0, 1)")
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be at least {0 if zero_allowed else 1}")
+            if f.type == "int" and value > LIMITS.get(f.name, MOST):
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be at most {LIMITS.get(f.name, MOST)}")
+            if f.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be true or false")
+            if f.type == "float" and not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be a number in [0, 1)")
         for width, heads in (
             ("encoder_embed_dim", "encoder_attention_heads"),
             ("encoder_embed_dim", "st_decoder_heads"),
@@ -129,15 +146,19 @@ class EchoStreamConfig:
     def from_dict(cls, values: dict[str, Any]) -> "EchoStreamConfig":
         """Build a configuration from plain values, refusing keys that do not exist."""
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
-            raise ConfigError(f"unknown configuration key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown configuration key {shown(unknown[0])}; known keys: {', '.join(sorted(known))}")
         return cls(**values)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "EchoStreamConfig":
         """Read a YAML file of ``key: value`` lines; keys left out keep their defaults."""
-        return cls.from_dict(read_mapping(path))
+        values = read_mapping(path)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -55,7 +55,7 @@ from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
 from echostream.evaluation import ablation  # noqa: E402
 from echostream.evaluation.run import environment  # noqa: E402
 from echostream.evaluation.systems import read_results  # noqa: E402
-from echostream.yaml_file import read_mapping  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
 
 TEST = "ablation_test"  # the first rows of the manifest to decode
 TIMED_UPDATES = 12

@@ -23,7 +23,7 @@ from typing import Any, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
-from echostream.yaml_file import read_mapping  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1] / "echostream"
 ALWAYS = {"task": "echostream_s2st", "criterion": "echostream_multitask"}

@@ -7,14 +7,16 @@ kept. No quoting: a quotation mark is a letter like any other.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from echostream.errors import ManifestError
+from echostream.loading import read_text
 
 COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
+MAX_MANIFEST = 4 << 30  # bytes
 TEXT_COLUMNS = ("src_text", "tgt_text", "tgt_audio")
 
 
@@ -90,12 +92,7 @@ def read_text_pairs(path: str | Path) -> list[TextPair]:
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, str], str]]:
     """Every row of a table by column, and where it stands."""
-    if not path.is_file():
-        raise ManifestError(f"manifest {path} does not exist")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"manifest {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    lines = read_text(path, "manifest", ManifestError, MAX_MANIFEST).split("\n")
     header = lines[0].rstrip("\r").split("\t")
     for column in columns:
         if column not in header:
@@ -138,6 +135,9 @@ def _parse(row: dict[str, str], where: str) -> Utterance:
     for column in ("id", "src_audio", "src_text", "tgt_text", "tgt_audio"):
         if not row[column].strip():
             raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
+    path = PurePath(row["src_audio"])
+    if path.is_absolute() or ".." in path.parts:
+        raise ManifestError(f"{where}: src_audio {_short(row['src_audio'])!r} leads out of the audio root")
     n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
     count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
     units = _units(row["tgt_audio"], where)
@@ -159,7 +159,7 @@ def _units(value: str, where: str) -> np.ndarray:
 
 
 def _whole(value: str, column: str, where: str) -> int:
-    if not value.isdecimal() or int(value) == 0:
+    if not (value.isascii() and value.isdecimal() and len(value) <= 18) or int(value) == 0:
         raise ManifestError(f"{where}: {column} is {_short(value)!r}; it must be a whole number above 0")
     return int(value)
 

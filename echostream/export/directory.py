@@ -6,12 +6,25 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import yaml
 from tqdm import tqdm
 
-from echostream.checkpoint import EXPORTED_FORMAT, FILES, Bundle, load_bundle
+from echostream.checkpoint import (
+    CARD,
+    CONFIG,
+    COPIED,
+    EXPORTED_FORMAT,
+    FILES,
+    KNOWN_FILES,
+    Bundle,
+    files_of,
+    load_bundle,
+    read_config,
+    sha256,
+)
+from echostream.directories import replaced
 from echostream.errors import CheckpointError
 from echostream.export.check import TOLERANCE, compare
 from echostream.export.decoders import memory_graph, mt_graph, unit_graph
@@ -19,9 +32,8 @@ from echostream.export.encoder import encoder_graph, heads_graph
 from echostream.export.graph import Graph
 from echostream.export.voice import check_voice, voice_frames_graph, voice_units_graph
 from echostream.info import count_parameters
+from echostream.loading import inside
 from echostream.models.decoders.vocoder import CodeHiFiGAN
-
-COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")
 
 
 def export_directory(
@@ -66,7 +78,8 @@ def export_directory(
                 f"the exported {stage} differs from torch by {value:.1e} (at most {TOLERANCE:.0e} is allowed), so "
                 "nothing was written; this is a defect of EchoStream's export, please report it"
             )
-    _write(bundle, directory, graphs, int8, voice)
+    with replaced(directory, CONFIG, KNOWN_FILES, CheckpointError) as scratch:
+        _write(bundle, scratch, graphs, int8, voice)
     return directory, differences
 
 
@@ -103,22 +116,24 @@ def write_graphs(directory: Path, graphs: dict[str, Callable[[bool], Graph]], in
 
 
 def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: bool, voice: bool) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     digest = write_graphs(directory, graphs, int8)
-    source: dict[str, Any] = yaml.safe_load((bundle.directory / "config.yaml").read_text(encoding="utf-8"))
-    files = {**FILES, **source.get("files", {})}
+    source = read_config(bundle.directory)
+    files = files_of(bundle.directory, source)
     for name in (*COPIED, *(("vocoder_config",) if voice else ())):
-        shutil.copyfile(bundle.directory / files[name], directory / FILES[name])
-    if (bundle.directory / "MODEL_CARD.md").exists():
-        shutil.copyfile(bundle.directory / "MODEL_CARD.md", directory / "MODEL_CARD.md")
+        shutil.copyfile(files[name], directory / FILES[name])
+    digests = {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.suffix != ".onnx"}
+    if (bundle.directory / CARD).exists():
+        card = inside(bundle.directory, CARD, "model card", CheckpointError)
+        shutil.copyfile(card, directory / CARD)
     values = {
-        **{key: value for key, value in source.items() if key not in ("format", "files", "model")},
+        **{key: value for key, value in source.items() if key not in ("format", "files", "digests", "model")},
         "format": EXPORTED_FORMAT,
         "precision": "int8" if int8 else "fp32",
         "vocoder": voice,
         "digest": digest,
+        "digests": digests,
         "exported_from": bundle.digest,
         "parameters": {part: n for part, n in count_parameters(bundle).items() if voice or part != "vocoder"},
         "model": bundle.config.to_dict(),
     }
-    (directory / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    (directory / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -38,14 +38,14 @@ class SessionBatch:
         bundle: Bundle,
         capacity: int = 8,
         policy: Policy | str | None = None,
-        segmenter: Segmenter | str = "punctuation",
+        segmenter: Segmenter | str | None = None,
         settings: Settings | None = None,
         backend: Backend | None = None,
         **options: Any,
     ):
         if capacity < 1:
             raise ConfigError(f"capacity is {capacity}; a batch needs room for one stream at least")
-        self.engine = make_engine(bundle, policy, segmenter, settings, options)
+        self.engine = make_engine(bundle, policy=policy, segmenter=segmenter, settings=settings, **options)
         self.settings = self.engine.settings
         self._hearing = Hearing(AudioClock(self.settings.chunk_ms), bundle.cmvn)
         self._stages = (backend or backend_of(bundle))(bundle, rows=capacity, speech=self.settings.speech)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echostream.constants import SAMPLE_RATE
-from echostream.errors import ConfigError
 from echostream.streaming import archive
 from echostream.streaming.backends import backend_of
 from echostream.streaming.clock import AudioClock
 from echostream.streaming.engine import Engine, Settings
 from echostream.streaming.events import Event
-from echostream.streaming.policy import Policy, knobs_of, make_policy
-from echostream.streaming.segmenter import Segmenter, make_segmenter
+from echostream.streaming.policy import Policy
+from echostream.streaming.resolve import resolve
+from echostream.streaming.segmenter import Segmenter
 from echostream.streaming.stages import Backend
 from echostream.streaming.track import Hearing, Track, decide
 
@@ -29,11 +29,13 @@ class StreamingSession:
 
     Args:
         bundle: a loaded checkpoint (``echostream.checkpoint.load_bundle``). Many sessions may share it.
-        policy: when to write: a policy, its name (see ``policy.POLICIES``), or None for what the bundle says (the
-            CTC-count policy, if it says nothing).
+        policy: when to write: a policy, its name (see ``policy.POLICIES``; its knobs are the bundle's), or None for
+            what the bundle says (the CTC-count policy, if it says nothing).
         segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenter.SEGMENTERS``):
-            ``punctuation`` (the model's own), ``pause``, or ``none`` for recordings that are one sentence each.
-        settings: see ``Settings``; default: the bundle's. Its fields may also be given by name (``chunk_ms=640``).
+            ``punctuation`` (the model's own), ``pause``, or ``none`` for recordings that are one sentence each; or None
+            for what the bundle says (``punctuation``, if it says nothing).
+        settings: see ``Settings``; default: the bundle's. Its fields may also be given by name (``chunk_ms=640``), as
+            may knobs of the policy and the segmenter (``alignatt_frames=12``; see ``resolve.OPTIONS``).
         backend: makes what runs the model; default: what the bundle is for (see ``backend_of``).
 
     Raises:
@@ -44,13 +46,13 @@ class StreamingSession:
         self,
         bundle: Bundle,
         policy: Policy | str | None = None,
-        segmenter: Segmenter | str = "punctuation",
+        segmenter: Segmenter | str | None = None,
         settings: Settings | None = None,
         backend: Backend | None = None,
         **options: Any,
     ):
         self.bundle = bundle
-        self.engine = make_engine(bundle, policy, segmenter, settings, options)
+        self.engine = make_engine(bundle, policy=policy, segmenter=segmenter, settings=settings, **options)
         self.settings = self.engine.settings
         self._hearing = Hearing(AudioClock(self.settings.chunk_ms), bundle.cmvn)
         self._stages = (backend or backend_of(bundle))(bundle, rows=1, speech=self.settings.speech)
@@ -128,32 +130,12 @@ class StreamingSession:
         return self._stages.nbytes
 
 
-def make_engine(
-    bundle: Bundle,
-    policy: Policy | str | None,
-    segmenter: Segmenter | str,
-    settings: Settings | None,
-    options: dict[str, Any],
-) -> Engine:
-    """The engine for a bundle, with policy and segmenter by name or as they are.
+def make_engine(bundle: Bundle, **said: Any) -> Engine:
+    """The engine for a bundle; ``said`` as for ``resolve``.
 
     Raises:
         ConfigError: an unknown name, or a setting out of range.
     """
-    known = [f.name for f in fields(Settings)]
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r}; known: policy, segmenter, {', '.join(known)}")
-    preferred = getattr(bundle, "policy", None) or {}
-    if settings is None:
-        settings = Settings(**{name: preferred[name] for name in known if name in preferred})
-    settings = replace(settings, **options)
-    if policy is None:
-        name = preferred.get("policy", "ctc")
-        policy = make_policy(name, **{knob: preferred[knob] for knob in knobs_of(name) if knob in preferred})
-    elif isinstance(policy, str):
-        policy = make_policy(policy)
-    if isinstance(segmenter, str):
-        segmenter = make_segmenter(segmenter, bundle.source_dict, bundle.target_dict)
+    policy, segmenter, settings = resolve(bundle, said)
     sample_rate = None if bundle.vocoder is None else bundle.vocoder.config.sampling_rate
     return Engine(bundle.config, bundle.source_dict, bundle.target_dict, policy, segmenter, settings, sample_rate)
