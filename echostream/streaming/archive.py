@@ -13,6 +13,7 @@ import numpy as np
 from echostream.audio.fbank import FbankState
 from echostream.audio.resample import ResampleState
 from echostream.errors import SessionError
+from echostream.files import replacing
 from echostream.streaming.clock import ClockState
 from echostream.streaming.engine import Engine, Stream
 from echostream.streaming.segmenter import Spoken
@@ -42,7 +43,11 @@ def identity(engine: Engine, bundle: Bundle) -> dict[str, Any]:
 
 
 def write(path: str | Path, engine: Engine, bundle: Bundle, track: Track, model: dict[str, np.ndarray]) -> None:
-    """Write a track and the model's arrays for it."""
+    """Write a track and the model's arrays for it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     clock, stream, sentence = track.clock, track.stream, track.stream.sentence
     values: dict[str, Any] = {
         "clock": [clock.rate, clock.due, clock.decisions],
@@ -73,7 +78,7 @@ def write(path: str | Path, engine: Engine, bundle: Bundle, track: Track, model:
             arrays[f"sentence.{name}"] = np.array(getattr(sentence, name), dtype=kind)
     arrays.update({f"model.{name}": array for name, array in model.items()})
     header = json.dumps({**identity(engine, bundle), **values})
-    with open(path, "wb") as file:
+    with replacing(path) as file:
         np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)
 
 
