@@ -20,6 +20,7 @@ from echostream.audio.cmvn import GlobalCMVN
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import CheckpointError, ManifestError, require
+from echostream.files import replacing_directory, write_text
 from echostream.text import Vocabulary
 from echostream.weights import read_weights
 
@@ -248,6 +249,7 @@ def save_bundle(
 
     Raises:
         CheckpointError, ManifestError: a file is missing, or a dictionary does not fit the model.
+        OutputError: the directory cannot be written; what was there is as before.
     """
     import torch
 
@@ -261,18 +263,16 @@ def save_bundle(
     check_vocabulary(data / FILES["unit_dict"], unit_dict, config.num_units + NUM_SPECIALS, "num_units")
     GlobalCMVN.load(data / FILES["cmvn"])
 
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn"):
-        if not (data / FILES[name]).exists():
-            raise ManifestError(f"{data / FILES[name]} does not exist; make it with scripts/prepare_corpus.py")
-        shutil.copyfile(data / FILES[name], directory / FILES[name])
-    weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
-    torch.save({"format": FORMAT, "model": weights}, directory / FILES["model"])
+    voice = None
     if vocoder is not None:
         from echostream.models.decoders.vocoder_checkpoint import load_vocoder, save_vocoder
 
         voice = load_vocoder(*vocoder)
-        save_vocoder(voice, directory / FILES["vocoder"], directory / FILES["vocoder_config"], half=True)
+    copied = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")
+    for name in copied:
+        if not (data / FILES[name]).exists():
+            raise ManifestError(f"{data / FILES[name]} does not exist; make it with scripts/prepare_corpus.py")
+    weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
     values = {
         "format": FORMAT,
         "source_lang": corpus.get("source_lang", ""),
@@ -282,9 +282,15 @@ def save_bundle(
         "files": FILES,
         "model": config.to_dict(),
     }
-    (directory / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    if card:
-        (directory / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+    with replacing_directory(directory, lambda name: name in ("config.yaml", "MODEL_CARD.md", *FILES.values())) as new:
+        for name in copied:
+            shutil.copyfile(data / FILES[name], new / FILES[name])
+        torch.save({"format": FORMAT, "model": weights}, new / FILES["model"])
+        if voice is not None:
+            save_vocoder(voice, new / FILES["vocoder"], new / FILES["vocoder_config"], half=True)
+        write_text(new / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        if card:
+            write_text(new / "MODEL_CARD.md", card)
     return directory
 
 

@@ -133,11 +133,15 @@ def write_json(path: str | Path, value: Any, indent: int = 2, **options: Any) ->
 
 
 @contextmanager
-def replacing_directory(path: str | Path, owned: Callable[[str], bool]) -> Iterator[Path]:
+def replacing_directory(path: str | Path, owned: Callable[[str], bool], last: str = "config.yaml") -> Iterator[Path]:
     """An empty directory to fill, which takes the place of ``path`` once the block has ended well.
 
+    A directory that holds anything else, or is the current one, stays and gets the new files one by one: without
+    ``last`` meanwhile, so that nobody takes old and new files together for whole.
+
     Args:
-        owned: tells of a name in the old directory whether it goes with it; all else is carried over.
+        owned: tells of a name in the old directory whether it belongs to what is replaced, and goes.
+        last: the file without which the directory is not read.
 
     Raises:
         OutputError: it cannot be written, or ``path`` is a file.
@@ -147,31 +151,32 @@ def replacing_directory(path: str | Path, owned: Callable[[str], bool]) -> Itera
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(None, "it is a file, not a directory")
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}")
+        old = list(target.iterdir()) if target.exists() else []
+        old = [entry for entry in old if not entry.name.startswith(PARTIAL)]
+        shared = not all(owned(entry.name) for entry in old) or target == Path.cwd()
+        partial = (target if shared else target.parent) / f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
         partial.mkdir()
         try:
             yield partial
-            if target.exists():
+            if shared:
+                new = {entry.name for entry in partial.iterdir()}
+                (target / last).unlink(missing_ok=True)
+                for entry in old:
+                    if owned(entry.name) and entry.name not in new:
+                        entry.unlink(missing_ok=True)
+                for name in sorted(new, key=lambda name: name == last):
+                    os.replace(partial / name, target / name)
+            elif not target.exists():
+                os.rename(partial, target)
+            else:
                 shutil.copymode(target, partial)
-                for entry in target.iterdir():
-                    if not owned(entry.name) and not (partial / entry.name).exists():
-                        _carry(entry, partial / entry.name)
                 if not _exchange(partial, target):
                     aside = target.with_name(partial.name + ".old")
                     os.rename(target, aside)
                     os.rename(partial, target)
                     shutil.rmtree(aside)
-            else:
-                os.rename(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _carry(source: Path, target: Path) -> None:
-    if source.is_dir() and not source.is_symlink():
-        shutil.copytree(source, target, symlinks=True)
-    else:
-        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -285,6 +290,11 @@ def run_command(work: Callable[[], int | None], prefix: str = "error", interrupt
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may be anything but text
             stream.reconfigure(errors="backslashreplace")
+    with _carefree_stderr():
+        return _run_command(work, prefix, interrupted)
+
+
+def _run_command(work: Callable[[], int | None], prefix: str, interrupted: str) -> int:
     try:
         status = work() or 0
     except EchoStreamError as error:
@@ -310,6 +320,45 @@ def run_command(work: Callable[[], int | None], prefix: str = "error", interrupt
             if stream is sys.stdout:
                 status = complain(f"{prefix}: standard output cannot be written: {getattr(error, 'strerror', error)}")
     return status
+
+
+class _Carefree:
+    """A stream whose reader may leave at any time; what is written then goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._gone = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, do: Callable[..., Any], *args: Any) -> None:
+        try:
+            if not self._gone:
+                do(*args)
+        except OSError:
+            self._gone = True
+            _silence(self._stream)
+
+
+@contextmanager
+def _carefree_stderr() -> Iterator[None]:
+    """Progress and messages must not end the work that they tell of."""
+    before = sys.stderr
+    if before is None:
+        yield
+        return
+    sys.stderr = _Carefree(before)
+    try:
+        yield
+    finally:
+        sys.stderr = before
 
 
 def complain(line: str) -> int:

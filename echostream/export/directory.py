@@ -18,10 +18,12 @@ from echostream.export.decoders import memory_graph, mt_graph, unit_graph
 from echostream.export.encoder import encoder_graph, heads_graph
 from echostream.export.graph import Graph
 from echostream.export.voice import check_voice, voice_frames_graph, voice_units_graph
+from echostream.files import replacing_directory, write_text
 from echostream.info import count_parameters
 from echostream.models.decoders.vocoder import CodeHiFiGAN
 
 COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")
+_SETTINGS = (*COPIED, "vocoder_config")
 
 
 def export_directory(
@@ -44,6 +46,7 @@ def export_directory(
         CheckpointError: the checkpoint cannot be read, or its graphs compute something else.
         ConfigError: the vocoder is of a kind that cannot be exported.
         MissingExtraError: torch or onnx is not installed.
+        OutputError: the directory cannot be written; what was there is as before.
     """
     checkpoint, directory = Path(checkpoint), Path(directory)
     if checkpoint.is_file():
@@ -52,6 +55,8 @@ def export_directory(
         )
     if directory.exists() and checkpoint.resolve() == directory.resolve():
         raise CheckpointError(f"{directory} is the checkpoint itself; export it to another directory")
+    if (directory / FILES["model"]).exists():
+        raise CheckpointError(f"{directory} is a checkpoint, which would be lost; export to another directory")
     bundle = load_bundle(checkpoint, backend="torch")
     voice = vocoder and bundle.vocoder is not None
     if voice:
@@ -66,7 +71,8 @@ def export_directory(
                 f"the exported {stage} differs from torch by {value:.1e} (at most {TOLERANCE:.0e} is allowed), so "
                 "nothing was written; this is a defect of EchoStream's export, please report it"
             )
-    _write(bundle, directory, graphs, int8, voice)
+    with replacing_directory(directory, owned) as new:
+        _write(bundle, new, graphs, int8, voice)
     return directory, differences
 
 
@@ -102,8 +108,12 @@ def write_graphs(directory: Path, graphs: dict[str, Callable[[bool], Graph]], in
     return digest.hexdigest()
 
 
+def owned(name: str) -> bool:
+    """Does this file belong to an export, and goes when another takes its place?"""
+    return name.endswith(".onnx") or name in ("config.yaml", "MODEL_CARD.md", *(FILES[n] for n in _SETTINGS))
+
+
 def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: bool, voice: bool) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     digest = write_graphs(directory, graphs, int8)
     source: dict[str, Any] = yaml.safe_load((bundle.directory / "config.yaml").read_text(encoding="utf-8"))
     files = {**FILES, **source.get("files", {})}
@@ -121,4 +131,4 @@ def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: b
         "parameters": {part: n for part, n in count_parameters(bundle).items() if voice or part != "vocoder"},
         "model": bundle.config.to_dict(),
     }
-    (directory / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_text(directory / "config.yaml", yaml.safe_dump(values, sort_keys=False))
