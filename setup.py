@@ -80,7 +80,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["echostream", "echostream.*"]),
     package_data={"echostream": ["assets/**/*"]},
-    install_requires=["filelock>=3.12", "numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm"],
+    install_requires=["numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["echostream=echostream.cli:main"]},
     classifiers=[

@@ -19,8 +19,8 @@ import yaml
 from echostream.audio.cmvn import GlobalCMVN
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
-from echostream.directories import replaced
 from echostream.errors import CheckpointError, ConfigError, ManifestError, require
+from echostream.files import replacing_directory, write_text
 from echostream.loading import Rule, check, inside, pieces_of, read_subwords, read_yaml, shown
 from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS
 from echostream.text import Vocabulary
@@ -50,7 +50,6 @@ FILES = {
 GRAPHS = (*TEXT_GRAPHS, *SPEECH_GRAPHS, *VOICE_GRAPHS)  # in the order in which an export's digest takes them
 CONFIG = "config.yaml"
 CARD = "MODEL_CARD.md"
-KNOWN_FILES = (CONFIG, CARD, *FILES.values(), *(f"{name}.onnx" for name in GRAPHS))
 MAX_STREAM_BYTES = 300_000_000  # of a stream's buffers and masks
 _SHA256, _LANGUAGE = Rule(str, 64, 64), Rule(str, 0, 35)
 _RULES = {
@@ -398,6 +397,7 @@ def save_bundle(
 
     Raises:
         CheckpointError, ManifestError: a file is missing, or a dictionary does not fit the model.
+        OutputError: the directory cannot be written; what was there is as before.
     """
     import torch
 
@@ -417,16 +417,18 @@ def save_bundle(
             raise ManifestError(f"{model} does not exist; make it with scripts/prepare_corpus.py")
         check_subwords(model, dictionary, vocabulary)
 
-    with replaced(directory, CONFIG, KNOWN_FILES, CheckpointError) as scratch:
-        for name in COPIED:
-            shutil.copyfile(data / FILES[name], scratch / FILES[name])
-        weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
-        torch.save({"format": FORMAT, "model": weights}, scratch / FILES["model"])
-        if vocoder is not None:
-            from echostream.models.decoders.vocoder_checkpoint import load_vocoder, save_vocoder
+    voice = None
+    if vocoder is not None:
+        from echostream.models.decoders.vocoder_checkpoint import load_vocoder, save_vocoder
 
-            voice = load_vocoder(*vocoder)
-            save_vocoder(voice, scratch / FILES["vocoder"], scratch / FILES["vocoder_config"], half=True)
+        voice = load_vocoder(*vocoder)
+    weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
+    with replacing_directory(directory, lambda name: name in (CONFIG, CARD, *FILES.values())) as new:
+        for name in COPIED:
+            shutil.copyfile(data / FILES[name], new / FILES[name])
+        torch.save({"format": FORMAT, "model": weights}, new / FILES["model"])
+        if voice is not None:
+            save_vocoder(voice, new / FILES["vocoder"], new / FILES["vocoder_config"], half=True)
         values = {
             "format": FORMAT,
             "source_lang": corpus.get("source_lang") or "",
@@ -434,12 +436,12 @@ def save_bundle(
             "sample_rate": SAMPLE_RATE,
             "policy": dict(policy or {}),
             "files": FILES,
-            "digests": {file.name: sha256(file) for file in sorted(scratch.iterdir())},
+            "digests": {file.name: sha256(file) for file in sorted(new.iterdir())},
             "model": config.to_dict(),
         }
-        (scratch / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        write_text(new / CONFIG, yaml.safe_dump(values, sort_keys=False))
         if card:
-            (scratch / CARD).write_text(card, encoding="utf-8")
+            write_text(new / CARD, card)
     return directory
 
 

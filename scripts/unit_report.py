@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from echostream.audio.io import load_audio  # noqa: E402
 from echostream.data.corpus.rows import hash_int  # noqa: E402
 from echostream.data.corpus.tts import phonemes  # noqa: E402
-from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
+from echostream.errors import ManifestError  # noqa: E402
+from echostream.files import run_command  # noqa: E402
 from echostream.units.align import align, phone_states  # noqa: E402
 from echostream.units.dedup import expand  # noqa: E402
 from echostream.units.features import build_features  # noqa: E402
@@ -128,7 +129,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except EchoStreamError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

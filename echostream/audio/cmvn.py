@@ -10,6 +10,7 @@ import numpy as np
 
 from echostream.constants import NUM_MEL_BINS
 from echostream.errors import ManifestError
+from echostream.files import replacing
 from echostream.loading import read_npz
 
 MIN_STD = 1e-5
@@ -59,7 +60,10 @@ class GlobalCMVN:
         return cls(mean.astype(np.float32), std.astype(np.float32))
 
     def save(self, path: str | Path) -> None:
-        np.savez(path, mean=self.mean, std=self.std)
+        """Raises: OutputError."""
+        path = Path(path)
+        with replacing(path if path.suffix == ".npz" else path.with_name(path.name + ".npz")) as file:
+            np.savez(file, mean=self.mean, std=self.std)
 
     def apply(self, features: np.ndarray) -> np.ndarray:
         """Normalise ``features`` [T, 80] into a new float32 array."""

@@ -13,6 +13,7 @@ from typing import Iterable, Iterator, Sequence
 import numpy as np
 
 from echostream.errors import ManifestError
+from echostream.files import write_text
 from echostream.loading import read_text
 
 COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
@@ -128,7 +129,7 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
             if any(c in cell for c in "\t\n\r"):
                 raise ManifestError(f"row {u.id!r}: {cell!r} holds a tab or a line break, which a manifest cannot")
         lines.append("\t".join(cells))
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _parse(row: dict[str, str], where: str) -> Utterance:

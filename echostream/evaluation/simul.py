@@ -36,6 +36,7 @@ from echostream.constants import SAMPLE_RATE
 from echostream.errors import AudioError, require
 from echostream.evaluation import latency, quality
 from echostream.evaluation.asr import load_recogniser
+from echostream.files import write_text
 
 require("simuleval", "simuleval")
 
@@ -333,8 +334,8 @@ def transcribe(instances: dict[int, Any], recogniser: str = "auto", alone: bool 
         else:
             line = engine.transcribe_file(wav)
         lines.append(line.replace("\n", " "))
-    cache.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    name_file.write_text(engine.name + "\n", encoding="utf-8")
+    write_text(name_file, engine.name + "\n")
+    write_text(cache, "".join(f"{line}\n" for line in lines))
     return lines
 
 

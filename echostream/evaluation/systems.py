@@ -17,6 +17,7 @@ import numpy as np
 from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError
 from echostream.evaluation import run
+from echostream.files import write_json
 
 TEXTS = ("asr", "st", "mt", "heard", "asr_ref", "mt_ref")
 
@@ -94,7 +95,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def keep_heard(path: Path, asr: str, heard: Mapping[str, str]) -> None:
     """Keep what the recogniser ``asr`` heard in the recordings of the results ``path``, by id."""
     value = {"asr": asr, "of": _digest(path), "heard": dict(heard)}
-    _heard_file(path).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(_heard_file(path), value, indent=1, ensure_ascii=False)
 
 
 def read_heard(path: Path) -> tuple[str, dict[str, str]]:

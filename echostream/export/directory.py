@@ -17,23 +17,24 @@ from echostream.checkpoint import (
     COPIED,
     EXPORTED_FORMAT,
     FILES,
-    KNOWN_FILES,
     Bundle,
     files_of,
     load_bundle,
     read_config,
     sha256,
 )
-from echostream.directories import replaced
 from echostream.errors import CheckpointError
 from echostream.export.check import TOLERANCE, compare
 from echostream.export.decoders import memory_graph, mt_graph, unit_graph
 from echostream.export.encoder import encoder_graph, heads_graph
 from echostream.export.graph import Graph
 from echostream.export.voice import check_voice, voice_frames_graph, voice_units_graph
+from echostream.files import replacing_directory, write_text
 from echostream.info import count_parameters
 from echostream.loading import inside
 from echostream.models.decoders.vocoder import CodeHiFiGAN
+
+_SETTINGS = (*COPIED, "vocoder_config")
 
 
 def export_directory(
@@ -56,6 +57,7 @@ def export_directory(
         CheckpointError: the checkpoint cannot be read, or its graphs compute something else.
         ConfigError: the vocoder is of a kind that cannot be exported.
         MissingExtraError: torch or onnx is not installed.
+        OutputError: the directory cannot be written; what was there is as before.
     """
     checkpoint, directory = Path(checkpoint), Path(directory)
     if checkpoint.is_file():
@@ -64,6 +66,8 @@ def export_directory(
         )
     if directory.exists() and checkpoint.resolve() == directory.resolve():
         raise CheckpointError(f"{directory} is the checkpoint itself; export it to another directory")
+    if (directory / FILES["model"]).exists():
+        raise CheckpointError(f"{directory} is a checkpoint, which would be lost; export to another directory")
     bundle = load_bundle(checkpoint, backend="torch")
     voice = vocoder and bundle.vocoder is not None
     if voice:
@@ -78,8 +82,8 @@ def export_directory(
                 f"the exported {stage} differs from torch by {value:.1e} (at most {TOLERANCE:.0e} is allowed), so "
                 "nothing was written; this is a defect of EchoStream's export, please report it"
             )
-    with replaced(directory, CONFIG, KNOWN_FILES, CheckpointError) as scratch:
-        _write(bundle, scratch, graphs, int8, voice)
+    with replacing_directory(directory, owned) as new:
+        _write(bundle, new, graphs, int8, voice)
     return directory, differences
 
 
@@ -115,6 +119,11 @@ def write_graphs(directory: Path, graphs: dict[str, Callable[[bool], Graph]], in
     return digest.hexdigest()
 
 
+def owned(name: str) -> bool:
+    """Does this file belong to an export, and goes when another takes its place?"""
+    return name.endswith(".onnx") or name in (CONFIG, CARD, *(FILES[n] for n in _SETTINGS))
+
+
 def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: bool, voice: bool) -> None:
     digest = write_graphs(directory, graphs, int8)
     source = read_config(bundle.directory)
@@ -136,4 +145,4 @@ def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: b
         "parameters": {part: n for part, n in count_parameters(bundle).items() if voice or part != "vocoder"},
         "model": bundle.config.to_dict(),
     }
-    (directory / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_text(directory / CONFIG, yaml.safe_dump(values, sort_keys=False))

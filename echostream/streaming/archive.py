@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
@@ -14,6 +13,7 @@ from echostream.audio.fbank import FbankState
 from echostream.audio.resample import Resampler, ResampleState, check_rate
 from echostream.constants import FRAME_LENGTH, NUM_MEL_BINS, NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import SessionError
+from echostream.files import replacing
 from echostream.loading import DAMAGE, Rule, check, check_array, parse_json, read_npz, reason, shown
 from echostream.streaming.clock import ClockState
 from echostream.streaming.engine import Engine, Stream
@@ -58,7 +58,11 @@ def identity(engine: Engine, bundle: Bundle) -> dict[str, Any]:
 
 
 def write(path: str | Path, engine: Engine, bundle: Bundle, track: Track, model: dict[str, np.ndarray]) -> None:
-    """Write a track and the model's arrays for it."""
+    """Write a track and the model's arrays for it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     clock, stream, sentence = track.clock, track.stream, track.stream.sentence
     values: dict[str, Any] = {
         "clock": [clock.rate, clock.due, clock.decisions],
@@ -89,18 +93,8 @@ def write(path: str | Path, engine: Engine, bundle: Bundle, track: Track, model:
             arrays[f"sentence.{name}"] = np.array(getattr(sentence, name), dtype=kind)
     arrays.update({f"model.{name}": array for name, array in model.items()})
     header = json.dumps({**identity(engine, bundle), **values})
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)  # whoever is killed before this leaves the save before it
-    except OSError as error:
-        raise SessionError(f"the session cannot be saved to {path}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)
 
 
 def read(path: str | Path, engine: Engine, bundle: Bundle) -> tuple[Track, dict[str, np.ndarray]]:

@@ -19,13 +19,14 @@ from echostream.streaming.resolve import resolve
 from echostream.streaming.segmenter import Segmenter
 from echostream.streaming.stages import Backend
 from echostream.streaming.track import Hearing, Track, decide
+from echostream.streaming.turns import Turns, in_turn
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
 
 
 class StreamingSession:
-    """Translates one stream of speech while it is spoken.
+    """Translates one stream of speech while it is spoken. Threads that share it take turns, call by call.
 
     Args:
         bundle: a loaded checkpoint (``echostream.checkpoint.load_bundle``). Many sessions may share it.
@@ -52,12 +53,14 @@ class StreamingSession:
         **options: Any,
     ):
         self.bundle = bundle
+        self._turns = Turns()
         self.engine = make_engine(bundle, policy=policy, segmenter=segmenter, settings=settings, **options)
         self.settings = self.engine.settings
         self._hearing = Hearing(AudioClock(self.settings.chunk_ms), bundle.cmvn)
         self._stages = (backend or backend_of(bundle))(bundle, rows=1, speech=self.settings.speech)
         self._track = Track(0, self._hearing.clock.init_state())
 
+    @in_turn
     def push(self, samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> list[Event]:
         """Hear more of the stream; decisions fall on the audio clock, so most short pushes give nothing.
 
@@ -69,15 +72,19 @@ class StreamingSession:
             What was decided, in order.
 
         Raises:
-            AudioError: samples are NaN or infinite, not mono, or at an impossible rate. Nothing of the push was heard,
-                and the session goes on.
-            SessionError: the stream has been finished.
+            AudioError: samples are NaN, infinite or impossibly large, no mono array, or at an impossible rate. Nothing
+                of the push was heard, and the session goes on.
+            SessionError: the stream has been finished, or the push comes from within another call.
+
+        Warns:
+            AudioWarning: once a stream, if its level cannot be that of speech with full scale 1.
         """
         events: list[Event] = []
         for decision in self._hearing.push(self._track, samples, sample_rate):
             events += decide(self.engine, self._stages, [(self._track, decision)])[0]
         return events
 
+    @in_turn
     def finish(self) -> list[Event]:
         """The stream has ended: translate what is left. After it only ``reset`` may follow.
 
@@ -86,15 +93,22 @@ class StreamingSession:
         """
         return decide(self.engine, self._stages, [(self._track, self._hearing.finish(self._track))])[0]
 
+    @in_turn
     def reset(self) -> None:
         """Forget everything; the next push starts a new stream."""
         self._stages.reset(0)
         self._track = Track(0, self._hearing.clock.init_state())
 
+    @in_turn
     def save(self, path: str | Path) -> None:
-        """Write the running session as a npz archive of plain arrays, with a version and the model's digest."""
+        """Write the running session as a npz archive of plain arrays, with a version and the model's digest.
+
+        Raises:
+            OutputError: it cannot be written; what was there before still is.
+        """
         archive.write(path, self.engine, self.bundle, self._track, self._stages.snapshot(0))
 
+    @in_turn
     def restore(self, path: str | Path) -> None:
         """Go on where a saved session stopped; what this one has heard is forgotten.
 

@@ -18,6 +18,7 @@ from typing import Any, Callable, Sequence
 import numpy as np
 
 from echostream.errors import CheckpointError, ConfigError
+from echostream.files import replacing
 from echostream.loading import check_array, read_npz
 
 FORMAT = "echostream/kmeans/1"
@@ -227,11 +228,8 @@ def _sums(rows: np.ndarray, labels: np.ndarray, count: int) -> tuple[np.ndarray,
 
 
 def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)
-    temporary.replace(path)
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from echostream.constants import UNIT_HOP
 from echostream.errors import CheckpointError, ConfigError
+from echostream.files import replacing
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_generator_state, load_weights, save_vocoder
 from echostream.models.decoders.vocoder_layers import Whole
@@ -159,9 +160,8 @@ class Trainer:
         if self.discriminators is not None and self.optimizer_d is not None:
             content["discriminators"] = self.discriminators.state_dict()
             content["optimizer_d"] = self.optimizer_d.state_dict()
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(content, partial)
-        partial.replace(self.checkpoint)
+        with replacing(self.checkpoint) as file:
+            torch.save(content, file)
         save_vocoder(self.ema, self.directory / "vocoder.pt", self.directory / "vocoder.json")
 
     def resume(self) -> bool:

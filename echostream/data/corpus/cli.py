@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -22,8 +21,9 @@ from echostream.data.corpus import manifests, sources, speech, target_units, tts
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
-from echostream.errors import EchoStreamError, ManifestError, require
+from echostream.errors import ManifestError, require
 from echostream.evaluation.systems import read_results
+from echostream.files import run_command, write_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
 
@@ -305,7 +305,7 @@ def run_manifests(args: argparse.Namespace) -> None:
         "steps": {path.stem: json.loads(path.read_text(encoding="utf-8"))
                   for path in sorted((args.output / "steps").glob("*.json"))},
     }
-    (args.output / "corpus.json").write_text(json.dumps(corpus, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(args.output / "corpus.json", corpus, ensure_ascii=False)
     for name, facts in counts.items():
         print(f"{name}: {facts['utterances']} utterances, {facts['source_hours']} h, "
               f"{facts['without_units']} without units")
@@ -401,9 +401,7 @@ def note_step(args: argparse.Namespace, name: str, **facts: object) -> None:
         **facts,
     }
     path = args.output / "steps" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(note, indent=2, ensure_ascii=False, default=lambda file: file.name)  # no path of this machine
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(path, note, ensure_ascii=False, default=lambda file: file.name)  # no path of this machine
 
 
 def progress_bar(title: str, unit: str = "utt") -> Callable[[Iterable], Iterable]:
@@ -414,15 +412,9 @@ def progress_bar(title: str, unit: str = "utt") -> Callable[[Iterable], Iterable
 def main(argv: list[str] | None = None) -> int:
     """Run one step; errors meant for the user come as one line and exit status 1."""
     args = build_parser().parse_args(argv)
-    try:
-        args.run(args)
-    except EchoStreamError as error:
-        print(f"prepare_corpus.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare_corpus.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        lambda: args.run(args), "prepare_corpus.py", "interrupted; the same command goes on from here"
+    )
 
 
 __all__ = ["Row", "build_parser", "main"]

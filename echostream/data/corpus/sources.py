@@ -12,13 +12,11 @@ from typing import Iterator
 
 import numpy as np
 
-from echostream.audio.io import load_audio
-from echostream.audio.resample import Resampler
-from echostream.constants import SAMPLE_RATE
+from echostream.audio.io import decode_audio, load_audio
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
 from echostream.data.corpus.rows import Row, Skipped
 from echostream.data.corpus.split import TEST_SIZE, fixed_test_rows, split_pairs
-from echostream.errors import AudioError, ManifestError, require
+from echostream.errors import ManifestError
 
 
 def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: int = TEST_SIZE,
@@ -154,12 +152,7 @@ class ReadySpeech:
         name = self.entries[row]["audio"]
         if name not in self._members:
             return load_audio(self._directory / name)
-        soundfile = require("soundfile", "all")
-        try:
-            samples, rate = soundfile.read(io.BytesIO(self._bytes(name)), dtype="float32", always_2d=True)
-        except RuntimeError as error:
-            raise AudioError(f"{name} of the ready speech cannot be read as audio: {error}") from None
-        return Resampler(rate, SAMPLE_RATE).resample(samples.mean(axis=1))
+        return decode_audio(self._bytes(name), f"{name} of the ready speech")
 
     def _bytes(self, name: str) -> bytes:
         tar, member = self._members[name]
