@@ -7,6 +7,7 @@ from typing import Iterable, Sequence
 
 from echostream.constants import BLANK, BOS, EOS, NUM_SPECIALS, PAD, UNK
 from echostream.errors import ManifestError
+from echostream.text_file import iter_lines
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 WORD_START = "\u2581"  # SentencePiece's mark of a space before the piece
@@ -30,11 +31,8 @@ class Vocabulary:
         Raises:
             ManifestError: the file is missing, or a line is not of that form.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ManifestError(f"dictionary {path} does not exist")
         symbols = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(iter_lines(path, what="dictionary"), 1):
             symbol, _, count = line.rstrip().removesuffix(" #fairseq:overwrite").rpartition(" ")
             if not symbol or not count.isdigit():
                 raise ManifestError(f"dictionary {path}, line {number}: {line!r} is not 'symbol count'")

@@ -13,6 +13,7 @@ from typing import Iterable, Iterator, Sequence
 import numpy as np
 
 from echostream.errors import ManifestError
+from echostream.text_file import iter_lines
 
 COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
 TEXT_COLUMNS = ("src_text", "tgt_text", "tgt_audio")
@@ -90,21 +91,16 @@ def read_text_pairs(path: str | Path) -> list[TextPair]:
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, str], str]]:
     """Every row of a table by column, and where it stands."""
-    if not path.is_file():
-        raise ManifestError(f"manifest {path} does not exist")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"manifest {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    header = lines[0].rstrip("\r").split("\t")
+    lines = iter_lines(path, what="manifest")
+    header = next(lines, "").split("\t")
     for column in columns:
         if column not in header:
             raise ManifestError(f"manifest {path} has no column {column!r}; it has: {', '.join(header) or 'none'}")
     rows = 0
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in enumerate(lines, 2):
         if not line.strip():
             continue
-        cells = line.rstrip("\r").split("\t")
+        cells = line.split("\t")
         where = f"manifest {path}, line {number}"
         if len(cells) != len(header):
             raise ManifestError(f"{where}: {len(cells)} cells where the header has {len(header)} columns")

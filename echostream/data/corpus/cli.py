@@ -24,6 +24,7 @@ from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_ta
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
 from echostream.errors import EchoStreamError, ManifestError, require
 from echostream.evaluation.systems import read_results
+from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
 
@@ -302,7 +303,7 @@ def run_manifests(args: argparse.Namespace) -> None:
         },
         "ctc": ctc,
         "skipped": dict(Counter(f"{step}: {reason}" for step, _, reason, _ in skipped)),
-        "steps": {path.stem: json.loads(path.read_text(encoding="utf-8"))
+        "steps": {path.stem: read_json(path)
                   for path in sorted((args.output / "steps").glob("*.json"))},
     }
     (args.output / "corpus.json").write_text(json.dumps(corpus, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -354,7 +355,7 @@ def _read_note(output: Path, step: str) -> dict:
     path = output / "steps" / f"{step}.json"
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; run the step {step!r} first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _source_engine(args: argparse.Namespace) -> tts.Engine | None:
