@@ -495,6 +495,11 @@ def add_recogniser_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def durations_of(instance: Any) -> list[float] | None:
+    """Of each piece of speech (ms); None for text."""
+    return None if isinstance(instance, TextInstance) else getattr(instance, "durations", None)
+
+
 def spoken_text(instance: Any) -> str:
     return getattr(instance, "text", None) or ("" if hasattr(instance, "words") else instance.prediction)
 
@@ -512,7 +517,7 @@ def transcribe(
     """
     from tqdm import tqdm
 
-    if not all(hasattr(instance, "durations") for instance in instances.values()):
+    if any(durations_of(instance) is None for instance in instances.values()):
         raise EchoStreamError("text has no recording that a recogniser could hear; take BLEU or WER")
     wavs = [Path(instance.prediction) for instance in instances.values()]
     folder = wavs[0].parent.parent
@@ -581,7 +586,7 @@ class WordScorer(LatencyScorer):
 
     def given_out(self, instance: Any) -> list[float]:
         """When each piece of speech was given out, or each unit of text."""
-        if hasattr(instance, "durations"):
+        if durations_of(instance) is not None:
             return list(instance.elapsed if self.computation_aware else instance.delays)
         return self.word_delays(instance)
 
@@ -626,7 +631,7 @@ class TokenDelay(WordScorer):
         if not emitted:
             return None
         delays = TokenDelay().given_out(instance)
-        return latency.average_token_delay(delays, getattr(instance, "durations", None), emitted)
+        return latency.average_token_delay(delays, durations_of(instance), emitted)
 
 
 class WordAP(WordAL):
@@ -701,7 +706,7 @@ class EndOffset(WordScorer):
         times = self.given_out(instance)
         if not times:
             return None
-        durations = getattr(instance, "durations", None) or [0.0] * len(times)
+        durations = durations_of(instance) or [0.0] * len(times)
         return sum(latency.playback(times, durations)[-1]) - instance.source_length
 
 
