@@ -28,7 +28,9 @@ from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
 
-PACKAGES = ("echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2")
+PACKAGES = (
+    "echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2", "py-nanotts",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,7 +94,7 @@ def _speech_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _voice_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", choices=("kokoro", "espeak", "none"), default="none",
+    parser.add_argument("--engine", choices=("kokoro", "pico", "espeak", "none"), default="none",
                         help="who speaks what has no recording; none: ready recordings only")
     parser.add_argument("--ready", type=Path, help="directory or tar of ready speech with a manifest.tsv")
     parser.add_argument("--voices", nargs="*", help="voices of the engine (default: all that fit the split)")
@@ -171,7 +173,7 @@ def run_speech(args: argparse.Namespace) -> None:
     )
     ready = sources.ReadySpeech(args.ready) if args.ready else None
     if args.engine == "none" and ready is None and not any(row.src_audio for row in rows):
-        raise ManifestError("the pairs have no recordings: give --engine kokoro or espeak, or --ready recordings")
+        raise ManifestError("the pairs have no recordings: give --engine kokoro, pico or espeak, or --ready recordings")
     engine = _source_engine(args)
     counts = speech.speech_set(
         args.output, args.set, rows, selection, engine, ready, args.seed, args.max_seconds, f".{args.audio_format}",
@@ -364,6 +366,8 @@ def _source_engine(args: argparse.Namespace) -> tts.Engine | None:
             raise ManifestError("--engine kokoro needs --kokoro-voices: kokoro-js-1.2.1.tgz (npm pack kokoro-js@1.2.1)")
         default = tts.KOKORO_TEST_VOICES if args.split == "test" else tts.KOKORO_TRAIN_VOICES
         return tts.Kokoro(args.kokoro_voices, args.voices or default, _language(args.output))
+    if args.engine == "pico":
+        return tts.Pico(_language(args.output), args.voices or ())
     if args.engine == "espeak":
         return tts.Espeak(args.voices or tts.ESPEAK_VOICES)
     return None
