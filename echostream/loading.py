@@ -27,6 +27,7 @@ import numpy as np
 import yaml
 
 from echostream.errors import ConfigError, EchoStreamError, ManifestError, require
+from echostream.text_file import decode
 
 Error = type[EchoStreamError]
 
@@ -97,17 +98,7 @@ def read_text(path: str | Path, what: str, error: Error, most: int, missing: str
     Raises:
         EchoStreamError: (``error``) as ``read_bytes``, or it is in another encoding.
     """
-    data = read_bytes(path, what, error, most, missing)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise error(f"{what} {path} is not UTF-8 text: {problem.reason} at byte {problem.start}") from None
-
-
-def lines_of(text: str) -> list[str]:
-    r"""Lines that end at ``\n`` or ``\r\n``, and at nothing else (U+2028 and form feeds are letters)."""
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if not lines[-1] else lines
+    return decode(read_bytes(path, what, error, most, missing), f"{what} {path}", error)
 
 
 def inside(directory: str | Path, name: Any, what: str, error: Error) -> Path:

@@ -7,7 +7,8 @@ from typing import Iterable, Sequence
 
 from echostream.constants import BLANK, BOS, EOS, NUM_SPECIALS, PAD, UNK
 from echostream.errors import ManifestError
-from echostream.loading import MAX_DICTIONARY, lines_of, read_text, shown
+from echostream.loading import MAX_DICTIONARY, read_text, shown
+from echostream.text_file import lines_of
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 OVERWRITE = " #fairseq:overwrite"  # a line's end that lets it repeat a symbol

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from echostream.errors import CheckpointError, UnitError, require
 from echostream.files import keep_apart
+from echostream.text_file import read_text
 
 DESCRIPTION = """Speak units: one sequence of unit ids a line, separated by spaces.
 
@@ -117,12 +118,9 @@ def read_sequences(path: str) -> list[list[int]]:
     Raises:
         UnitError: the file cannot be read or is empty, or a line holds nothing, or something else.
     """
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UnitError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UnitError(f"{path} is no text file; it must hold unit ids separated by spaces") from None
+    if path != "-" and not Path(path).is_file():
+        raise UnitError(f"{path} cannot be read: there is no such file")
+    text = sys.stdin.read().removeprefix("\ufeff") if path == "-" else read_text(path, UnitError)
     if not text.strip():
         raise UnitError(f"{path} is empty; it must hold unit ids separated by spaces")
     rows = []

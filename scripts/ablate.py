@@ -57,6 +57,7 @@ from echostream.evaluation.run import environment  # noqa: E402
 from echostream.evaluation.systems import read_results  # noqa: E402
 from echostream.files import run_command, write_json, write_text  # noqa: E402
 from echostream.loading import read_mapping  # noqa: E402
+from echostream.text_file import read_json, read_lines  # noqa: E402
 
 TEST = "ablation_test"  # the first rows of the manifest to decode
 TIMED_UPDATES = 12
@@ -80,7 +81,7 @@ class Training:
     def record(self) -> dict[str, Any]:
         """``wall_s``, ``cpu_s``; and, once the training is done, ``validation``, its last figures."""
         path = self.folder / "record.json"
-        return json.loads(path.read_text()) if path.is_file() else {"wall_s": 0.0, "cpu_s": 0.0}
+        return read_json(path, EchoStreamError) if path.is_file() else {"wall_s": 0.0, "cpu_s": 0.0}
 
     @property
     def done(self) -> bool:
@@ -230,7 +231,7 @@ class Ablations:
         if self.args.updates:
             return self.args.updates
         path = self.args.save_dir / "seconds_per_update.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = read_json(path, EchoStreamError) if path.is_file() else {}
         if title not in known:
             flags, folder = self._step(title)[1], self.args.save_dir / "timing" / title
             flags |= {**schedule(flags, TIMED_UPDATES, folder), "no-save": True, "disable-validation": True}
@@ -386,7 +387,7 @@ def launch(
         cost["wall_s"] = round(cost["wall_s"] + time.monotonic() - begin, 2)
         cost["cpu_s"] = round(cost["cpu_s"] + usage.ru_utime + usage.ru_stime, 2)
     if process.returncode:
-        last = log.read_text(encoding="utf-8").splitlines()[-1:]
+        last = read_lines(log, EchoStreamError)[-1:]
         raise EchoStreamError(f"{Path(words[2]).name} ended with status {process.returncode} ({log}): {''.join(last)}")
 
 

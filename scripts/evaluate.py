@@ -47,6 +47,7 @@ from echostream.streaming.options import (  # noqa: E402
     session_options,
 )
 from echostream.streaming.policy import POLICIES  # noqa: E402
+from echostream.text_file import read_lines  # noqa: E402
 from echostream.vocode import add_vocoder_arguments  # noqa: E402
 from echostream.vocode import load as load_voice  # noqa: E402
 
@@ -435,9 +436,7 @@ def read_pairs(args: argparse.Namespace, column: str = "tgt_text") -> tuple[list
         raise EchoStreamError("--source needs --target, the list of reference translations")
     lists = []
     for path in (args.source, args.target):
-        if not path.is_file():
-            raise EchoStreamError(f"list {path} does not exist")
-        lists.append([line.strip() for line in path.read_text(encoding="utf-8").splitlines()][: args.limit])
+        lists.append([line.strip() for line in read_lines(path, what="list")][: args.limit])
     return [Path(line) for line in lists[0]], lists[1]
 
 

@@ -12,7 +12,6 @@ fairseq-train.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from echostream.data.source import is_features  # noqa: E402
 from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
 from echostream.evaluation.run import environment  # noqa: E402
 from echostream.files import run_command, write_text  # noqa: E402
+from echostream.text_file import read_json_lines  # noqa: E402
 
 # Training flags: nothing that keeps a model from memorising. The training mask lets it translate unfinished speech too.
 FLAGS: dict[str, Any] = {
@@ -202,8 +202,7 @@ def generate(args: argparse.Namespace, data: Path) -> dict[str, str]:
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
         raise EchoStreamError(f"fairseq-generate ended with status {done.returncode}; its last words are above")
-    lines = (results / "generate-dev.jsonl").read_text(encoding="utf-8").splitlines()
-    return {row["id"]: row["mt"] for row in map(json.loads, lines)}
+    return {row["id"]: row["mt"] for row in read_json_lines(results / "generate-dev.jsonl", EchoStreamError)}
 
 
 def stream(args: argparse.Namespace, data: Path, utterances: Sequence[Utterance]) -> dict[str, str]:

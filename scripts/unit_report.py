@@ -11,7 +11,6 @@ Phones are espeak-ng's for the target texts; when each is spoken is found on MFC
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -24,8 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from echostream.audio.io import load_audio  # noqa: E402
 from echostream.data.corpus.rows import hash_int  # noqa: E402
 from echostream.data.corpus.tts import phonemes  # noqa: E402
-from echostream.errors import ManifestError  # noqa: E402
+from echostream.errors import (
+    ManifestError,  # noqa: E402
+)
 from echostream.files import run_command  # noqa: E402
+from echostream.text_file import iter_lines, table_rows  # noqa: E402
 from echostream.units.align import align, phone_states  # noqa: E402
 from echostream.units.dedup import expand  # noqa: E402
 from echostream.units.features import build_features  # noqa: E402
@@ -58,10 +60,9 @@ def read_texts(data: Path) -> dict[str, str]:
     """Target recording -> its text, from the manifests."""
     texts: dict[str, str] = {}
     for path in sorted(data.glob("*.tsv")):
-        with path.open(encoding="utf-8", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if {"id", "tgt_text"} <= set(reader.fieldnames or ()):
-                texts.update({row.get("target") or row["id"]: row["tgt_text"] for row in reader})
+        for row in table_rows(iter_lines(path)):
+            if {"id", "tgt_text"} <= set(row):
+                texts[row.get("target") or row["id"]] = row["tgt_text"]
     if not texts:
         raise ManifestError(f"{data} has no manifest with the column tgt_text")
     return texts

@@ -14,10 +14,9 @@ import numpy as np
 
 from echostream.errors import ManifestError
 from echostream.files import write_text
-from echostream.loading import read_text
+from echostream.text_file import iter_lines
 
 COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
-MAX_MANIFEST = 4 << 30  # bytes
 TEXT_COLUMNS = ("src_text", "tgt_text", "tgt_audio")
 
 
@@ -93,16 +92,16 @@ def read_text_pairs(path: str | Path) -> list[TextPair]:
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, str], str]]:
     """Every row of a table by column, and where it stands."""
-    lines = read_text(path, "manifest", ManifestError, MAX_MANIFEST).split("\n")
-    header = lines[0].rstrip("\r").split("\t")
+    lines = iter_lines(path, what="manifest")
+    header = next(lines, "").split("\t")
     for column in columns:
         if column not in header:
             raise ManifestError(f"manifest {path} has no column {column!r}; it has: {', '.join(header) or 'none'}")
     rows = 0
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in enumerate(lines, 2):
         if not line.strip():
             continue
-        cells = line.rstrip("\r").split("\t")
+        cells = line.split("\t")
         where = f"manifest {path}, line {number}"
         if len(cells) != len(header):
             raise ManifestError(f"{where}: {len(cells)} cells where the header has {len(header)} columns")

@@ -19,6 +19,7 @@ from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError
 from echostream.evaluation.asr import Recogniser
 from echostream.files import appending, write_all
+from echostream.text_file import read_lines
 
 
 def run_cascade(
@@ -42,7 +43,7 @@ def run_cascade(
     by = " + ".join([translator.name, *([voice.version] if voice else [])])
     done = set()
     if results.is_file():
-        for number, line in enumerate(results.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_lines(results, EchoStreamError), 1):
             try:
                 found = json.loads(line)
                 done.add(found["id"])

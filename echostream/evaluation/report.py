@@ -5,7 +5,6 @@ Everything in it follows from the results, the manifest and the seed: the same c
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from echostream.evaluation.significance import MEASURES, Measure, bootstrap
 from echostream.evaluation.systems import System
 from echostream.evaluation.table import markdown
 from echostream.files import write_text
+from echostream.text_file import read_json
 
 LENGTH_BANDS = ((1, 4), (5, 8), (9, 12), (13, None))  # words of the reference
 COMPARED = ("WER", "BLEU", "ASR-BLEU")
@@ -333,12 +333,9 @@ def long_form(folder: Path) -> str:
 
 
 def _read_json(path: Path, origin: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EchoStreamError(f"{path} does not exist; {origin}") from None
-    except ValueError as error:
-        raise EchoStreamError(f"{path} is damaged: {error}") from None
+    if not path.is_file():
+        raise EchoStreamError(f"{path} does not exist; {origin}")
+    return read_json(path, EchoStreamError)
 
 
 # ---- one against another -------------------------------------------------------------------------------------------

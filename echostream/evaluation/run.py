@@ -15,6 +15,7 @@ from typing import Any
 
 from echostream.errors import EchoStreamError, require
 from echostream.files import replacing, write_json, write_text
+from echostream.text_file import read_json_lines, read_text
 
 # By what the agent gives out (its --output-type).
 QUALITY = {
@@ -101,12 +102,9 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
         EchoStreamError: the file is missing, or a line is not JSON.
     """
     path = Path(folder) / "instances.log"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise EchoStreamError(f"{path} does not exist; has simuleval run with --output {folder}?") from None
-    except ValueError as error:
-        raise EchoStreamError(f"{path} is damaged: {error}") from None
+    if not path.is_file():
+        raise EchoStreamError(f"{path} does not exist; has simuleval run with --output {folder}?")
+    return read_json_lines(path, EchoStreamError)
 
 
 def latencies(output: str) -> tuple[str, ...]:
@@ -159,7 +157,7 @@ def score_latency(instances: Mapping[int, Any], output: str = "speech") -> dict[
 def recogniser_name(folder: str | Path) -> str:
     """Which recogniser the ASR figures of a scored run rest on."""
     path = Path(folder) / "asr.txt"
-    return path.read_text(encoding="utf-8").strip() if path.exists() else "no ASR"
+    return read_text(path, EchoStreamError).strip() if path.exists() else "no ASR"
 
 
 def environment() -> dict[str, str]:

@@ -7,7 +7,6 @@ are not computed again, so that a sweep that was interrupted goes on where it st
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -26,6 +25,7 @@ from echostream.evaluation.table import markdown
 from echostream.files import write_json, write_text
 from echostream.streaming.options import KNOBS
 from echostream.streaming.policy import POLICIES, knobs_of
+from echostream.text_file import read_json
 
 Value = int | str
 GRID: dict[str, tuple[Value, ...]] = {
@@ -101,7 +101,7 @@ def read_result(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path, EchoStreamError)
         found = result["of"]
     except (ValueError, KeyError, TypeError):
         raise EchoStreamError(f"{path} is damaged; delete it, and it is computed again") from None

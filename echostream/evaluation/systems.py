@@ -6,7 +6,6 @@ A sentence is known by its id in the manifest; a simultaneous run knows its reco
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError
 from echostream.evaluation import run
 from echostream.files import write_json
+from echostream.text_file import read_json, read_json_lines, read_lines
 
 TEXTS = ("asr", "st", "mt", "heard", "asr_ref", "mt_ref")
 
@@ -81,12 +81,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         EchoStreamError: the file is missing, empty, or a line is not a JSON object.
     """
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise EchoStreamError(f"{path} does not exist; fairseq-generate --results-path writes it") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise EchoStreamError(f"{path} is not a file of JSON lines: {error}") from None
+    if not path.is_file():
+        raise EchoStreamError(f"{path} does not exist; fairseq-generate --results-path writes it")
+    rows = read_json_lines(path, EchoStreamError)
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise EchoStreamError(f"{path} holds no results")
     return rows
@@ -107,7 +104,7 @@ def read_heard(path: Path) -> tuple[str, dict[str, str]]:
     file = _heard_file(path)
     if not file.is_file():
         return "", {}
-    value = json.loads(file.read_text(encoding="utf-8"))
+    value = read_json(file, EchoStreamError)
     if value["of"] != _digest(path):
         again = f"listen again: scripts/evaluate.py offline {path}"
         raise EchoStreamError(f"{path} has changed since {file} was made; {again}")
@@ -143,7 +140,7 @@ def _simultaneous(name: str, path: Path, ids: Mapping[str, str]) -> list[System]
         return [_run(name, name, path, None, {}, ids)]
     about = {}
     if (path / "results.json").is_file():
-        about = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        about = read_json(path / "results.json", EchoStreamError)
     ordered = sorted(folders.items(), key=lambda folder: folder[1])
     return [_run(f"{name} {chunk} ms", name, folder, chunk, about, ids) for folder, chunk in ordered]
 
@@ -175,7 +172,7 @@ def _transcripts(folder: Path, count: int) -> list[str]:
     path, log = folder / "asr_transcripts.txt", folder / "instances.log"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = read_lines(path, EchoStreamError)
     if len(lines) != count or path.stat().st_mtime < log.stat().st_mtime:
         raise EchoStreamError(f"{path} does not belong to {log.name}, which is newer or longer; score the run again")
     return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import random
@@ -17,6 +16,7 @@ from torch import Tensor
 from echostream.audio.io import check_finite
 from echostream.constants import SAMPLE_RATE, UNIT_HOP
 from echostream.errors import AudioError, ManifestError
+from echostream.text_file import iter_lines, table_rows
 
 COLUMNS = ("id", "audio", "units", "durations")
 
@@ -48,12 +48,13 @@ def read_units(path: str | Path, num_units: int | None = None) -> list[Utterance
     path = Path(path)
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; it holds the vocoder's units, made by scripts/prepare_corpus.py")
-    with path.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ManifestError(f"{path} has no column {missing[0]!r}; it needs {', '.join(COLUMNS)}")
-        found = [_utterance(path, number, row, num_units) for number, row in enumerate(reader, 2)]
+    lines = iter_lines(path)
+    header = next(lines, "")
+    missing = [name for name in COLUMNS if name not in header.split("\t")]
+    if missing:
+        raise ManifestError(f"{path} has no column {missing[0]!r}; it needs {', '.join(COLUMNS)}")
+    rows = table_rows([header, *lines])
+    found = [_utterance(path, number, row, num_units) for number, row in enumerate(rows, 2)]
     if not found:
         raise ManifestError(f"{path} has no rows")
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import time
 from collections import Counter
 from dataclasses import replace
@@ -24,10 +23,13 @@ from echostream.data.corpus.subwords import train_subwords, write_unit_dictionar
 from echostream.errors import ManifestError, require
 from echostream.evaluation.systems import read_results
 from echostream.files import run_command, write_json
+from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
 
-PACKAGES = ("echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2")
+PACKAGES = (
+    "echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2", "py-nanotts",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,7 +93,7 @@ def _speech_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _voice_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", choices=("kokoro", "espeak", "none"), default="none",
+    parser.add_argument("--engine", choices=("kokoro", "pico", "espeak", "none"), default="none",
                         help="who speaks what has no recording; none: ready recordings only")
     parser.add_argument("--ready", type=Path, help="directory or tar of ready speech with a manifest.tsv")
     parser.add_argument("--voices", nargs="*", help="voices of the engine (default: all that fit the split)")
@@ -170,7 +172,7 @@ def run_speech(args: argparse.Namespace) -> None:
     )
     ready = sources.ReadySpeech(args.ready) if args.ready else None
     if args.engine == "none" and ready is None and not any(row.src_audio for row in rows):
-        raise ManifestError("the pairs have no recordings: give --engine kokoro or espeak, or --ready recordings")
+        raise ManifestError("the pairs have no recordings: give --engine kokoro, pico or espeak, or --ready recordings")
     engine = _source_engine(args)
     counts = speech.speech_set(
         args.output, args.set, rows, selection, engine, ready, args.seed, args.max_seconds, f".{args.audio_format}",
@@ -302,7 +304,7 @@ def run_manifests(args: argparse.Namespace) -> None:
         },
         "ctc": ctc,
         "skipped": dict(Counter(f"{step}: {reason}" for step, _, reason, _ in skipped)),
-        "steps": {path.stem: json.loads(path.read_text(encoding="utf-8"))
+        "steps": {path.stem: read_json(path)
                   for path in sorted((args.output / "steps").glob("*.json"))},
     }
     write_json(args.output / "corpus.json", corpus, ensure_ascii=False)
@@ -354,7 +356,7 @@ def _read_note(output: Path, step: str) -> dict:
     path = output / "steps" / f"{step}.json"
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; run the step {step!r} first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _source_engine(args: argparse.Namespace) -> tts.Engine | None:
@@ -363,6 +365,8 @@ def _source_engine(args: argparse.Namespace) -> tts.Engine | None:
             raise ManifestError("--engine kokoro needs --kokoro-voices: kokoro-js-1.2.1.tgz (npm pack kokoro-js@1.2.1)")
         default = tts.KOKORO_TEST_VOICES if args.split == "test" else tts.KOKORO_TRAIN_VOICES
         return tts.Kokoro(args.kokoro_voices, args.voices or default, _language(args.output))
+    if args.engine == "pico":
+        return tts.Pico(_language(args.output), args.voices or ())
     if args.engine == "espeak":
         return tts.Espeak(args.voices or tts.ESPEAK_VOICES)
     return None

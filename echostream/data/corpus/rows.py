@@ -12,6 +12,7 @@ from typing import Callable, Iterable, Iterator
 
 from echostream.errors import ManifestError
 from echostream.files import appending, replacing, write_all
+from echostream.text_file import iter_lines
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,15 @@ def read_table(path: Path, required: Iterable[str] = ()) -> Iterator[dict[str, s
     Raises:
         ManifestError: the file is missing or lacks a required column.
     """
-    if not path.is_file():
-        raise ManifestError(f"table {path} does not exist")
-    with open(path, encoding="utf-8", newline="") as file:
-        header = file.readline().rstrip("\r\n").split("\t")
-        missing = [name for name in required if name not in header]
-        if missing:
-            raise ManifestError(f"table {path} has no column {missing[0]!r}; its columns are: {', '.join(header)}")
-        for line in file:
-            values = line.rstrip("\r\n").split("\t")
-            if line.endswith("\n") and len(values) == len(header):
-                yield dict(zip(header, values))
+    lines = iter_lines(path, what="table", ends=True)
+    header = next(lines, "").rstrip("\r\n").split("\t")
+    missing = [name for name in required if name not in header]
+    if missing:
+        raise ManifestError(f"table {path} has no column {missing[0]!r}; its columns are: {', '.join(header)}")
+    for line in lines:
+        values = line.rstrip("\r\n").split("\t")
+        if line.endswith("\n") and len(values) == len(header):
+            yield dict(zip(header, values))
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -17,6 +14,7 @@ from echostream.data.corpus.normalize import count_words, normalize_text, words_
 from echostream.data.corpus.rows import Row, Skipped
 from echostream.data.corpus.split import TEST_SIZE, fixed_test_rows, split_pairs
 from echostream.errors import ManifestError
+from echostream.text_file import decode, iter_lines, lines_of, table_rows
 
 
 def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: int = TEST_SIZE,
@@ -136,7 +134,7 @@ class ReadySpeech:
         if path.is_dir() and manifest.is_file():
             lines = _read_csv(manifest)
         elif "manifest.tsv" in self._members:
-            lines = _parse_csv(self._bytes("manifest.tsv").decode("utf-8"))
+            lines = list(table_rows(lines_of(decode(self._bytes("manifest.tsv"), f"manifest.tsv in {path}"))))
         else:
             raise ManifestError(f"ready speech {path} has no manifest.tsv")
         self.entries: dict[str, dict[str, str]] = {}
@@ -161,31 +159,34 @@ class ReadySpeech:
         return file.read()
 
 
+def pair_columns(path: Path, columns: tuple[str, str] | None = None) -> tuple[str, str]:
+    """Header names of the source and the target side of a parallel text file; by default the first two.
+
+    Raises:
+        ManifestError: as ``rows_of_text``.
+    """
+    header = next(iter_lines(path, what="text file"), "").split("\t")
+    if len(header) < 2:
+        raise ManifestError(f"text file {path}: the header {header[0][:40]!r} has one column, two are needed")
+    for name in columns or ():
+        if name not in header:
+            raise ManifestError(f"text file {path} has no column {name!r}; it has: {', '.join(header)}")
+    return columns or (header[0], header[1])
+
+
 def _read_pairs(path: Path, columns: tuple[str, str] | None) -> Iterator[tuple[str, str]]:
-    if not path.is_file():
-        raise ManifestError(f"text file {path} does not exist")
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-    try:
-        with opened as file:
-            header = file.readline().rstrip("\r\n").split("\t")
-            if len(header) < 2:
-                raise ManifestError(f"text file {path}: the header {header[0][:40]!r} has one column, two are needed")
-            wanted = columns or (header[0], header[1])
-            for name in wanted:
-                if name not in header:
-                    raise ManifestError(f"text file {path} has no column {name!r}; it has: {', '.join(header)}")
-            source, target = (header.index(name) for name in wanted)
-            for line in file:
-                # A line with too few columns keeps its number and is skipped later as empty text.
-                cells = line.rstrip("\r\n").split("\t") + [""] * len(header)
-                yield cells[source], cells[target]
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ManifestError(f"text file {path} cannot be read as UTF-8 text: {error}") from None
+    wanted = pair_columns(path, columns)
+    lines = iter_lines(path, what="text file")
+    header = next(lines).split("\t")
+    source, target = (header.index(name) for name in wanted)
+    for line in lines:
+        # A line with too few columns keeps its number and is skipped later as empty text.
+        cells = line.split("\t") + [""] * len(header)
+        yield cells[source], cells[target]
 
 
 def _read_translations(path: Path) -> Iterator[tuple[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        lines = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    lines = [line.split("\t") for line in iter_lines(path, what="table") if line.strip()]
     if not lines:
         return
     header = [cell.lower() for cell in lines[0]]
@@ -201,12 +202,7 @@ def _read_translations(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
-    return _parse_csv(path.read_text(encoding="utf-8"))
-
-
-def _parse_csv(text: str) -> list[dict[str, str]]:
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    return [{k: v or "" for k, v in line.items() if k is not None} for line in reader]
+    return list(table_rows(iter_lines(path, what="table")))
 
 
 def _first_file(directory: Path, stem: str, suffixes: tuple[str, ...]) -> Path | None:
