@@ -126,7 +126,7 @@ def load_bundle(
         config = EchoStreamConfig.from_dict(values["model"])
     except ConfigError as error:
         raise ConfigError(f"{directory / CONFIG}: model: {error}") from None
-    size = stream_bytes(config)
+    size = config.stream_bytes
     if size > MAX_STREAM_BYTES:
         raise ConfigError(
             f"{directory / CONFIG}: model: a stream of this model would take {size / 1e6:,.0f} MB, at most "
@@ -229,26 +229,6 @@ def check_digests(directory: Path, digests: Mapping[str, str]) -> None:
                 f"{directory / name} is not the file that {CONFIG} names: its sha256 begins with {found[:12]}, not "
                 f"{shown(expected[:12])}; fetch or export it again"
             )
-
-
-def stream_bytes(config: EchoStreamConfig) -> int:
-    """About how much one stream takes: keys and values of all layers, and the attention masks that are kept."""
-    frames = config.max_sentence_frames + 1
-    inputs = config.max_target_tokens if config.units_read_text else config.max_sentence_frames
-    places = (
-        config.encoder_layers * config.encoder_embed_dim * (config.memory_size + config.left_cache_length)
-        + config.st_decoder_layers * config.encoder_embed_dim * config.st_left_context
-        + config.mt_decoder_layers * config.mt_decoder_embed_dim * (config.max_target_tokens + frames)
-        + config.unit_decoder_layers
-        * config.unit_decoder_embed_dim
-        * (inputs * config.ctc_upsample_ratio + frames)
-    )
-    queries = config.segment_length + config.right_context_length
-    # eight segments at once; a mask for each age of a stream until the rings are full and come round
-    masks = 8 * queries * (9 * queries + config.memory_size + config.left_cache_length + 8) * min(
-        512, config.memory_size + config.left_cache_length + 2
-    )
-    return 8 * places + 4 * masks
 
 
 def _load_torch(

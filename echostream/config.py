@@ -137,6 +137,22 @@ class EchoStreamConfig:
         lacking = self.segment_length + self.right_context_length - 1
         return self.left_context_length + (lacking if self.shift_context else 0)
 
+    @property
+    def stream_bytes(self) -> int:
+        """About how much one stream takes: keys and values of all layers, and the attention masks that are kept."""
+        frames, left = self.max_sentence_frames + 1, self.left_cache_length
+        inputs = self.max_target_tokens if self.units_read_text else self.max_sentence_frames
+        places = (
+            self.encoder_layers * self.encoder_embed_dim * (self.memory_size + left)
+            + self.st_decoder_layers * self.encoder_embed_dim * self.st_left_context
+            + self.mt_decoder_layers * self.mt_decoder_embed_dim * (self.max_target_tokens + frames)
+            + self.unit_decoder_layers * self.unit_decoder_embed_dim * (inputs * self.ctc_upsample_ratio + frames)
+        )
+        # Eight segments at once; a mask for each age of a stream until the rings are full and come round.
+        queries = self.segment_length + self.right_context_length
+        masks = 8 * queries * (9 * queries + self.memory_size + left + 8) * min(512, self.memory_size + left + 2)
+        return 8 * places + 4 * masks
+
     @classmethod
     def small(cls, **changes: Any) -> "EchoStreamConfig":
         """About a quarter of the default's compute: what a CPU can train (arch ``echostream_small``)."""

@@ -18,10 +18,12 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tokenize import TokenError
+from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
@@ -39,7 +41,7 @@ MAX_WORD = 80  # letters of a value that a message repeats
 # What damaged input makes the readers of others raise; none of them has an error of its own for it.
 DAMAGE = (
     OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError,
-    RuntimeError, NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile,
+    RuntimeError, struct.error, zlib.error, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -60,8 +62,9 @@ def shown(value: Any) -> str:
 # ---- files and paths -----------------------------------------------------------------------------------------------
 
 
-def read_bytes(path: str | Path, what: str, error: Error, most: int, missing: str = "") -> bytes:
-    """A whole regular file.
+@contextmanager
+def opened(path: str | Path, what: str, error: Error, most: int, missing: str = "") -> Iterator[BinaryIO]:
+    """A regular file, open for reading.
 
     Args:
         most: bytes that such a file may have.
@@ -85,11 +88,17 @@ def read_bytes(path: str | Path, what: str, error: Error, most: int, missing: st
         if state.st_size > most:
             raise error(f"{what} {path} has {state.st_size} bytes; at most {most} are read")
         with open(handle, "rb", closefd=False) as file:
-            return file.read(most)
+            yield file
     except OSError as problem:
-        raise error(f"{what} {path} cannot be read: {problem.strerror}") from None
+        raise error(f"{what} {path} cannot be read: {problem.strerror or reason(problem)}") from None
     finally:
         os.close(handle)
+
+
+def read_bytes(path: str | Path, what: str, error: Error, most: int, missing: str = "") -> bytes:
+    """A whole regular file. Raises EchoStreamError (``error``): as ``opened``."""
+    with opened(path, what, error, most, missing) as file:
+        return file.read(most)
 
 
 def read_text(path: str | Path, what: str, error: Error, most: int, missing: str = "") -> str:
@@ -298,7 +307,7 @@ def read_json(path: str | Path, what: str, error: Error, missing: str = "") -> d
 
 def read_array(data: bytes, where: str, error: Error, kinds: str = "biuf") -> np.ndarray:
     """The array of a ``.npy`` file's bytes: numbers or truth values (with ``U`` among numpy's ``kinds`` text too), as
-    many as its header says.
+    many as its header says. It may share the memory of ``data``, and then cannot be written to.
 
     Raises:
         EchoStreamError: (``error``) it is no such array, or its header and its size contradict each other.
@@ -314,10 +323,10 @@ def read_array(data: bytes, where: str, error: Error, kinds: str = "biuf") -> np
         if wanted != there or min(shape, default=0) < 0:
             raise ValueError(f"shape {list(shape)} of {dtype} needs {wanted} bytes, {there} are there")
         array = np.frombuffer(data, dtype, wanted // max(dtype.itemsize, 1), file.tell())
-        array = array.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="))
+        array = array.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="), copy=False)
         if dtype.kind == "U" and array.size and np.ascontiguousarray(array).view(np.uint32).max() > 0x10FFFF:
             raise ValueError("it holds letters that do not exist")
-    except (*DAMAGE, SyntaxError, RecursionError) as problem:  # the last two: the header is a Python literal
+    except (*DAMAGE, SyntaxError, TokenError) as problem:  # the last two: the header is a Python literal
         raise error(f"{where} is not a usable .npy array: {reason(problem)}") from None
     return array
 
@@ -336,9 +345,8 @@ def read_npz(
         EchoStreamError: (``error``) the file is missing, no such archive, damaged, too large, or lacks an array.
     """
     arrays = {}
-    data = read_bytes(path, what, error, most + (1 << 20))
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with opened(path, what, error, most + (1 << 20)) as whole, zipfile.ZipFile(whole) as archive:
             members = archive.infolist()
             size = sum(member.file_size for member in members)
             if size > most:

@@ -237,7 +237,7 @@ class Ffmpeg:
     def _reason(self) -> str:
         self.process.wait()
         self.listener.join(timeout=5)
-        lines = [line for line in self.said.decode("utf-8", "replace").splitlines() if line.strip()]
+        lines = [line for line in self.said.decode("utf-8", "replace").split("\n") if line.strip()]
         # The first line tells what is wrong, those behind it what followed from that.
         return (lines or ["ffmpeg says nothing"])[0].split("] ")[-1].strip()
 

@@ -11,7 +11,7 @@ from typing import Any
 from echostream.audio.cmvn import GlobalCMVN
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import ConfigError, ManifestError
-from echostream.loading import inside, pieces_of, read_mapping, read_subwords
+from echostream.loading import inside, pieces_of, read_mapping, read_subwords, shown
 from echostream.text import Vocabulary
 
 
@@ -58,7 +58,7 @@ class DataConfig:
             kind = int if f.type == "int" else str
             if not isinstance(value, kind) or isinstance(value, bool):
                 wanted = "whole number" if kind is int else "text"
-                raise ConfigError(f"{path}: {f.name} is {value!r}; it must be a {wanted}")
+                raise ConfigError(f"{path}: {f.name} is {shown(value)}; it must be a {wanted}")
             known[f.name] = value
         config = cls(**known)
         if config.sample_rate != SAMPLE_RATE:

@@ -31,7 +31,7 @@ _SENTENCE_NUMBERS = (
     "index", "start", "extended", "begun", "source_told", "inputs_read", "last_symbol", "first_audio_s",
 )
 MOST_HEARD = 1 << 16  # samples or numbers that a segmenter keeps in one array
-MAX_BYTES = 300 << 20  # of its arrays, unpacked
+SPARE_BYTES = 64 << 20  # of its arrays, unpacked, beyond twice what the model's own may take
 _COUNT, _FRAME = Rule(int, 0, 1 << 48), Rule(int, -1, 1 << 48)
 _WHOLE, _SECONDS = Rule(list, 3, 3, of=_COUNT), Rule(float, 0)
 # What the header holds, and its section ``sentence``; in range for any model, the model's own limits follow.
@@ -104,7 +104,8 @@ def read(path: str | Path, engine: Engine, bundle: Bundle) -> tuple[Track, dict[
         SessionError: it is missing, damaged, or of another version, model, policy or setting.
     """
     what = f"saved session {path}"
-    arrays = read_npz(path, "saved session", SessionError, MAX_BYTES, ("header",))
+    most = 2 * engine.config.stream_bytes + SPARE_BYTES
+    arrays = read_npz(path, "saved session", SessionError, most, ("header",))
     header = check_array(arrays.pop("header"), f"{what}: header", SessionError, "u", (None,))
     values = parse_json(header.astype(np.uint8).tobytes(), f"{what}: header", SessionError)
     for name, expected in identity(engine, bundle).items():

@@ -23,7 +23,7 @@ from echostream.loading import check_array, read_npz
 
 FORMAT = "echostream/kmeans/1"
 _EDGE = 12  # frames at either end of a recording that say "start" or "end" for good reasons
-MAX_BYTES = 1 << 30  # of a file: 100,000 centroids of 2,500 numbers
+MAX_BYTES = 256 << 20  # of a file: 50,000 centroids of 1,280 numbers
 _MAX_ROWS = 8192  # frames whose distances are held at once
 
 

@@ -13,7 +13,8 @@ from echostream.audio.io import decode_audio, load_audio
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
 from echostream.data.corpus.rows import Row, Skipped
 from echostream.data.corpus.split import TEST_SIZE, fixed_test_rows, split_pairs
-from echostream.errors import ManifestError
+from echostream.errors import AudioError, ManifestError
+from echostream.loading import inside
 from echostream.text_file import decode, iter_lines, lines_of, table_rows
 
 
@@ -149,7 +150,7 @@ class ReadySpeech:
         """float32 [N] at 16 kHz. Raises AudioError."""
         name = self.entries[row]["audio"]
         if name not in self._members:
-            return load_audio(self._directory / name)
+            return load_audio(inside(self._directory, name, "audio of the ready speech", AudioError))
         return decode_audio(self._bytes(name), f"{name} of the ready speech")
 
     def _bytes(self, name: str) -> bytes:
@@ -206,7 +207,10 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def _first_file(directory: Path, stem: str, suffixes: tuple[str, ...]) -> Path | None:
-    return next((p for s in suffixes if (p := directory / f"{stem}{s}").is_file()), None)
+    if not stem:
+        return None
+    paths = (inside(directory, f"{stem}{suffix}", "recording", ManifestError) for suffix in suffixes)
+    return next((path for path in paths if path.is_file()), None)
 
 
 __all__ = ["ReadySpeech", "rows_of_cvss", "rows_of_text", "with_ranks"]
