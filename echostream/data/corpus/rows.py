@@ -124,7 +124,7 @@ class Ledger:
     def batches(self, size: int) -> Iterator[Callable[..., None]]:
         """Gives a function that takes the cells of one finished line; ``size`` lines are added at a time.
 
-        The file is this process's alone until the block ends; what was finished is added whatever ends it.
+        The file is this process's alone until the block ends.
 
         Raises:
             OutputError: the file cannot be written, or another process is at work on the same shard.
@@ -141,10 +141,8 @@ class Ledger:
                 finished, lines[:] = list(lines), []
                 self._add(file, finished)
 
-            try:
-                yield add
-            finally:
-                flush()
+            yield add
+            flush()
 
 
 class Skipped:
