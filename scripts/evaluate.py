@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from echostream.audio.io import load_audio  # noqa: E402
 from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle  # noqa: E402
-from echostream.data.manifest import read_manifest  # noqa: E402
+from echostream.data.manifest import RECORDING, read_manifest  # noqa: E402
 from echostream.errors import EchoStreamError, MissingExtraError, require  # noqa: E402
 from echostream.evaluation import longform, quality, run, sweep  # noqa: E402
 from echostream.evaluation.asr import RECOGNISERS, Recogniser, load_recogniser  # noqa: E402
@@ -333,7 +333,7 @@ def policy_sweep(args: argparse.Namespace) -> None:
 
 
 def join_talks(args: argparse.Namespace) -> None:
-    rows = read_manifest(args.manifest)
+    rows = read_manifest(args.manifest, need=RECORDING)
     root = args.audio_root or args.manifest.parent
     talks = longform.make_talks(
         rows, root, args.output, args.count, args.minutes, args.sentences, tuple(args.pause), args.seed
@@ -403,7 +403,7 @@ def cascade_results(args: argparse.Namespace) -> None:
     from echostream.units.features import packaged_whisper
 
     require("faster_whisper", "simuleval")
-    rows = read_manifest(args.manifest)[: args.limit]
+    rows = read_manifest(args.manifest, need=RECORDING)[: args.limit]
     source = args.source_lang or language_of(args.manifest.parent, "source")
     target = language_of(args.manifest.parent, "target") or "en"
     if target != "en":
@@ -423,7 +423,7 @@ def write_report(args: argparse.Namespace) -> None:
     wrong = [text for text, (name, path) in zip(args.system, named) if not name or not path]
     if wrong:
         raise EchoStreamError(f"--system {wrong[0]!r} is not NAME=PATH")
-    rows = read_manifest(args.manifest) if args.manifest else []
+    rows = read_manifest(args.manifest, need=RECORDING) if args.manifest else []
     if len({name for name, _ in named}) < len(named):
         raise EchoStreamError("two systems have one name; give each its own: --system NAME=PATH")
     systems = read_systems({name: Path(path) for name, path in named}, rows)
@@ -473,7 +473,7 @@ def read_pairs(args: argparse.Namespace, column: str = "tgt_text") -> tuple[list
     """Recordings and references, from a manifest (its ``column``) or from two lists."""
     if args.manifest is not None:
         root = args.audio_root or args.manifest.parent
-        rows = read_manifest(args.manifest)[: args.limit]
+        rows = read_manifest(args.manifest, need=("id", "src_audio", column))[: args.limit]
         packed = [row.id for row in rows if ".zip:" in row.audio or row.audio.endswith(".npy")]
         if packed:
             raise EchoStreamError(f"row {packed[0]!r} of {args.manifest} holds features; the agent needs recordings")

@@ -53,7 +53,8 @@ def check(engine: str, language: str, side: str) -> None:
         kokoro_language(language)
     elif engine == "pico" and base(language) not in map(base, tts.PICO_VOICES):
         spoken = " ".join(dict.fromkeys(map(base, tts.PICO_VOICES)))
-        raise ManifestError(f"Pico does not speak {language!r}, only {spoken}; take --{_flag(side)} {_others(language)}")
+        others = f"--{'target-' * (side == 'target')}engine {_others(language)}"
+        raise ManifestError(f"Pico does not speak {language!r}, only {spoken}; take {others}")
     elif engine == "espeak":
         espeak_accents(language)
 
@@ -177,10 +178,6 @@ def kokoro_names(source: Path, letter: str) -> list[str]:
         raise EchoStreamError(f"{source} is neither a directory of Kokoro's voices nor the npm package kokoro-js")
     stems = sorted({name.removesuffix(".bin") for name in files if name.endswith(".bin")})
     return [name for name in stems if name[:1] == letter and name[1:3] in ("f_", "m_")]
-
-
-def _flag(side: str) -> str:
-    return "target-engine" if side == "target" else "engine"
 
 
 def _others(language: str) -> str:
