@@ -426,12 +426,12 @@ def test_case_09_cvss_shares_no_sentence_between_splits(tmp_path: Path) -> None:
 def test_case_09_manifests_never_mix_splits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from echostream.data.corpus.cli import main
 
-    words = "gato perro libro coche río pan vino tren barco luna".split()
-    clips = {f"c{i}": (f"El {words[i % 10]} {words[i // 10]} es mío.", f"My {words[i // 10]} {words[i % 10]} is here.",
-                       ("train" if i % 4 else "test",)) for i in range(48)}  # fmt: skip
+    from tests.test_corpus import pairs
+
+    clips = {f"c{i}": (*pair, ("train" if i % 4 else "test",)) for i, pair in enumerate(pairs(48))}
     common_voice, target = cvss(tmp_path, clips)
     out = tmp_path / "out"
-    command = ["all", "--output", out, "--cvss", target, "--common-voice", common_voice, "--vocab-size", 36,
+    command = ["all", "--output", out, "--cvss", target, "--common-voice", common_voice, "--vocab-size", 40,
                "--features", "mfcc", "--num-units", 8, "--positions", 0]  # fmt: skip
     assert main(list(map(str, command))) == 0
     assert json.loads((out / "corpus.json").read_text())["languages"] == ["es", "en"]
