@@ -12,6 +12,7 @@ from echostream.text_file import lines_of
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 OVERWRITE = " #fairseq:overwrite"  # a line's end that lets it repeat a symbol
+SENTENCE_ENDS = ".!?…。！？؟।"  # Latin, Chinese and Japanese, Arabic, Devanagari
 WORD_START = "\u2581"  # SentencePiece's mark of a space before the piece
 
 
@@ -66,8 +67,8 @@ class Vocabulary:
         return self.symbols[index].startswith(WORD_START)
 
     def ends_sentence(self, index: int) -> bool:
-        """Does this subword close a sentence (``.``, ``!``, ``?``, ``…`` as its last letter)?"""
-        return index >= NUM_SPECIALS and self.symbols[index][-1] in ".!?…"
+        """Does this subword close a sentence (``.``, ``!``, ``?``, ``…`` as its last letter, or their like)?"""
+        return index >= NUM_SPECIALS and self.symbols[index][-1] in SENTENCE_ENDS
 
 
 def collapse_ctc(ids: Sequence[int], previous: int = BLANK, blank: int = BLANK) -> list[int]:

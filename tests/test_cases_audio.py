@@ -34,7 +34,7 @@ from echostream.audio.stream import open_file, open_pipe, to_pcm, wav_stream_hea
 from echostream.cli import main
 from echostream.data.corpus.rows import Ledger
 from echostream.data.corpus.speech import _reason
-from echostream.data.manifest import read_manifest
+from echostream.data.manifest import RECORDING, read_manifest
 from echostream.data.source import load_features
 from echostream.errors import AudioError, AudioWarning, EchoStreamError, ManifestError, OutputError, SessionError
 from echostream.output.speech import SpeechFile
@@ -701,7 +701,7 @@ def test_case_20_manifests_without_units(tmp_path):
     path = tmp_path / "test.tsv"
     header = "id\tsrc_audio\tsrc_n_frames\tsrc_text\ttgt_text\ttgt_audio\ttgt_n_frames"
     path.write_text(f"{header}\na\ta.wav\t100\thola\thello\t\t0\nb\tb.wav\t100\thola\thello\t1 2\t2\n")
-    assert [len(row.units) for row in read_manifest(path, units=False)] == [0, 2]
+    assert [len(row.units) for row in read_manifest(path, need=RECORDING)] == [0, 2]
     with pytest.raises(ManifestError, match="tgt_audio is empty"):
         read_manifest(path)
 

@@ -376,3 +376,299 @@ def test_case_07_a_remote_agent(tiny_bundle: Path, tmp_path: Path) -> None:
     assert there.stdout == here.stdout and len(read_log(tmp_path / "out")) == 2
     wrong = simuleval(*agent, *lists, "--target-type", "speech")
     assert wrong.stderr.splitlines()[-1].startswith("error: --target-type speech, but this agent's is text")
+
+
+# --- 9: what is tested was never trained on -------------------------------------------------------------------------
+
+
+def cvss(root: Path, clips: dict[str, tuple[str, str, tuple[str, ...]]], locale: str = "es") -> tuple[Path, Path]:
+    """Common Voice and CVSS directories. ``clips``: by name, its source text, translation and splits."""
+    common_voice, target = root / "cv", root / "cvss"
+    (common_voice / "clips").mkdir(parents=True)
+    lines: dict[str, list[str]] = {split: [] for split in ("train", "dev", "test")}
+    sound = 0.3 * np.sin(np.arange(8000) / 10).astype(np.float32)
+    for name, (_, translation, splits) in clips.items():
+        write_audio(common_voice / "clips" / f"{name}.wav", sound)
+        for split in splits:
+            lines[split].append(f"{name}.mp3\t{translation}")
+            write_audio(target / split / f"{name}.mp3.wav", sound)
+    table = "".join(f"{name}.mp3\t{source}\t{locale}\n" for name, (source, _, _) in clips.items())
+    (common_voice / "validated.tsv").write_text(f"path\tsentence\tlocale\n{table}", encoding="utf-8-sig")
+    for split, content in lines.items():
+        (target / f"{split}.tsv").write_text("\n".join(content) + "\n", encoding="utf-8-sig")
+    return common_voice, target
+
+
+def test_case_09_cvss_shares_no_sentence_between_splits(tmp_path: Path) -> None:
+    clips = {
+        "both": ("Uno.", "One.", ("train", "test")),
+        "speaker1": ("Dos perros.", "Two dogs.", ("train",)),
+        "speaker2": ("Dos perros.", "Two hounds.", ("test",)),
+        "same_target": ("Otra vez.", "Two hounds.", ("dev",)),
+        "devtrain": ("Tres.", "Three.", ("train",)),
+        "devtrain2": ("«Tres»", "Three.", ("dev",)),
+        "alone": ("Cuatro.", "Four.", ("train",)),
+        "alone2": ("Cuatro.", "Four.", ("train",)),
+    }
+    skipped = Skipped(tmp_path, "text")
+    rows = sources.rows_of_cvss(*cvss(tmp_path, clips), skipped)
+    assert {row.row: row.split for row in rows} == {
+        "alone": "train", "alone2": "train", "devtrain2": "dev", "both": "test", "speaker2": "test",
+    }  # fmt: skip
+    reasons = {(line[1], line[2]) for line in skipped.lines}
+    assert reasons == {("both", "clip appears twice"), *((name, "sentence of another split") for name in (
+        "speaker1", "same_target", "devtrain"))}  # fmt: skip
+    for side in ("src_text", "tgt_text"):
+        of = {split: {getattr(row, side) for row in rows if row.split == split} for split in ("train", "dev", "test")}
+        assert not of["train"] & of["dev"] and not (of["train"] | of["dev"]) & of["test"]
+
+
+def test_case_09_manifests_never_mix_splits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from echostream.data.corpus.cli import main
+    from tests.test_corpus import pairs
+
+    clips = {f"c{i}": (*pair, ("train" if i % 4 else "test",)) for i, pair in enumerate(pairs(48))}
+    common_voice, target = cvss(tmp_path, clips)
+    out = tmp_path / "out"
+    command = ["all", "--output", out, "--cvss", target, "--common-voice", common_voice, "--vocab-size", 40,
+               "--features", "mfcc", "--num-units", 8, "--positions", 0]  # fmt: skip
+    assert main(list(map(str, command))) == 0
+    assert json.loads((out / "corpus.json").read_text())["languages"] == ["es", "en"]
+    capsys.readouterr()
+    assert main(["manifests", "--output", str(out), "--manifest", "train=train,test"]) == 1
+    assert "would mix the splits test and train" in capsys.readouterr().err
+    # the text is split anew: recordings of what is now the test set must not train
+    rows = (out / "rows.tsv").read_text().replace("\ttrain\t", "\tTEST\t").replace("\ttest\t", "\ttrain\t")
+    (out / "rows.tsv").write_text(rows.replace("\tTEST\t", "\ttest\t"))
+    assert main(["manifests", "--output", str(out)]) == 1
+    assert "the text was split anew" in capsys.readouterr().err
+
+
+# --- 11: languages --------------------------------------------------------------------------------------------------
+
+
+def text_step(folder: Path, header: str, *options: object, count: int = 64) -> tuple[int, Path]:
+    from echostream.data.corpus.cli import main
+
+    lines = "".join(f"La phrase {i} est courte.\tThe sentence {i} is short.\n" for i in range(count))
+    (folder / "pairs.tsv").write_text(f"{header}\n{lines}", encoding="utf-8")
+    out = folder / "out"
+    command = ["text", "--output", out, "--pairs", folder / "pairs.tsv", "--vocab-size", 28, *options]
+    return main(list(map(str, command))), out
+
+
+def languages(out: Path) -> tuple[str, str]:
+    settings = json.loads((out / "steps" / "text.json").read_text())["settings"]
+    return settings["source_lang"], settings["target_lang"]
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "expected"),
+    [
+        ("fr\ten", (), ("fr", "en")),
+        ("\ufefffr\ten", (), ("fr", "en")),
+        ("FR\tpt-BR", (), ("fr", "pt-br")),
+        ("text\ttranslation", ("--source-lang", "fr", "--target-lang", "en"), ("fr", "en")),
+        ("fr\ten", ("--source-lang", "fr-CA"), ("fr-ca", "en")),
+    ],
+)
+def test_case_11_languages_are_told(
+    tmp_path: Path, header: str, options: tuple[str, ...], expected: tuple[str, str]
+) -> None:
+    status, out = text_step(tmp_path, header, *options)
+    assert status == 0 and languages(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "message"),
+    [
+        ("source\ttarget", (), "does not tell the source language: its column is 'source'.*--source-lang"),
+        ("fr\ttarget", (), "does not tell the target language"),
+        ("fr\ten", ("--source-lang", "es"), "--source-lang es, but the column .* is 'fr'"),
+        ("source\ten", ("--source-lang", "xx"), "--source-lang 'xx' is no language code"),
+        ("id\tfr\ten", (), "has columns id, fr, en; name the two with --columns"),
+    ],
+)
+def test_case_11_or_must_be_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture, header: str, options: tuple[str, ...], message: str
+) -> None:
+    status, out = text_step(tmp_path, header, *options)
+    assert status == 1 and re.search(message, capsys.readouterr().err) and not (out / "rows.tsv").exists()
+
+
+def test_case_11_cvss_tells_its_language(tmp_path: Path) -> None:
+    from echostream.data.corpus import languages as module
+
+    assert module.of_cvss(Path("cv"), Path("cvss"), "fr", None, None) == ("fr", "en")
+    assert module.of_cvss(Path("cv"), Path("cvss_c_de_en"), "", None, None) == ("de", "en")
+    assert module.of_cvss(Path("corpus/pt"), Path("cvss"), "", None, None) == ("pt", "en")
+    assert module.of_cvss(Path("cv"), Path("cvss"), "", None, None) == ("", "en")
+    with pytest.raises(ManifestError, match="--source-lang es, but the locale of cv is 'fr'"):
+        module.of_cvss(Path("cv"), Path("cvss"), "fr", "es", None)
+
+
+class Speaker:
+    """Stands in for an engine, and shows what it was asked for."""
+
+    version = "speaker"
+
+    def __init__(self, *arguments: object):
+        self.arguments = arguments
+        names = [argument for argument in arguments if isinstance(argument, (list, tuple))]
+        self.voices = tuple(names[0]) if names else ("one",)
+
+
+@pytest.fixture()
+def voices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The module, with engines that only say what they were asked for, and style files of a few languages."""
+    from echostream.data.corpus import voices as module
+
+    if module.tts.shutil.which("espeak-ng") is None:
+        pytest.skip("espeak-ng is not installed")
+    for name in ("Espeak", "Hibari", "Kokoro"):
+        monkeypatch.setattr(module.tts, name, Speaker)
+    for name in ("ff_siwis", "ef_dora", "af_bella", "am_adam", "bf_emma", "pm_alex"):
+        (tmp_path / f"{name}.bin").write_bytes(b"")
+    return module
+
+
+def test_case_11_voices_follow_the_language(voices, tmp_path: Path) -> None:
+    def espeak(language: str, names: list[str] | None = None) -> tuple[str, ...]:
+        return voices.source_engine("espeak", language, names, "train", None).voices
+
+    assert espeak("es") == voices.tts.ESPEAK_VOICES  # the shipped corpus is what it was
+    assert {name.split("+")[0] for name in espeak("fr")} == {"fr-fr", "fr-be", "fr-ch"}
+    assert {name.split("+")[0] for name in espeak("pt-BR")} == {"pt-br"}
+    assert {name.split("+")[0] for name in espeak("zh")} == {"cmn"}
+    assert espeak("fr", ["fr-be+f2"]) == ("fr-be+f2",)
+
+    def kokoro(language: str, names: list[str] | None = None) -> tuple[object, ...]:
+        return voices.source_engine("kokoro", language, names, "train", tmp_path).arguments
+
+    assert kokoro("es") == (tmp_path, voices.tts.KOKORO_TRAIN_VOICES, "es")
+    assert kokoro("fr") == (tmp_path, ["ff_siwis"], "fr-fr")
+    assert kokoro("en") == (tmp_path, ["af_bella", "am_adam"], "en-us")
+    assert kokoro("en-GB") == (tmp_path, ["bf_emma"], "en-gb")
+    assert kokoro("es", ["ef_dora:.6,pm_alex:.4"])[1] == ["ef_dora:.6,pm_alex:.4"]
+    target = voices.target_engine("espeak", "fr", None, None)
+    assert target.plan("1", 1) == target.plan("2", 1) and target.voices == ("fr-fr",)
+    assert voices.target_engine("kokoro", "fr", None, tmp_path).plan("1", 1).name == "ff_siwis"
+    assert voices.target_engine("hibari", "en-US", None, None) is not None
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda v, d: v.source_engine("espeak", "xx", None, "train", None), "espeak-ng has no voice for 'xx'"),
+        (lambda v, d: v.source_engine("espeak", "fr", ["es+m1"], "train", None), "es.m1 does not speak 'fr'.*fr-fr"),
+        (lambda v, d: v.source_engine("kokoro", "fr", ["ef_dora"], "train", d), "ef_dora does not.*ff_siwis"),
+        (lambda v, d: v.source_engine("kokoro", "es", ["ef_dora:.4,pm_alex:.6"], "train", d), "does not speak 'es'"),
+        (lambda v, d: v.source_engine("kokoro", "ja", None, "train", d), "Kokoro speaks en es fr hi it pt here, not"),
+        (lambda v, d: v.source_engine("kokoro", "it", None, "train", d), "no Kokoro voice for 'it'"),
+        (lambda v, d: v.source_engine("pico", "pl", None, "train", None), "Pico does not speak 'pl'"),
+        (lambda v, d: v.source_engine("espeak", "", None, "train", None), "does not tell its source language"),
+        (lambda v, d: v.target_engine("hibari", "fr", None, None), "hibari speaks English only.*kokoro or pico or esp"),
+    ],
+)
+def test_case_11_or_the_command_refuses(voices, tmp_path: Path, ask: Callable, message: str) -> None:
+    with pytest.raises(EchoStreamError, match=message):
+        ask(voices, tmp_path)
+
+
+def test_case_11_a_run_of_hours_is_refused_at_its_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from echostream.data.corpus.cli import main
+
+    (tmp_path / "pairs.tsv").write_text("en\tfr\n" + "".join(f"One {i}.\tUn {i}.\n" for i in range(64)))
+    command = ["all", "--output", tmp_path / "out", "--pairs", tmp_path / "pairs.tsv", "--engine", "espeak"]
+    assert main(list(map(str, command))) == 1
+    assert "hibari speaks English only" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_case_11_sentences_end_in_other_scripts(tmp_path: Path) -> None:
+    vocabulary = Vocabulary(["吧。", "吗？", "好！", "हूँ।", "好，", "a.", "a,"])
+    assert [vocabulary.ends_sentence(i) for i in range(4, 11)] == [True, True, True, True, False, True, False]
+
+
+# --- 12: a least test and dev set -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "test", "dev"),
+    [(64, ("--test-size", 8), 8, 8), (64, (), 8, 8), (40, (), 5, 5), (64, ("--test-size", 20), 20, 8)],
+)
+def test_case_12_small_corpora_have_every_set(
+    tmp_path: Path, count: int, options: tuple[object, ...], test: int, dev: int
+) -> None:
+    status, out = text_step(tmp_path, "fr\ten", *options, count=count)
+    assert status == 0
+    splits = json.loads((out / "steps" / "text.json").read_text())["pairs"]
+    assert splits["test"] == test and splits["dev"] >= dev and splits["train"] >= count / 2
+    assert sum(splits.values()) == count
+
+
+def test_case_12_sentences_stay_together(tmp_path: Path) -> None:
+    """Pairs that share a side are moved together, or not at all."""
+    from echostream.data.corpus.split import least_sets, split_pairs
+
+    pairs = [(f"s{i // 3}", f"t{i}") for i in range(90)]
+    splits, test = least_sets(pairs, split_pairs(pairs), set(), [True] * 90, 10)
+    assert sum(split == "test" for split in splits) >= 10 == len(test) and splits.count("dev") >= 8
+    for group in range(30):
+        assert len({splits[i] for i in range(3 * group, 3 * group + 3)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [(64, ("--test-size", 40), "64 usable pairs cannot give a test set of 40"), (6, (), "6 usable pairs cannot give")],
+)
+def test_case_12_or_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture, count: int, options: tuple[object, ...], message: str
+) -> None:
+    assert text_step(tmp_path, "fr\ten", *options, count=count)[0] == 1
+    error = capsys.readouterr().err
+    assert message in error and "pairs.tsv" in error and error.count("\n") == 1
+
+
+def test_case_12_large_corpora_keep_the_rule() -> None:
+    from echostream.data.corpus.split import fixed_test_rows, least_sets, split_pairs
+
+    pairs = [(f"una frase número {i}", f"a sentence number {i}") for i in range(2000)]
+    splits = split_pairs(pairs)
+    test = set(fixed_test_rows(pairs, splits))
+    assert least_sets(pairs, splits, test, [True] * 2000) == (splits, test)
+
+
+# --- 20: manifests without units ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", ["id src_audio src_n_frames src_text tgt_text tgt_audio tgt_n_frames",
+                                     "id src_audio src_text tgt_text"])  # fmt: skip
+def test_case_20_manifests_without_units_are_translated(
+    tiny_bundle: Path, tmp_path: Path, columns: str
+) -> None:
+    pytest.importorskip("simuleval")
+    from tests.evaluate_script import evaluate
+
+    recordings(tmp_path)
+    value = dict(src_n_frames="98", src_text="Hola.", tgt_text="Hello there.", tgt_audio="", tgt_n_frames="0")
+    rows = [{**value, "id": f"u{i}", "src_audio": f"{i}.wav"} for i in range(2)]
+    lines = ["\t".join(row[name] for name in columns.split()) for row in rows]
+    manifest = tmp_path / "test.tsv"
+    manifest.write_text("\n".join(["\t".join(columns.split()), *lines]) + "\n")
+    with pytest.raises(ManifestError, match="tgt_audio|src_n_frames"):
+        read_manifest(manifest)  # training wants them
+    done = evaluate("sweep", "--manifest", manifest, "--checkpoint-dir", tiny_bundle, "--policies", "sentence",
+                    "--chunk-ms", 320, "--output", tmp_path / "sweep")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = evaluate("talks", "--manifest", manifest, "--count", 1, "--sentences", 2, "--output", tmp_path / "talks")
+    assert done.returncode == 0, done.stderr
+    if len(columns.split()) > 4:
+        return
+    done = evaluate("simul", "--manifest", manifest, "--checkpoint-dir", tiny_bundle, "--output-type", "text",
+                    "--chunk-ms", 320, "--output", tmp_path / "out", "--sacrebleu-tokenizer", "char",
+                    "--eval-latency-unit", "char")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["chunks"]["320"]["BLEU"] >= 0
+    manifest.write_text(manifest.read_text().replace("Hello there.", ""))
+    done = evaluate("simul", "--manifest", manifest, "--checkpoint-dir", tiny_bundle, "--output", tmp_path / "no")
+    assert done.returncode == 1 and "line 2: tgt_text is empty" in done.stderr

@@ -18,6 +18,7 @@ from echostream.text_file import iter_lines
 
 COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
 TEXT_COLUMNS = ("src_text", "tgt_text", "tgt_audio")
+RECORDING = ("id", "src_audio", "tgt_text")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Utterance:
     Attributes:
         id: unique within the manifest.
         audio: path relative to the audio root, or ``archive.zip:offset:length``.
-        n_frames: source feature frames of 10 ms, as computed from the unperturbed recording.
+        n_frames: source feature frames of 10 ms, as computed from the unperturbed recording; 0 where it is not told.
         src_text, tgt_text: sentences with their case and punctuation.
         units: deduplicated target units, int16 ``[U]``, each ``0 .. num_units - 1``.
         extra: the columns that are not StreamSpeech's.
@@ -56,20 +57,21 @@ class TextPair:
     audio: str = ""
 
 
-def read_manifest(*paths: str | Path, units: bool = True) -> list[Utterance]:
+def read_manifest(*paths: str | Path, need: Sequence[str] = COLUMNS) -> list[Utterance]:
     """Read a manifest, or several as one, and check every row.
 
     Args:
-        units: rows need units; without, ``tgt_audio`` may be empty, as ``prepare_corpus.py manifests --without-units``
-            leaves it.
+        need: columns without which a row is of no use. To translate recordings and score the text, ``RECORDING`` is
+            enough: no units, and no lengths. A column that is not needed may be missing or empty; what is there must
+            be right all the same.
 
     Raises:
         ManifestError: a file is missing or empty, a column is missing, or a row does not hold what its columns
             promise, or an id has been before; the message names the file, the line and the value.
     """
     rows, seen = [], set()
-    for row, where in (found for path in paths for found in _read_rows(Path(path), COLUMNS)):
-        utterance = _parse(row, where, units)
+    for row, where in (found for path in paths for found in _read_rows(Path(path), need)):
+        utterance = _parse({**dict.fromkeys(COLUMNS, ""), **row}, where, need)
         if utterance.id in seen:
             raise ManifestError(f"{where}: id {utterance.id!r} appears twice")
         seen.add(utterance.id)
@@ -135,23 +137,23 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def _parse(row: dict[str, str], where: str, needs_units: bool = True) -> Utterance:
-    without = not needs_units and not row["tgt_audio"].strip()
+def _parse(row: dict[str, str], where: str, need: Sequence[str]) -> Utterance:
     for column in ("id", "src_audio", "src_text", "tgt_text", "tgt_audio"):
-        if not row[column].strip() and not (without and column == "tgt_audio"):
+        if column in need and not row[column].strip():
             raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
     path = PurePath(row["src_audio"])
     if path.is_absolute() or ".." in path.parts:
         raise ManifestError(f"{where}: src_audio {_short(row['src_audio'])!r} leads out of the audio root")
-    n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
-    extra = {name: value for name, value in row.items() if name not in COLUMNS}
-    if without:
-        units = np.zeros(0, dtype=np.int16)
-        return Utterance(row["id"], row["src_audio"], n_frames, row["src_text"], row["tgt_text"], units, extra)
-    count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
-    units = _units(row["tgt_audio"], where)
+    n_frames = count = 0
+    if "src_n_frames" in need or row["src_n_frames"].strip():
+        n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
+    units = np.zeros(0, dtype=np.int16)
+    if "tgt_audio" in need or row["tgt_audio"].strip():
+        count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
+        units = _units(row["tgt_audio"], where)
     if count != len(units):
         raise ManifestError(f"{where}: tgt_n_frames is {count}, but tgt_audio lists {len(units)} units")
+    extra = {name: value for name, value in row.items() if name not in COLUMNS}
     return Utterance(row["id"], row["src_audio"], n_frames, row["src_text"], row["tgt_text"], units, extra)
 
 

@@ -321,6 +321,8 @@ def _mean_source_ms(folder: Path, point: sweep.Point, manifest: Sequence[Utteran
     rows = manifest[: of["recordings"]]
     if sweep.fingerprint([Path(row.audio).name for row in rows], [row.tgt_text for row in rows]) != of["data"]:
         return None
+    if not all(row.n_frames for row in rows):
+        return None
     samples = sum((row.n_frames - 1) * FRAME_SHIFT + FRAME_LENGTH for row in rows)
     return 1000 * samples / SAMPLE_RATE / len(rows)
 

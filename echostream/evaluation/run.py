@@ -112,16 +112,27 @@ def latencies(output: str) -> tuple[str, ...]:
     return LATENCY + (WRITTEN_LATENCY if output == "both" else ())
 
 
-def score(folder: str | Path, asr: str = "auto", output: str = "speech", voice: bool = False) -> dict[str, float]:
+def score(
+    folder: str | Path,
+    asr: str = "auto",
+    output: str = "speech",
+    voice: bool = False,
+    *,
+    unit: str = "word",
+    tokenizer: str = "13a",
+    language: str = "en",
+    model: str | None = None,
+) -> dict[str, float]:
     """All figures of a finished run by the scorers of ``echostream.evaluation.simul``; also kept in ``scores.json``.
 
     Latencies are in ms, computation-aware ones end in ``_CA``. ``output`` is what the agent gave out; ``voice`` listens
-    to it a second time without the silences in which the listener waits (VOICE_WER).
+    to it a second time without the silences in which the listener waits (VOICE_WER). ``unit`` (``word``, ``char``) is
+    what latencies count, ``tokenizer`` BLEU's, ``language`` what the recogniser hears, ``model`` another Whisper.
     """
     from echostream.evaluation import simul
 
-    instances = read_instances(folder)
-    args = Namespace(asr=asr, no_use_ref_len=False, computation_aware=True)
+    instances = read_instances(folder, unit)
+    args = Namespace(asr=asr, asr_model=model, target_speech_lang=language, sacrebleu_tokenizer=tokenizer)
     names = QUALITY[output] + (("VOICE_WER",) if voice else ())
     figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in names}
     figures |= score_latency(instances, output)
@@ -129,8 +140,8 @@ def score(folder: str | Path, asr: str = "auto", output: str = "speech", voice: 
     return figures
 
 
-def read_instances(folder: str | Path) -> dict[int, Any]:
-    """The log of a finished run as SimulEval's instances, which its scorers take.
+def read_instances(folder: str | Path, unit: str = "word") -> dict[int, Any]:
+    """The log of a finished run as SimulEval's instances, which its scorers take; latencies count by ``unit``.
 
     Raises:
         EchoStreamError: there is no log, or it is empty or damaged.
@@ -138,7 +149,7 @@ def read_instances(folder: str | Path) -> dict[int, Any]:
     require("simuleval", "simuleval")
     from simuleval.evaluator.instance import LogInstance
 
-    instances = {line["index"]: LogInstance(json.dumps(line)) for line in read_log(folder)}
+    instances = {line["index"]: LogInstance(json.dumps(line), unit) for line in read_log(folder)}
     if not instances:
         raise EchoStreamError(f"{folder}/instances.log is empty: there is nothing to score")
     return instances
