@@ -18,7 +18,7 @@ from echostream.constants import SAMPLE_RATE
 from echostream.data.corpus import sources, speech, tts
 from echostream.data.corpus.cli import main
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
-from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, take_shard
+from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, take_shard, write_rows
 from echostream.data.corpus.split import fixed_test_rows, split_of_key, split_pairs
 from echostream.errors import EchoStreamError, ManifestError
 
@@ -331,6 +331,67 @@ def test_espeak_speaks_and_phonemes_keep_punctuation() -> None:
     assert 0.3 * SAMPLE_RATE < len(samples) < 3 * SAMPLE_RATE and np.abs(samples).max() > 0.05
     text = tts.phonemes("¿Qué hora es? Mucho, dijo: 1.000.")
     assert text.startswith("¿k") and text.count("?") == 1 and "," in text and "ʧ" in text and "^" not in text
+
+
+def test_pico_disguises_its_voice_and_refuses_other_languages() -> None:
+    pytest.importorskip("py_nanotts")
+    engine = tts.Pico("es")
+    voices = [engine.plan(f"{row:06d}", 1) for row in range(300)]
+    assert voices[7] == tts.Pico("es").plan("000007", 1) != engine.plan("000007", 2)
+    for name, (low, high) in (("pitch", engine.PITCHES), ("speed", engine.SPEEDS), ("formant", engine.FORMANTS)):
+        values = [getattr(voice, name) for voice in voices]
+        assert low <= min(values) < low + 0.03 and high - 0.03 < max(values) <= high
+    assert str(tts.Voice("es-ES", 0.9, 1.2, formant=0.86)) == "es-ES s0.9 p1.2 f0.86"
+    assert tts.Pico("en").voices == ("en-US", "en-GB") and tts.Pico("en_gb").voices == ("en-GB",)
+    assert tts.Pico("es-MX").voices == ("es-ES",)
+    with pytest.raises(EchoStreamError, match="does not speak 'pl', only es, en, de, fr, it"):
+        tts.Pico("pl")
+    with pytest.raises(EchoStreamError, match="'fr-FR' does not speak 'es'; choose from es-ES"):
+        tts.Pico("es", ["fr-FR"])
+
+
+def test_pico_speaks_at_the_voice_s_speed_and_formants() -> None:
+    pytest.importorskip("py_nanotts")
+    engine = tts.Pico("es")
+
+    def spoken(text: str = "Mañana iremos a la estación de trenes.", **settings: float) -> np.ndarray:
+        return engine.speak(text, tts.Voice("es-ES", **settings))
+
+    plain = spoken()
+    assert np.allclose(plain, spoken(), atol=1e-3)  # the engine's noise differs a little from call to call
+    assert 1.5 < len(plain) / SAMPLE_RATE < 4.0 and np.abs(plain).max() < 0.99
+    assert len(spoken(speed=0.8)) > 1.15 * len(plain)
+    assert not np.allclose(plain[:8000], spoken(pitch=1.3)[:8000], atol=1e-2)
+    margins = (0.15 + 0.2) * SAMPLE_RATE  # of silence; they stay as they are
+    assert len(spoken(formant=0.8)) - margins == pytest.approx((len(plain) - margins) / 0.8, rel=0.02)
+    quiet, read = spoken("Hola <volume level='0'> amigo."), spoken("Hola  volume level='0'  amigo.")
+    assert np.allclose(quiet, read, atol=1e-3)  # what looks like a command is read out
+    for text in ("", "...", "漢字"):
+        with pytest.raises(EchoStreamError, match="Pico gave no sound"):
+            spoken(text)
+    with pytest.raises(EchoStreamError, match="a word of 150 characters, Pico takes at most 100"):  # it would hang
+        spoken("Hola " + "a" * 150)
+
+
+def test_missing_pico_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "py_nanotts", None)
+    with pytest.raises(EchoStreamError, match=r"echostream\[corpus\]"):
+        tts.Pico("es")
+
+
+@pytest.mark.parametrize("language, status", [("es", 0), ("pl", 1)])
+def test_speech_step_with_pico(language: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("py_nanotts")
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "text.json").write_text(json.dumps({"settings": {"source_lang": language}}))
+    write_rows(tmp_path / "rows.tsv", [Row("000000", "train", "Buenos días, amigo.", "Good morning.", "000000")])
+    assert main(["speech", "--output", str(tmp_path), "--set", "p", "--engine", "pico"]) == status
+    if status:
+        assert "Pico does not speak 'pl'" in capsys.readouterr().err
+        return
+    line = Ledger(tmp_path / "speech", "p", speech.SPEECH_COLUMNS).read()["p-000000"]
+    assert line["voice"] == str(tts.Pico("es").plan("000000", 1))
+    assert len(load_audio(tmp_path / line["audio"])) == int(line["samples"])
 
 
 # --- CVSS and Common Voice ---------------------------------------------------------------------------------------
