@@ -23,12 +23,12 @@ import numpy as np
 from simuleval.agents import GenericAgent
 from simuleval.agents.actions import Action, ReadAction, WriteAction
 from simuleval.agents.states import AgentStates
-from simuleval.data.segments import EmptySegment, Segment, SpeechSegment, TextSegment
+from simuleval.data.segments import EmptySegment, Segment, TextSegment
 from simuleval.utils import entrypoint
 
 from echostream.checkpoint import BACKENDS, DEFAULT_BUNDLE, Bundle, load_bundle
 from echostream.errors import EchoStreamError
-from echostream.evaluation.simul import register
+from echostream.evaluation.simul import SpeechPiece, add_recogniser_arguments, register
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
 from echostream.streaming.exported.model import ExportedModel
 from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options
@@ -130,6 +130,12 @@ class SessionAgent(GenericAgent):
             raise EchoStreamError(f"--threads is {args.threads}; it must be at least 1")
         self.output = self.output or args.output_type
         self.target_type = "speech" if OUTPUTS[self.output]["speech"] else "text"
+        for side in ("source", "target"):
+            asked, given = getattr(args, f"{side}_type", None), getattr(self, f"{side}_type")
+            if asked not in (None, given):
+                raise EchoStreamError(
+                    f"--{side}-type {asked}, but this agent's is {given}; what comes out is chosen by --output-type"
+                )
         self.bundle = load_bundle(args.checkpoint_dir, args.device, args.backend, args.threads)
         if self.bundle.vocoder is None and self.target_type == "speech":
             raise EchoStreamError(
@@ -160,7 +166,7 @@ class SessionAgent(GenericAgent):
         waves = [event for event in events if isinstance(event, Waveform)]
         if waves:
             samples = np.concatenate([wave.samples for wave in waves])
-            segment: Segment = SpeechSegment(content=samples, sample_rate=waves[-1].sample_rate, **common)
+            segment: Segment = SpeechPiece(content=samples, sample_rate=waves[-1].sample_rate, **common)
         elif self.target_type == "text" and (pieces or states.source_finished):
             segment = TextSegment(content="".join(pieces), **common)
         elif pieces or written or states.source_finished:
@@ -189,6 +195,7 @@ class SessionAgent(GenericAgent):
         add_segmenter_arguments(parser)
         # Steps this small leave a second thread nothing but waiting; on a busy machine two were 20 times slower.
         parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: 1)")
+        add_recogniser_arguments(parser)  # SimulEval, without --user-dir, knows only its own scorers' options
         parser.set_defaults(source_segment_size=SEGMENT_MS)
 
     @classmethod

@@ -29,6 +29,8 @@ from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError, require
 from echostream.evaluation import quality
 from echostream.evaluation.latency import length_adaptive_average_lagging
+from echostream.files import write_text
+from echostream.text_file import read_lines, read_text
 
 SEGMENTS, REFERENCES, SOURCES = "segments.yaml", "references.txt", "sources.txt"
 RESEGMENTERS = ("omnisteval", "levenshtein")
@@ -132,10 +134,10 @@ def make_talks(
     ]
     style = dict(default_flow_style=True, width=1000, sort_keys=False)  # one segment a line
     text = "".join(f"- {yaml.safe_dump(entry, **style)}" for entry in entries)
-    (output / SEGMENTS).write_text(text, encoding="utf-8")
+    write_text(output / SEGMENTS, text)
     every = [segment for talk in talks for segment in talk.segments]
-    (output / REFERENCES).write_text("".join(f"{s.reference}\n" for s in every), encoding="utf-8")
-    (output / SOURCES).write_text("".join(f"{s.source}\n" for s in every), encoding="utf-8")
+    write_text(output / REFERENCES, "".join(f"{s.reference}\n" for s in every))
+    write_text(output / SOURCES, "".join(f"{s.source}\n" for s in every))
     return talks
 
 
@@ -145,15 +147,16 @@ def read_talks(directory: Path) -> list[Talk]:
     Raises:
         EchoStreamError: a file is missing or not of its form, or has another number of sentences.
     """
+    for name in (SEGMENTS, REFERENCES):
+        if not (directory / name).is_file():
+            raise EchoStreamError(f"{directory / name} does not exist; scripts/evaluate.py talks makes it")
     try:
-        entries = yaml.safe_load((directory / SEGMENTS).read_text(encoding="utf-8"))
-        references = (directory / REFERENCES).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise EchoStreamError(f"{error.filename} does not exist; scripts/evaluate.py talks makes it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        entries = yaml.safe_load(read_text(directory / SEGMENTS, EchoStreamError))
+    except yaml.YAMLError as error:
         raise EchoStreamError(f"{directory / SEGMENTS} cannot be read: {str(error).splitlines()[0]}") from None
+    references = read_lines(directory / REFERENCES, EchoStreamError)
     path = directory / SOURCES
-    sources = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [""] * len(references)
+    sources = read_lines(path, EchoStreamError) if path.is_file() else [""] * len(references)
     if not isinstance(entries, list) or not len(entries) == len(references) == len(sources) > 0:
         count = len(entries) if isinstance(entries, list) else "no list of"
         raise EchoStreamError(

@@ -15,6 +15,7 @@ whoever drives it may serve many streams at once. In order, at every decision:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generator, Iterator, NamedTuple
 
@@ -23,6 +24,7 @@ import numpy as np
 from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, BOS, EOS, NUM_SPECIALS, PAD
 from echostream.errors import ConfigError
+from echostream.loading import shown
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
 from echostream.streaming.policy import Draft, Policy, Progress
 from echostream.streaming.search import Chosen
@@ -38,6 +40,16 @@ Work = Generator[Request, Any, Any]
 BASE_TOKENS, TOKENS_PER_SECOND = 16, 12
 # The same run of subwords this often in a row, covering this many, is a decoder going round in circles.
 LOOP_COPIES, LOOP_TOKENS, LONGEST_LOOP = 3, 9, 8
+
+
+# Least and most of each number; the most of ``beam`` and ``chunk_ms`` bound what a decision costs.
+LIMITS = {
+    "chunk_ms": (10, 60_000),
+    "tail_frames": (0, 1000),
+    "lookback_frames": (1, 10_000),
+    "beam": (1, 32),
+    "max_sentence_frames": (25, 1 << 20),
+}
 
 
 @dataclass(frozen=True)
@@ -70,14 +82,19 @@ class Settings:
     beam: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("chunk_ms", 10), ("tail_frames", 0), ("lookback_frames", 1), ("beam", 1)):
+        for name, (least, most) in LIMITS.items():
             value = getattr(self, name)
+            if value is None and name == "max_sentence_frames":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+                raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
+            if value > most:
+                raise ConfigError(f"{name} is {shown(value)}; it must be at most {most}")
+        for name in ("whole_words", "speech", "text"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}; it must be true or false")
         if self.speech and not self.text:
             raise ConfigError("speech is True, but text is False; speech is made from text")
-        if self.max_sentence_frames is not None and self.max_sentence_frames < 25:
-            raise ConfigError(f"max_sentence_frames is {self.max_sentence_frames}; a sentence needs at least 25 (1 s)")
 
 
 @dataclass
@@ -138,11 +155,7 @@ class Engine:
         self.max_frames = min(settings.max_sentence_frames or config.max_sentence_frames, config.max_sentence_frames)
         # A forced end must leave the next sentence room to grow before it, too, is full.
         self.lookback = min(settings.lookback_frames, self.max_frames // 2)
-        layer = policy.attention_layer
-        if layer is not None and not -config.mt_decoder_layers <= layer < config.mt_decoder_layers:
-            raise ConfigError(
-                f"the policy reads attention of layer {layer}, but the MT decoder has {config.mt_decoder_layers} layers"
-            )
+        self.attention_heads = _single_heads(policy.attention_heads, config)
 
     # ---- one decision ------------------------------------------------------------------------------------------
 
@@ -324,7 +337,7 @@ class Engine:
         if wanted <= 0 and not closes:
             return
         words = self.settings.whole_words and not closes
-        layer = None if closes else self.policy.attention_layer
+        heads = () if closes else self.attention_heads
         before = tuple(sentence.tokens)
         draft: list[int] = []
         hidden: list[np.ndarray] = []
@@ -339,7 +352,7 @@ class Engine:
                 token, _, state = next(found)
                 looked = None
             else:
-                written = yield Write(draft[-1] if draft else last, layer)
+                written = yield Write(draft[-1] if draft else last, heads)
                 token, state, looked = best_token(written.scores), written.hidden, written.attention
             hidden.append(state)
             if token == EOS or (closes and len(draft) >= wanted):
@@ -470,6 +483,23 @@ class Engine:
         stream.sentence = new
         self._drop_leading_marks(new)
         yield NewSentence()
+
+
+def _single_heads(heads: Sequence[tuple[int, int | None]], config: EchoStreamConfig) -> tuple[tuple[int, int], ...]:
+    """Heads as (layer from 0, head), a whole layer as all of its heads.
+
+    Raises:
+        ConfigError: the MT decoder has no such layer or head.
+    """
+    layers, count = config.mt_decoder_layers, config.mt_decoder_heads
+    found: list[tuple[int, int]] = []
+    for layer, head in heads:
+        if not -layers <= layer < layers:
+            raise ConfigError(f"the policy reads attention of layer {layer}, but the MT decoder has {layers} layers")
+        if head is not None and head >= count:
+            raise ConfigError(f"the policy reads attention of head {head}, but the MT decoder has {count} a layer")
+        found += [(layer % layers, h) for h in (range(count) if head is None else (head,))]
+    return tuple(found)
 
 
 def _last_token(tokens: tuple[Spoken, ...], before: int) -> int:

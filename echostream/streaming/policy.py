@@ -16,6 +16,7 @@ asked: the rest is written.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -23,8 +24,11 @@ import numpy as np
 
 from echostream.constants import ENCODER_FRAME_MS
 from echostream.errors import ConfigError
+from echostream.loading import shown
 
 Memory = tuple[int, ...]
+MOST = {"agreement_n": 1000, "wait_unit_ms": 60_000}  # of a knob; of all others:
+MOST_KNOB = 10_000
 UNLIMITED = 1 << 30  # subwords: the policy sets no limit in advance
 
 
@@ -66,7 +70,7 @@ class Draft:
         tokens: the subwords drafted after them.
         words: how many of those begin a word.
         attention: float [frames], where the decoder looked for the last of ``tokens``: weights over the visible frames,
-            the mean of all heads. Only for a policy with an ``attention_layer``.
+            the mean of the policy's ``attention_heads``. None where it has none.
     """
 
     committed: tuple[int, ...]
@@ -79,10 +83,11 @@ class Policy(Protocol):
     """What the session asks of a policy. ``PolicyBase`` answers for those that only count.
 
     Attributes:
-        attention_layer: the MT decoder layer (negative: from the last) whose attention ``stops`` must see, or None.
+        attention_heads: heads of the MT decoder's cross-attention whose mean ``stops`` must see, each (layer, head),
+            the layer negative from the last, the head None for all of the layer; empty if it needs none.
     """
 
-    attention_layer: int | None
+    attention_heads: tuple[tuple[int, int | None], ...]
 
     def initial(self) -> Memory:
         """The memory at the start of a sentence."""
@@ -110,7 +115,7 @@ class PolicyBase:
 
     lagging_k2 = 0
     stride_n2 = 1
-    attention_layer: int | None = None
+    attention_heads: tuple[tuple[int, int | None], ...] = ()
 
     def initial(self) -> Memory:
         return ()
@@ -141,7 +146,9 @@ class PolicyBase:
         for name, bound in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {bound}")
+                raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {bound}")
+            if value > MOST.get(name, MOST_KNOB):
+                raise ConfigError(f"{name} is {shown(value)}; it must be at most {MOST.get(name, MOST_KNOB)}")
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,7 @@ class WaitKPolicy(PolicyBase):
     def __post_init__(self) -> None:
         self._check(wait_k=1, wait_stride=1, wait_unit_ms=ENCODER_FRAME_MS, lagging_k2=0, stride_n2=1)
         if self.wait_unit not in WAIT_UNITS:
-            raise ConfigError(f"wait_unit is {self.wait_unit!r}; it must be one of {', '.join(WAIT_UNITS)}")
+            raise ConfigError(f"wait_unit is {shown(self.wait_unit)}; it must be one of {', '.join(WAIT_UNITS)}")
 
     def allowed(self, progress: Progress) -> int:
         """Target units that may be written in all."""
@@ -305,17 +312,22 @@ def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     return next((i for i in range(shortest) if left[i] != right[i]), shortest)
 
 
+_HEADS = re.compile(r"(-?\d{1,3}\.\d{1,3}(,-?\d{1,3}\.\d{1,3})*)?")
+
+
 @dataclass(frozen=True)
 class AlignAttPolicy(PolicyBase):
     """AlignAtt: write until the decoder looks at what has only just been said.
 
     Papi, Turchi and Negri, 2023 (arXiv 2305.11408). Each drafted subword is aligned with the encoder frame to which
-    the cross-attention that predicted it gives the most weight (mean of the heads). If that is one of the last
-    ``alignatt_frames`` visible frames, more of the source is needed: this subword and all after it wait.
+    the cross-attention that predicted it gives the most weight (mean of the heads asked for). If that is one of the
+    last ``alignatt_frames`` visible frames, more of the source is needed: this subword and all after it wait.
 
     Attributes:
         alignatt_frames: encoder frames (40 ms), the f of the paper: more of them, more delay. 0 never waits.
         alignatt_layer: the MT decoder layer that is asked, counted from 0, or from the last one down with -1, -2, ...
+        alignatt_heads: single heads instead, as ``layer.head`` separated by commas (``3.1,4.2``): in a decoder from
+            Whisper a few follow the sound, and the others blur what these say.
         lagging_k2: MT subwords that the speech stays behind the text.
         stride_n2: MT subwords from one writing of units to the next.
 
@@ -325,17 +337,23 @@ class AlignAttPolicy(PolicyBase):
 
     alignatt_frames: int = 8
     alignatt_layer: int = -1
+    alignatt_heads: str = ""
     lagging_k2: int = 0
     stride_n2: int = 1
 
     def __post_init__(self) -> None:
         self._check(alignatt_frames=0, lagging_k2=0, stride_n2=1)
         if isinstance(self.alignatt_layer, bool) or not isinstance(self.alignatt_layer, int):
-            raise ConfigError(f"alignatt_layer is {self.alignatt_layer!r}; it must be a whole number")
+            raise ConfigError(f"alignatt_layer is {shown(self.alignatt_layer)}; it must be a whole number")
+        if not isinstance(self.alignatt_heads, str) or not _HEADS.fullmatch(self.alignatt_heads):
+            raise ConfigError(f"alignatt_heads is {shown(self.alignatt_heads)}; it must be like 3.1,4.2 (layer.head)")
 
     @property
-    def attention_layer(self) -> int:
-        return self.alignatt_layer
+    def attention_heads(self) -> tuple[tuple[int, int | None], ...]:
+        if not self.alignatt_heads:
+            return ((self.alignatt_layer, None),)
+        pairs = (entry.split(".") for entry in self.alignatt_heads.split(","))
+        return tuple((int(layer), int(head)) for layer, head in pairs)
 
     def text(self, progress: Progress, memory: Memory) -> tuple[int, Memory]:
         return (UNLIMITED if progress.frames > self.alignatt_frames else 0), memory

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections import Counter
@@ -18,12 +17,14 @@ from pathlib import Path
 from typing import Callable, Iterable
 
 from echostream.constants import SAMPLE_RATE
-from echostream.data.corpus import catalogues, manifests, sources, speech, target_units, tts
+from echostream.data.corpus import catalogues, languages, manifests, sources, speech, target_units, tts, voices
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
-from echostream.errors import EchoStreamError, ManifestError, require
+from echostream.errors import ManifestError, require
 from echostream.evaluation.systems import read_results
+from echostream.files import run_command, write_json
+from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
 
@@ -47,11 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     step("text", run_text, "read the pairs, normalise, split, train SentencePiece", _text_options)
     step("speech", run_speech, "record one set of source speech", _speech_options, _shard_options)
-    step("target", run_target, "record the target speech of the sets", _target_options, _shard_options)
+    step("target", run_target, "record the target speech of the sets", _target_options, _kokoro_option, _shard_options)
     step("units", run_units, "fit k-means and turn the target speech into units", _units_options, _shard_options)
     step("manifests", run_manifests, "write manifests, CMVN, config.yaml and corpus.json", _manifest_options)
     step("respeak", run_respeak, "let the target voice say what a model made of the training speech",
-         _respeak_options, _units_options, _shard_options)
+         _respeak_options, _units_options, _kokoro_option, _shard_options)
     step("all", run_all, "every step in a row, one set of recordings for each split", _text_options,
          _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options)
     text = "write parallel text, the messages of programs, from gettext catalogues (.mo, .po)"
@@ -64,8 +65,8 @@ def _catalogue_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR",
                         help="searched for <language>/LC_MESSAGES/*.mo and <language>.po, as in /usr/share/locale")
     parser.add_argument("-o", "--output", type=Path, required=True, help="table to write, .tsv or .tsv.gz")
-    parser.add_argument("--source-lang", default="es")
-    parser.add_argument("--target-lang", default="en")
+    parser.add_argument("--source-lang", metavar="CODE", required=True)
+    parser.add_argument("--target-lang", metavar="CODE", required=True)
     parser.add_argument("--message-lang", default="en", help="language of the untranslated messages, one of the two")
     parser.add_argument("--exclude", type=Path, nargs="*", default=[], metavar="TABLE",
                         help="no sentence of these tables may occur (rows.tsv: none outside of the split train)")
@@ -89,10 +90,12 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--cvss", type=Path, help="CVSS directory ({train,dev,test}.tsv and wav directories)")
     parser.add_argument("--columns", nargs=2, metavar=("SOURCE", "TARGET"), help="columns of --pairs (the first two)")
     parser.add_argument("--common-voice", type=Path, help="Common Voice directory (*.tsv, clips/), with --cvss")
-    parser.add_argument("--source-lang", default="es")
-    parser.add_argument("--target-lang", default="en")
+    parser.add_argument("--source-lang", metavar="CODE", help="default: what the header of --pairs says, or the data")
+    parser.add_argument("--target-lang", metavar="CODE", help="the same; CVSS translates into English")
     parser.add_argument("--max-words", type=int, default=40, help="longer pairs are skipped and listed")
-    parser.add_argument("--test-size", type=int, default=1000, help="pairs of the fixed test set (--pairs)")
+    parser.add_argument("--test-size", type=int,
+                        help="pairs of the fixed test set (--pairs), neither more nor fewer (default: a fiftieth of "
+                        "all, at most 1000; in small corpora 8 for test and dev each, or an eighth)")
     parser.add_argument("--train-only", action="store_true",
                         help="all of --pairs train; dev and test are another corpus', whose sentences are not in these")
     parser.add_argument("--vocab-size", type=int, default=1000, help="SentencePiece pieces on each side")
@@ -115,10 +118,14 @@ def _speech_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _voice_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", choices=("kokoro", "pico", "espeak", "none"), default="none",
+    parser.add_argument("--engine", choices=(*voices.SOURCE_ENGINES, "none"), default="none",
                         help="who speaks what has no recording; none: ready recordings only")
     parser.add_argument("--ready", type=Path, help="directory or tar of ready speech with a manifest.tsv")
     parser.add_argument("--voices", nargs="*", help="voices of the engine (default: all that fit the split)")
+    _kokoro_option(parser)
+
+
+def _kokoro_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kokoro-voices", type=Path, help="Kokoro's voices: npm's kokoro-js-1.2.1.tgz or its voices/")
 
 
@@ -129,7 +136,9 @@ def _all_options(parser: argparse.ArgumentParser) -> None:
 
 def _target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sets", nargs="*", help="sets of source speech whose targets are wanted (default: all)")
-    parser.add_argument("--target-engine", choices=("hibari", "none"), default="hibari")
+    parser.add_argument("--target-engine", choices=(*voices.TARGET_ENGINES, "none"), default="hibari",
+                        help="the target voice (default: hibari, which speaks English only)")
+    parser.add_argument("--target-voice", metavar="NAME", help="of the engine (default: its first of the language)")
     parser.add_argument("--sample", type=int, default=0, metavar="N",
                         help="also the targets of N train pairs of 6 to 12 words, drawn by hash, to fit k-means on")
 
@@ -171,17 +180,16 @@ def run_catalogues(args: argparse.Namespace) -> None:
 
 
 def run_text(args: argparse.Namespace) -> None:
+    args.source_lang, args.target_lang = languages_of(args)
     args.output.mkdir(parents=True, exist_ok=True)
     with Skipped(args.output / "skipped", "text") as skipped:
         if args.pairs:
             columns = tuple(args.columns) if args.columns else None
             rows = sources.rows_of_text(
-                args.pairs, skipped, args.max_words, args.test_size, columns, args.train_only
+                args.pairs, skipped, args.max_words, args.test_size, columns, not args.train_only, args.train_only
             )
-        elif args.common_voice:
-            rows = sources.rows_of_cvss(args.common_voice, args.cvss, skipped, args.max_words)
         else:
-            raise ManifestError("--cvss needs --common-voice: the directory with the source clips")
+            rows = sources.rows_of_cvss(args.common_voice, args.cvss, skipped, args.max_words)
     write_rows(args.output / "rows.tsv", rows)
     train = [r for r in rows if r.split == "train"
              and max(count_words(r.src_text), count_words(r.tgt_text)) <= args.vocab_max_words]
@@ -196,6 +204,23 @@ def run_text(args: argparse.Namespace) -> None:
     splits = {s: sum(row.split == s for row in rows) for s in ("train", "dev", "test", "rest")}
     note_step(args, "text", pairs=splits, pieces=pieces, skipped=len(skipped))
     print(f"text: {splits}, pieces {pieces}, {len(skipped)} rows skipped")
+    for split in ("train", "dev", "test"):
+        if not splits[split]:
+            print(f"text: no pairs of the split {split}; CVSS has none, or all were skipped", file=sys.stderr)
+    if not args.source_lang:
+        print("text: nothing tells the source language; say --source-lang before voices are wanted", file=sys.stderr)
+
+
+def languages_of(args: argparse.Namespace) -> tuple[str, str]:
+    """Source and target language of the corpus. Raises ManifestError when nothing tells them."""
+    if args.pairs:
+        header = sources.pair_header(args.pairs)
+        columns = sources.pair_columns(args.pairs, tuple(args.columns)) if args.columns else None
+        return languages.of_pairs(args.pairs, header, columns, args.source_lang, args.target_lang)
+    if args.common_voice is None:
+        raise ManifestError("--cvss needs --common-voice: the directory with the source clips")
+    locale = sources.locale_of(args.common_voice)
+    return languages.of_cvss(args.common_voice, args.cvss, locale, args.source_lang, args.target_lang)
 
 
 def run_speech(args: argparse.Namespace) -> None:
@@ -224,7 +249,10 @@ def run_target(args: argparse.Namespace) -> None:
     wanted.sort(key=lambda row: ("test", "dev", "train").index(row.split))
     if args.sample:
         wanted += speech.Selection("train", 6, 12, limit=args.sample, order="hash").choose(rows.values())
-    engine = tts.Hibari() if args.target_engine == "hibari" and any(not row.tgt_audio for row in wanted) else None
+    engine = None
+    if any(not row.tgt_audio for row in wanted):
+        language = _language(args.output, "target")
+        engine = voices.target_engine(args.target_engine, language, args.target_voice, args.kokoro_voices)
     counts = speech.target_speech(
         args.output, wanted, engine, args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
         args.num_shards, progress=progress_bar("target"),
@@ -237,6 +265,10 @@ def run_all(args: argparse.Namespace) -> None:
     """The steps one after the other; a run that was interrupted starts again with the text, which takes seconds."""
     if args.num_shards > 1:
         raise ManifestError("'all' takes one process; with --num-shards run the steps one by one")
+    source, target = languages_of(args)
+    voices.check(args.engine, source, "source")
+    if args.pairs:
+        voices.check(args.target_engine, target, "target")
     plans = {"test": (0, "file"), "dev": (args.dev_pairs, "hash"), "train": (args.train_pairs, "rank")}
     run_text(_of_step(args, "text"))
     present = {row.split for row in read_rows(args.output / "rows.tsv")}
@@ -306,6 +338,7 @@ def run_manifests(args: argparse.Namespace) -> None:
         if unknown:
             raise ManifestError(f"--manifest {name}: no set {unknown[0]!r}; there are: {', '.join(by_set) or 'none'}")
         lines = [line for part in sets for line in by_set[part]]
+        _check_splits(name, lines, rows)
         path = args.output / f"{name}.tsv"
         tally = manifests.write_manifest(path, lines, rows, units, args.without_units)
         counts[name] = {
@@ -327,25 +360,25 @@ def run_manifests(args: argparse.Namespace) -> None:
     if args.cmvn_utterances and train:
         frames = manifests.write_cmvn(args.output / "gcmvn.npz", args.output / f"{train}.tsv", args.output,
                                       args.cmvn_utterances, args.seed, progress_bar("cmvn"))
-    languages = text["settings"]["source_lang"], text["settings"]["target_lang"]
-    manifests.write_config(args.output / "config.yaml", *languages, units_note["num_units"])
+    pair = text["settings"]["source_lang"], text["settings"]["target_lang"]
+    manifests.write_config(args.output / "config.yaml", *pair, units_note["num_units"])
     skipped = [list(line.values()) for path in sorted((args.output / "skipped").glob("*.tsv"))
                for line in read_table(path, Skipped.COLUMNS)]
     write_table(args.output / "skipped.tsv", Skipped.COLUMNS, skipped)
     targets = Ledger(args.output / "target", "speech", speech.TARGET_COLUMNS).read()
     note_step(args, "manifests", cmvn_frames=frames)
     corpus = {
-        "languages": languages, "pairs": text["pairs"], "manifests": counts, "text_pairs": pairs,
+        "languages": pair, "pairs": text["pairs"], "manifests": counts, "text_pairs": pairs,
         "target": {
             "recordings": len(targets), "with_units": len(units), "num_units": units_note["num_units"],
             "hours": round(sum(int(line["samples"]) for line in targets.values()) / SAMPLE_RATE / 3600, 3),
         },
         "ctc": ctc,
         "skipped": dict(Counter(f"{step}: {reason}" for step, _, reason, _ in skipped)),
-        "steps": {path.stem: json.loads(path.read_text(encoding="utf-8"))
+        "steps": {path.stem: read_json(path)
                   for path in sorted((args.output / "steps").glob("*.json"))},
     }
-    (args.output / "corpus.json").write_text(json.dumps(corpus, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(args.output / "corpus.json", corpus, ensure_ascii=False)
     for name, facts in counts.items():
         print(f"{name}: {facts['utterances']} utterances, {facts['source_hours']} h, "
               f"{facts['without_units']} without units")
@@ -370,8 +403,13 @@ def run_respeak(args: argparse.Namespace) -> None:
             if text:
                 name = f"own-{hashlib.sha1(text.encode()).hexdigest()[:12]}"
                 own[recording["id"]] = replace(rows[recording["row"]], tgt_text=text, target=name, tgt_audio="")
+    settings = _target_settings(args.output)
+    engine = voices.target_engine(
+        settings.get("target_engine", "hibari"), _language(args.output, "target"), settings.get("target_voice"),
+        args.kokoro_voices,
+    )
     counts = speech.target_speech(
-        args.output, list(own.values()), tts.Hibari(), args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
+        args.output, list(own.values()), engine, args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
         args.num_shards, progress=progress_bar("respeak"),
     )
     print(f"respeak: {dict(counts)}")
@@ -394,24 +432,44 @@ def _read_note(output: Path, step: str) -> dict:
     path = output / "steps" / f"{step}.json"
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; run the step {step!r} first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _source_engine(args: argparse.Namespace) -> tts.Engine | None:
-    if args.engine == "kokoro":
-        if args.kokoro_voices is None:
-            raise ManifestError("--engine kokoro needs --kokoro-voices: kokoro-js-1.2.1.tgz (npm pack kokoro-js@1.2.1)")
-        default = tts.KOKORO_TEST_VOICES if args.split == "test" else tts.KOKORO_TRAIN_VOICES
-        return tts.Kokoro(args.kokoro_voices, args.voices or default, _language(args.output))
-    if args.engine == "pico":
-        return tts.Pico(_language(args.output), args.voices or ())
-    if args.engine == "espeak":
-        return tts.Espeak(args.voices or tts.ESPEAK_VOICES)
-    return None
+    if args.engine == "none":
+        return None
+    language = _language(args.output, "source")
+    return voices.source_engine(args.engine, language, args.voices, args.split, args.kokoro_voices)
 
 
-def _language(output: Path) -> str:
-    return _read_note(output, "text")["settings"]["source_lang"]
+def _language(output: Path, side: str) -> str:
+    return _read_note(output, "text")["settings"][f"{side}_lang"]
+
+
+def _target_settings(output: Path) -> dict:
+    """Who spoke the target side; a corpus whose target speech was there has nobody, and hibari goes on."""
+    if not (output / "steps" / "target.json").is_file():
+        return {}
+    settings = _read_note(output, "target")["settings"]
+    return settings if settings.get("target_engine") != "none" else {}
+
+
+def _check_splits(manifest: str, lines: list[dict[str, str]], rows: dict[str, Row]) -> None:
+    """What is tested was never trained on, whatever sets a manifest is made of.
+
+    Raises:
+        ManifestError: the recordings are of several splits, or the text was split anew after they were made.
+    """
+    splits = sorted({line["split"] for line in lines})
+    if len(splits) > 1:
+        raise ManifestError(f"--manifest {manifest} would mix the splits {' and '.join(splits)}; give each its own")
+    for line in lines:
+        row = rows.get(line["row"])
+        if row is not None and row.split != line["split"]:
+            raise ManifestError(
+                f"recording {line['id']} was made for the split {line['split']}, but its pair now belongs to "
+                f"{row.split}: the text was split anew; delete speech/ and record again"
+            )
 
 
 def speech_ledger(output: Path, name: str) -> dict[str, dict[str, str]]:
@@ -443,9 +501,7 @@ def note_step(args: argparse.Namespace, name: str, **facts: object) -> None:
         **facts,
     }
     path = args.output / "steps" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(note, indent=2, ensure_ascii=False, default=lambda file: file.name)  # no path of this machine
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(path, note, ensure_ascii=False, default=lambda file: file.name)  # no path of this machine
 
 
 def progress_bar(title: str, unit: str = "utt") -> Callable[[Iterable], Iterable]:
@@ -456,15 +512,9 @@ def progress_bar(title: str, unit: str = "utt") -> Callable[[Iterable], Iterable
 def main(argv: list[str] | None = None) -> int:
     """Run one step; errors meant for the user come as one line and exit status 1."""
     args = build_parser().parse_args(argv)
-    try:
-        args.run(args)
-    except EchoStreamError as error:
-        print(f"prepare_corpus.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare_corpus.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        lambda: args.run(args), "prepare_corpus.py", "interrupted; the same command goes on from here"
+    )
 
 
 __all__ = ["Row", "build_parser", "main"]
