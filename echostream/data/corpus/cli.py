@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Callable, Iterable
 
-from echostream.constants import SAMPLE_RATE
+from echostream.audio.features import feature_extractor
+from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.data.corpus import catalogues, languages, manifests, sources, speech, target_units, tts, voices
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
@@ -27,6 +28,8 @@ from echostream.files import run_command, write_json
 from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
+from echostream.whisper.source import whisper_source
+from echostream.whisper.tokens import WhisperBPE, write_whisper_subwords
 
 PACKAGES = (
     "echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2", "py-nanotts",
@@ -99,6 +102,10 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-only", action="store_true",
                         help="all of --pairs train; dev and test are another corpus', whose sentences are not in these")
     parser.add_argument("--vocab-size", type=int, default=1000, help="SentencePiece pieces on each side")
+    parser.add_argument("--whisper", metavar="SOURCE",
+                        help="for models that start from Whisper (base, or a model with its tokenizer): the target "
+                        "pieces are those of its tokens that the text needs, --vocab-size of them (8000 to 12000), and "
+                        "the features Whisper's")
     parser.add_argument("--source-vocab-size", type=int,
                         help="pieces on the source side: few (160) let the ASR CTC learn in a tenth of the time")
     parser.add_argument("--vocab-max-words", type=int, default=12,
@@ -198,9 +205,12 @@ def run_text(args: argparse.Namespace) -> None:
         ("src_text", "src", args.source_vocab_size or args.vocab_size), ("tgt_text", "tgt", args.vocab_size)
     ):
         texts = list(dict.fromkeys(getattr(row, side) for row in train))
-        pieces[name] = train_subwords(
-            texts, args.output / f"spm.{name}.model", args.output / f"dict.{name}.txt", size, args.seed
-        )
+        model, dictionary = args.output / f"spm.{name}.model", args.output / f"dict.{name}.txt"
+        if args.whisper and name == "tgt":
+            bpe = WhisperBPE.load(whisper_source(args.whisper))
+            pieces[name] = len(write_whisper_subwords(bpe, texts, model, dictionary, size)) - NUM_SPECIALS
+        else:
+            pieces[name] = train_subwords(texts, model, dictionary, size, args.seed)
     splits = {s: sum(row.split == s for row in rows) for s in ("train", "dev", "test", "rest")}
     note_step(args, "text", pairs=splits, pieces=pieces, skipped=len(skipped))
     print(f"text: {splits}, pieces {pieces}, {len(skipped)} rows skipped")
@@ -357,11 +367,14 @@ def run_manifests(args: argparse.Namespace) -> None:
     write_unit_dictionary(args.output / "dict.unit.txt", units_note["num_units"])
     frames = 0
     train = next((name for name in plan if name == "train" or name.startswith("train")), None)
-    if args.cmvn_utterances and train:
+    features = "whisper" if text["settings"].get("whisper") else "kaldi"
+    if feature_extractor(features).cmvn is not None:
+        feature_extractor(features).cmvn.save(args.output / "gcmvn.npz")
+    elif args.cmvn_utterances and train:
         frames = manifests.write_cmvn(args.output / "gcmvn.npz", args.output / f"{train}.tsv", args.output,
                                       args.cmvn_utterances, args.seed, progress_bar("cmvn"))
     pair = text["settings"]["source_lang"], text["settings"]["target_lang"]
-    manifests.write_config(args.output / "config.yaml", *pair, units_note["num_units"])
+    manifests.write_config(args.output / "config.yaml", *pair, units_note["num_units"], features)
     skipped = [list(line.values()) for path in sorted((args.output / "skipped").glob("*.tsv"))
                for line in read_table(path, Skipped.COLUMNS)]
     write_table(args.output / "skipped.tsv", Skipped.COLUMNS, skipped)

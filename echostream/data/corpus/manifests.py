@@ -134,12 +134,13 @@ def ctc_figures(manifest: Path, target_model: Path, source_model: Path) -> dict[
     }
 
 
-def write_config(path: Path, source_lang: str, target_lang: str, num_units: int) -> None:
+def write_config(path: Path, source_lang: str, target_lang: str, num_units: int, features: str) -> None:
     yaml = require("yaml", "all")
     config = {
         "audio_root": ".", "sample_rate": SAMPLE_RATE, "source_lang": source_lang, "target_lang": target_lang,
         "num_units": num_units, "spm_src": "spm.src.model", "spm_tgt": "spm.tgt.model", "dict_src": "dict.src.txt",
         "dict_tgt": "dict.tgt.txt", "dict_unit": "dict.unit.txt", "gcmvn": "gcmvn.npz", "units": "target/units.tsv",
+        "features": features,
     }
     write_text(path, yaml.safe_dump(config, sort_keys=False))
 
