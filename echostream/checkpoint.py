@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from echostream.audio.cmvn import GlobalCMVN
+from echostream.audio.features import feature_extractor
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import CheckpointError, ConfigError, ManifestError, require
@@ -390,7 +391,7 @@ def save_bundle(
     check_vocabulary(data / FILES["source_dict"], source_dict, config.asr_vocab_size, "asr_vocab_size")
     check_vocabulary(data / FILES["target_dict"], target_dict, config.mt_vocab_size, "mt_vocab_size")
     check_vocabulary(data / FILES["unit_dict"], unit_dict, config.num_units + NUM_SPECIALS, "num_units")
-    GlobalCMVN.load(data / FILES["cmvn"])
+    cmvn = feature_extractor(config.features).cmvn or GlobalCMVN.load(data / FILES["cmvn"])
     for name, vocabulary in (("source", source_dict), ("target", target_dict)):
         model, dictionary = data / FILES[f"{name}_spm"], data / FILES[f"{name}_dict"]
         if not model.exists():
@@ -405,7 +406,9 @@ def save_bundle(
     weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
     with replacing_directory(directory, lambda name: name in (CONFIG, CARD, *FILES.values())) as new:
         for name in COPIED:
-            shutil.copyfile(data / FILES[name], new / FILES[name])
+            if name != "cmvn":
+                shutil.copyfile(data / FILES[name], new / FILES[name])
+        cmvn.save(new / FILES["cmvn"])
         torch.save({"format": FORMAT, "model": weights}, new / FILES["model"])
         if voice is not None:
             save_vocoder(voice, new / FILES["vocoder"], new / FILES["vocoder_config"], half=True)

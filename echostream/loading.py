@@ -428,8 +428,8 @@ def read_subwords(path: str | Path) -> Any:
 
 
 def pieces_of(processor: Any) -> list[str]:
-    """The pieces of a SentencePiece model that a dictionary must have: all but marks, the unknown one and bytes."""
+    """The pieces that a dictionary must have: all but marks, the unknown one, bytes and those never given out."""
     sp = processor
-    ordinary = (i for i in range(sp.GetPieceSize()) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i)))
-    return [sp.IdToPiece(i) for i in ordinary]
+    others = (sp.IsControl, sp.IsUnknown, sp.IsByte, sp.IsUnused)
+    return [sp.IdToPiece(i) for i in range(sp.GetPieceSize()) if not any(kind(i) for kind in others)]
 

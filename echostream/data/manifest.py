@@ -30,7 +30,7 @@ class Utterance:
         audio: path relative to the audio root, or ``archive.zip:offset:length``.
         n_frames: source feature frames of 10 ms, as computed from the unperturbed recording; 0 where it is not told.
         src_text, tgt_text: sentences with their case and punctuation.
-        units: deduplicated target units, int16 ``[U]``, each ``0 .. num_units - 1``.
+        units: deduplicated target units, int16 ``[U]``, each ``0 .. num_units - 1``; none where they are not known.
         extra: the columns that are not StreamSpeech's.
     """
 
@@ -138,6 +138,8 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
 
 
 def _parse(row: dict[str, str], where: str, need: Sequence[str]) -> Utterance:
+    if row["tgt_n_frames"] == "0" and not row["tgt_audio"].strip():  # its units are not known, and it says so
+        need = [column for column in need if column != "tgt_audio"]
     for column in ("id", "src_audio", "src_text", "tgt_text", "tgt_audio"):
         if column in need and not row[column].strip():
             raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 
-from echostream.audio.fbank import FbankState
+from echostream.audio.features import FeatureState
 from echostream.audio.resample import Resampler, ResampleState, check_rate
 from echostream.constants import FRAME_LENGTH, NUM_MEL_BINS, NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import SessionError
@@ -184,7 +184,7 @@ def _clock(values: dict[str, Any], array: Callable[..., np.ndarray], engine: Eng
         decisions,
         array("clock.samples", "f", None),
         ResampleState(array("clock.resample", "f", taps - 1), count, phase),
-        FbankState(array("clock.fbank", "f", FRAME_LENGTH), waiting),
+        FeatureState(array("clock.fbank", "f", FRAME_LENGTH), waiting),
         array("clock.features", "f", None, NUM_MEL_BINS),
         array("clock.heard", "f", None),
     )
