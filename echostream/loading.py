@@ -243,26 +243,34 @@ def read_yaml(path: str | Path, what: str, error: Error, missing: str = "") -> d
     Raises:
         EchoStreamError: (``error``) the file is missing, is not YAML, or holds something else than pairs.
     """
-    text = read_text(path, what, error, MAX_SETTINGS, missing)
-    try:
-        # not yaml.load: some releases hand it to a parser of another kind
-        loader = _Loader(text)
-        try:
-            values = loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None)
-        at = f" in line {mark.line + 1}" if mark is not None else ""
-        raise error(f"{what} {path} is not YAML{at}: {getattr(problem, 'problem', None) or reason(problem)}") from None
-    except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as problem:
-        # a date that is none, a number of 5000 digits: PyYAML builds values without catching what they raise
-        raise error(f"{what} {path} holds a value that cannot be read: {reason(problem)}") from None
+    values = parse_yaml(read_text(path, what, error, MAX_SETTINGS, missing), f"{what} {path}", error)
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise error(f"{what} {path} holds {type(values).__name__}, not key: value lines")
     return values
+
+
+def parse_yaml(text: str, what: str, error: Error) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        EchoStreamError: (``error``) it is not YAML, or of the kinds of YAML that are not read (see ``_Loader``).
+    """
+    try:
+        # not yaml.load: some releases hand it to a parser of another kind
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        at = f" in line {mark.line + 1}" if mark is not None else ""
+        raise error(f"{what} is not YAML{at}: {getattr(problem, 'problem', None) or reason(problem)}") from None
+    except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as problem:
+        # a date that is none, a number of 5000 digits: PyYAML builds values without catching what they raise
+        raise error(f"{what} holds a value that cannot be read: {reason(problem)}") from None
 
 
 def read_mapping(path: str | Path, error: Error = ConfigError, missing: str = "") -> dict[str, Any]:

@@ -39,6 +39,7 @@ from echostream.evaluation.streams import stream  # noqa: E402
 from echostream.evaluation.systems import keep_heard, read_results, read_systems  # noqa: E402
 from echostream.evaluation.table import markdown  # noqa: E402
 from echostream.files import run_command, write_json, write_text  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
 from echostream.streaming.options import (  # noqa: E402
     add_beam_argument,
     add_chunk_argument,
@@ -51,7 +52,6 @@ from echostream.streaming.policy import POLICIES  # noqa: E402
 from echostream.text_file import read_lines  # noqa: E402
 from echostream.vocode import add_vocoder_arguments  # noqa: E402
 from echostream.vocode import load as load_voice  # noqa: E402
-from echostream.yaml_file import read_mapping  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,6 +28,7 @@ from echostream.errors import (
     ManifestError,  # noqa: E402
 )
 from echostream.files import run_command  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
 from echostream.text_file import iter_lines, table_rows  # noqa: E402
 from echostream.units.align import align, phone_states  # noqa: E402
 from echostream.units.dedup import expand  # noqa: E402
@@ -35,7 +36,6 @@ from echostream.units.features import build_features  # noqa: E402
 from echostream.units.kmeans import KMeans, Projection, fit_kmeans, load_kmeans  # noqa: E402
 from echostream.units.report import bit_rate, purity  # noqa: E402
 from echostream.vocoder.dataset import Utterance, read_units  # noqa: E402
-from echostream.yaml_file import read_mapping  # noqa: E402
 
 COLUMNS = {
     "units": "units", "used": "used", "phone_purity": "phone purity", "cluster_purity": "cluster purity",

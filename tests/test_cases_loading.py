@@ -433,8 +433,7 @@ def test_16_graphs_are_those_that_were_exported(graphs: Path) -> None:
     assert "digest" in refusal(CheckpointError, lambda: load_bundle(graphs))
 
     def sign(values: dict) -> None:
-        names = ("encoder", "heads", "mt_memory", "mt", "unit_memory", "units", "voice_units", "voice_frames")
-        values["digest"] = sha256(*(graphs / f"{name}.onnx" for name in names))
+        values["digest"] = load_digest(graphs)
 
     settings(graphs, sign)
     signed = load_bundle(graphs)
@@ -444,6 +443,38 @@ def test_16_graphs_are_those_that_were_exported(graphs: Path) -> None:
     (graphs / "mt.onnx").write_bytes(whole)
     settings(graphs, sign)
     StreamingSession(load_bundle(graphs)).push(noise(0.5))
+
+
+def test_16_graphs_with_nan_and_with_weights_elsewhere(graphs: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+
+    def spoiled(change: Callable[[Any], object]) -> StreamingSession:
+        model = onnx.load(whole)
+        change(max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data)))
+        onnx.save(model, str(graphs / "encoder.onnx"))
+        settings(graphs, lambda v: v.update(digest=load_digest(graphs)))
+        return StreamingSession(load_bundle(graphs))
+
+    whole = graphs.parent / "encoder.onnx"
+    shutil.copyfile(graphs / "encoder.onnx", whole)
+
+    def nan(tensor: Any) -> None:
+        tensor.raw_data = np.full(len(tensor.raw_data) // 4, np.nan, np.float32).tobytes()
+
+    def elsewhere(tensor: Any) -> None:
+        (graphs / "weights").write_bytes(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="weights")
+
+    session = spoiled(nan)
+    assert "encoder.onnx gives NaN" in refusal(CheckpointError, lambda: session.push(noise(1.0)))
+    assert "weights in other files" in refusal(CheckpointError, lambda: spoiled(elsewhere))
+
+
+def load_digest(directory: Path) -> str:
+    names = ("encoder", "heads", "mt_memory", "mt", "unit_memory", "units", "voice_units", "voice_frames")
+    return sha256(*(directory / f"{name}.onnx" for name in names))
 
 
 @pytest.mark.parametrize("changes", [

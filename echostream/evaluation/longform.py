@@ -30,6 +30,7 @@ from echostream.errors import EchoStreamError, require
 from echostream.evaluation import quality
 from echostream.evaluation.latency import length_adaptive_average_lagging
 from echostream.files import write_text
+from echostream.loading import inside, parse_yaml
 from echostream.text_file import read_lines, read_text
 
 SEGMENTS, REFERENCES, SOURCES = "segments.yaml", "references.txt", "sources.txt"
@@ -150,10 +151,7 @@ def read_talks(directory: Path) -> list[Talk]:
     for name in (SEGMENTS, REFERENCES):
         if not (directory / name).is_file():
             raise EchoStreamError(f"{directory / name} does not exist; scripts/evaluate.py talks makes it")
-    try:
-        entries = yaml.safe_load(read_text(directory / SEGMENTS, EchoStreamError))
-    except yaml.YAMLError as error:
-        raise EchoStreamError(f"{directory / SEGMENTS} cannot be read: {str(error).splitlines()[0]}") from None
+    entries = parse_yaml(read_text(directory / SEGMENTS, EchoStreamError), str(directory / SEGMENTS), EchoStreamError)
     references = read_lines(directory / REFERENCES, EchoStreamError)
     path = directory / SOURCES
     sources = read_lines(path, EchoStreamError) if path.is_file() else [""] * len(references)
@@ -166,12 +164,17 @@ def read_talks(directory: Path) -> list[Talk]:
     for number, (entry, reference, source) in enumerate(zip(entries, references, sources), 1):
         try:
             wav, offset, duration = str(entry["wav"]), float(entry["offset"]), float(entry["duration"])
+            if not (0 <= offset < 1e9 and 0 < duration < 1e9):
+                raise ValueError("NaN compares as false")
         except (KeyError, TypeError, ValueError):
             raise EchoStreamError(
                 f"{directory / SEGMENTS}, segment {number}: {str(entry)[:60]!r} lacks wav, offset or duration"
             ) from None
         talks.setdefault(wav, []).append(Segment(offset, duration, reference.strip(), source.strip()))
-    return [Talk(directory / wav, tuple(segments)) for wav, segments in talks.items()]
+    where = str(directory / SEGMENTS)
+    return [
+        Talk(inside(directory, wav, f"{where}: wav", EchoStreamError), tuple(parts)) for wav, parts in talks.items()
+    ]
 
 
 def cut(samples: np.ndarray, segment: Segment) -> np.ndarray:

@@ -31,6 +31,7 @@ _SENTENCE_NUMBERS = (
     "index", "start", "extended", "begun", "source_told", "inputs_read", "last_symbol", "first_audio_s",
 )
 MOST_HEARD = 1 << 16  # samples or numbers that a segmenter keeps in one array
+MOST_STATE = 1e6  # of a state's numbers; larger ones overflow further on
 SPARE_BYTES = 64 << 20  # of its arrays, unpacked, beyond twice what the model's own may take
 _COUNT, _FRAME = Rule(int, 0, 1 << 48), Rule(int, -1, 1 << 48)
 _WHOLE, _SECONDS = Rule(list, 3, 3, of=_COUNT), Rule(float, 0)
@@ -114,8 +115,8 @@ def read(path: str | Path, engine: Engine, bundle: Bundle) -> tuple[Track, dict[
     track = fit(path, lambda: _track(values, arrays, engine, what))
     model = {name.removeprefix("model."): a for name, a in arrays.items() if name.startswith("model.")}
     for name, array in model.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise SessionError(f"{what}: model.{name} holds NaN or infinite numbers")
+        if array.dtype.kind == "f" and not (np.abs(array) <= MOST_STATE).all():
+            raise SessionError(f"{what}: model.{name} holds NaN, or numbers that no state holds")
     return track, model
 
 
@@ -129,6 +130,8 @@ def _track(values: dict[str, Any], arrays: dict[str, np.ndarray], engine: Engine
     def array(name: str, kind: str, *shape: int | None, **options: Any) -> np.ndarray:
         if name not in arrays:
             raise SessionError(f"{what} lacks the array {name!r}")
+        if kind == "f" and name != "sentence.times":
+            options = {"least": -MOST_STATE, "most": MOST_STATE, **options}
         return check_array(arrays[name], f"{what}: {name}", SessionError, kind, shape, **options)
 
     check(values, {**_HEADER, **dict.fromkeys(("clock", "waiting", "stream"), replace(_WHOLE, needed=True))}, what,

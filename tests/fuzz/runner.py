@@ -14,11 +14,12 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HANG_S = 30.0  # on the wall: machines have other work
+HANG_S = 30.0  # of computing, or of waiting for something; time in which the machine does other work does not count
 SLOW_S = 5.0  # of computing
 GROWTH_MB = 300.0
 OUTCOMES = ("fine", "refused", "traceback", "wrong", "slow", "hang", "crash", "growth")
@@ -125,7 +126,7 @@ class Worker:
             self.process.stdin.flush()
         except BrokenPipeError:
             return self._gone()
-        line = self._line(HANG_S)
+        line = self._line(self._hangs())
         if line is None:
             self.close()
             return "hang", f"more than {HANG_S:.0f} s"
@@ -143,13 +144,36 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=env
         )
-        if self._line(300.0) != b"ready\n":
+        if self._line(lambda: False) != b"ready\n":
             raise SystemExit(f"the worker did not start; try it: {' '.join(command)}")
 
-    def _line(self, timeout: float) -> bytes | None:
-        """The worker's next line; empty if it has ended, None if none came in time."""
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
-        return self.process.stdout.readline() if ready else None
+    def _line(self, hangs: Callable[[], bool]) -> bytes | None:
+        """The worker's next line; empty if it has ended, None if it hangs."""
+        while not select.select([self.process.stdout], [], [], 0.5)[0]:
+            if hangs():
+                return None
+        return self.process.stdout.readline()
+
+    def _hangs(self) -> Callable[[], bool]:
+        """Tells, asked every now and then, whether the worker has computed or slept for too long from now on."""
+        computed, awake = self._state()[0], time.monotonic()
+
+        def hangs() -> bool:
+            nonlocal awake
+            now, sleeps = self._state()
+            if not sleeps:
+                awake = time.monotonic()
+            return now - computed > HANG_S or time.monotonic() - awake > HANG_S
+
+        return hangs
+
+    def _state(self) -> tuple[float, bool]:
+        """Seconds that the worker has computed, and whether it waits for something else than a processor."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0, True
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] in "SD"
 
     def close(self) -> None:
         if self.process is not None:

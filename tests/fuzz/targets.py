@@ -13,6 +13,7 @@ import random
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +155,16 @@ class Targets:
                 self._weights(path, rng)
             else:
                 return False
-        except (ValueError, TypeError, KeyError, yaml.YAMLError, UnicodeError):
-            return False  # damaged already, or what came out cannot be written in this format
+        except Exception:  # whatever a reader of theirs says: the file is damaged already, or cannot be written so
+            return False
         return True
 
     @staticmethod
     def _arrays(path: Path, rng: random.Random) -> None:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+        if not arrays:
+            return
         name = rng.choice(sorted(arrays))
         what = rng.randrange(8)
         if what == 0:
@@ -238,10 +241,8 @@ class Targets:
         else:
             shutil.copyfile(saved, path)
             for _ in range(rng.choice((1, 1, 2))):
-                if rng.random() < 0.5:
-                    self._arrays(path, rng)
-                else:
-                    self._saved_header(path, rng)
+                with suppress(Exception):  # what is damaged already cannot always be damaged more
+                    (self._arrays if rng.random() < 0.5 else self._saved_header)(path, rng)
         session = StreamingSession(bundle)
         try:
             session.restore(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 TEXT_GRAPHS = ("encoder", "heads", "mt_memory", "mt")
 SPEECH_GRAPHS = ("unit_memory", "units")
+_ELSEWHERE = b"\n\x08location\x12"  # the key of a tensor's ``external_data``, as protobuf writes it
 MOST_STEPS = 1 << 40  # of a stream's life: more than a thousand years of frames
 VOICE_GRAPHS = ("voice_units", "voice_frames")
 
@@ -40,6 +42,7 @@ class ExportedModel:
     parameters: dict[str, int] = field(default_factory=dict, repr=False)
     names: dict[str, Names] = field(default_factory=dict, repr=False)
     _graphs: dict[str, tuple[Any, list[str]]] = field(default_factory=dict, repr=False)
+    _tried: set[str] = field(default_factory=set, repr=False)
 
     def check(self, names: tuple[str, ...]) -> None:
         """Open these graphs. Raises CheckpointError: one is missing, no graph, or of another model."""
@@ -54,16 +57,26 @@ class ExportedModel:
         """
         graph, outputs = self._open(name)
         try:
-            return dict(zip(outputs, graph.run(None, feeds)))
+            found = dict(zip(outputs, graph.run(None, feeds)))
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             path = self.directory / f"{name}.onnx"
             raise CheckpointError(f"exported graph {path} cannot be run: {reason(error)}") from None
+        if name not in self._tried:  # weights that are not finite show at once
+            self._tried.add(name)
+            for output, array in found.items():
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    path = self.directory / f"{name}.onnx"
+                    raise CheckpointError(f"exported graph {path} gives NaN or infinity ({output}); export it again")
+        return found
 
     def _open(self, name: str) -> tuple[Any, list[str]]:
         if name not in self._graphs:
             path = inside(self.directory, f"{name}.onnx", "exported graph", CheckpointError)
-            if not path.is_file():
+            if not path.is_file() or not path.stat().st_size:
                 raise CheckpointError(f"{self.directory} lacks {name}.onnx; export the checkpoint again")
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                if data.find(_ELSEWHERE) >= 0:
+                    raise CheckpointError(f"exported graph {path} keeps weights in other files, which are not read")
             graph = open_graph(path, "exported graph", self.threads)
             outputs = [output.name for output in graph.get_outputs()]
             if name in self.names:
