@@ -290,43 +290,32 @@ def run_command(work: Callable[[], int | None], prefix: str = "error", interrupt
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may be anything but text
             stream.reconfigure(errors="backslashreplace")
-    with _carefree_stderr():
-        return _run_command(work, prefix, interrupted)
+    with _standard_streams():
+        status = _status(work, prefix, interrupted)
+        return max(status, _status(lambda: None if sys.stdout is None else sys.stdout.flush(), prefix, interrupted))
 
 
-def _run_command(work: Callable[[], int | None], prefix: str, interrupted: str) -> int:
+def _status(work: Callable[[], int | None], prefix: str, interrupted: str) -> int:
     try:
-        status = work() or 0
+        return work() or 0
     except EchoStreamError as error:
-        status = complain(f"{prefix}: {error}")
+        return complain(f"{prefix}: {error}")
     except BrokenPipeError:
-        status = 0
+        return 0
     except OSError as error:
-        name = error.filename if error.filename is not None else "a file"
-        name = os.fsdecode(name) if isinstance(name, (str, bytes)) else name
-        status = complain(f"{prefix}: {name}: {error.strerror or error}")
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return complain(f"{prefix}: {name}{error.strerror or error}")
     except KeyboardInterrupt:
-        status = 130
         if interrupted:
             complain(f"{prefix}: {interrupted}")
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except BrokenPipeError:
-            _silence(stream)
-        except (OSError, ValueError) as error:
-            _silence(stream)
-            if stream is sys.stdout:
-                status = complain(f"{prefix}: standard output cannot be written: {getattr(error, 'strerror', error)}")
-    return status
+        return 130
 
 
-class _Carefree:
-    """A stream whose reader may leave at any time; what is written then goes nowhere."""
+class _Stream:
+    """A standard stream that says what is wrong with it."""
 
-    def __init__(self, stream: TextIO):
-        self._stream, self._gone = stream, False
+    def __init__(self, stream: TextIO, failed: Callable[[OSError], None]):
+        self._stream, self._failed, self._gone = stream, failed, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -342,23 +331,28 @@ class _Carefree:
         try:
             if not self._gone:
                 do(*args)
-        except OSError:
+        except OSError as error:
             self._gone = True
             _silence(self._stream)
+            self._failed(error)
 
 
 @contextmanager
-def _carefree_stderr() -> Iterator[None]:
-    """Progress and messages must not end the work that they tell of."""
-    before = sys.stderr
-    if before is None:
-        yield
-        return
-    sys.stderr = _Carefree(before)
+def _standard_streams() -> Iterator[None]:
+    """Progress and messages never end the work that they tell of; what cannot be printed does, as one line."""
+
+    def told(error: OSError) -> None:
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise OutputError(failure("standard output", error)) from None
+
+    before = sys.stdout, sys.stderr
+    sys.stdout = None if sys.stdout is None else _Stream(sys.stdout, told)
+    sys.stderr = None if sys.stderr is None else _Stream(sys.stderr, lambda error: None)
     try:
         yield
     finally:
-        sys.stderr = before
+        sys.stdout, sys.stderr = before
 
 
 def complain(line: str) -> int:

@@ -114,7 +114,7 @@ def main() -> None:
     try:
         if args.manifest:
             root = args.audio_root or args.manifest.parent
-            paths = [root / utterance.audio for utterance in read_manifest(args.manifest, units=False)]
+            paths = [root / utterance.audio for utterance in read_manifest(args.manifest)]
         else:
             paths = sorted(DEMO.glob("*.ogg"))
         paths = paths[:: max(1, len(paths) // args.count)][: args.count]

@@ -299,7 +299,7 @@ def policy_sweep(args: argparse.Namespace) -> None:
 
 
 def join_talks(args: argparse.Namespace) -> None:
-    rows = read_manifest(args.manifest, units=False)
+    rows = read_manifest(args.manifest)
     root = args.audio_root or args.manifest.parent
     talks = longform.make_talks(
         rows, root, args.output, args.count, args.minutes, args.sentences, tuple(args.pause), args.seed
@@ -369,7 +369,7 @@ def cascade_results(args: argparse.Namespace) -> None:
     from echostream.units.features import packaged_whisper
 
     require("faster_whisper", "simuleval")
-    rows = read_manifest(args.manifest, units=False)[: args.limit]
+    rows = read_manifest(args.manifest)[: args.limit]
     translator = Whisper(args.whisper or packaged_whisper(), args.source_lang, "translate", args.beam)
     voice = None if args.no_voice else Hibari()
     results = args.output / f"generate-{args.manifest.stem}.jsonl"
@@ -383,7 +383,7 @@ def write_report(args: argparse.Namespace) -> None:
     wrong = [text for text, (name, path) in zip(args.system, named) if not name or not path]
     if wrong:
         raise EchoStreamError(f"--system {wrong[0]!r} is not NAME=PATH")
-    rows = read_manifest(args.manifest, units=False) if args.manifest else []
+    rows = read_manifest(args.manifest) if args.manifest else []
     if len({name for name, _ in named}) < len(named):
         raise EchoStreamError("two systems have one name; give each its own: --system NAME=PATH")
     systems = read_systems({name: Path(path) for name, path in named}, rows)
@@ -426,7 +426,7 @@ def read_pairs(args: argparse.Namespace, column: str = "tgt_text") -> tuple[list
     """Recordings and references, from a manifest (its ``column``) or from two lists."""
     if args.manifest is not None:
         root = args.audio_root or args.manifest.parent
-        rows = read_manifest(args.manifest, units=False)[: args.limit]
+        rows = read_manifest(args.manifest)[: args.limit]
         packed = [row.id for row in rows if ".zip:" in row.audio or row.audio.endswith(".npy")]
         if packed:
             raise EchoStreamError(f"row {packed[0]!r} of {args.manifest} holds features; the agent needs recordings")

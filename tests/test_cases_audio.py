@@ -34,9 +34,8 @@ from echostream.audio.stream import open_file, open_pipe, to_pcm, wav_stream_hea
 from echostream.cli import main
 from echostream.data.corpus.rows import Ledger
 from echostream.data.corpus.speech import _reason
-from echostream.data.manifest import read_manifest
 from echostream.data.source import load_features
-from echostream.errors import AudioError, AudioWarning, EchoStreamError, ManifestError, OutputError, SessionError
+from echostream.errors import AudioError, AudioWarning, EchoStreamError, OutputError, SessionError
 from echostream.output.speech import SpeechFile
 from echostream.output.subtitles import SubtitleFile
 from echostream.output.terminal import LiveText
@@ -394,8 +393,8 @@ def test_case_14_headers_that_promise_much(tmp_path):
     endless = b"RIFF\xff\xff\xff\xffWAVE" + b"LIST\xff\xff\xff\xff"
     with pytest.raises(AudioError, match="MB before its sound"):
         samples_of(endless + bytes(1000))
-    with pytest.raises(AudioError, match="65535 channels"):
-        samples_of(wav((1, 16), np.zeros(9, "<i2"), 16000, channels=65535))
+    with pytest.raises(AudioError, match="2000 channels"):
+        samples_of(wav((1, 16), np.zeros(9, "<i2"), 16000, channels=2000))
 
 
 def test_case_14_what_is_read_at_once_has_a_limit(monkeypatch, recording):
@@ -695,15 +694,6 @@ def test_case_20_a_page_saved_as_a_recording_is_not_missing(tmp_path):
             load_audio(path)
         reasons.append(_reason(caught.value))
     assert reasons == ["missing audio", "unusable audio"]
-
-
-def test_case_20_manifests_without_units(tmp_path):
-    path = tmp_path / "test.tsv"
-    header = "id\tsrc_audio\tsrc_n_frames\tsrc_text\ttgt_text\ttgt_audio\ttgt_n_frames"
-    path.write_text(f"{header}\na\ta.wav\t100\thola\thello\t\t0\nb\tb.wav\t100\thola\thello\t1 2\t2\n")
-    assert [len(row.units) for row in read_manifest(path, units=False)] == [0, 2]
-    with pytest.raises(ManifestError, match="tgt_audio is empty"):
-        read_manifest(path)
 
 
 # --------------------------------------------------------------------------- 21: levels that cannot be speech

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -10,10 +11,11 @@ from typing import Iterator
 import numpy as np
 
 from echostream.audio.decode import file_blocks
+from echostream.audio.level import LevelWatch
 from echostream.audio.resample import Resampler
 from echostream.audio.stream import AudioSource, open_file, open_pipe
 from echostream.constants import SAMPLE_RATE
-from echostream.errors import AudioError
+from echostream.errors import AudioError, AudioWarning
 from echostream.files import replacing, reported
 
 LOUDEST = 2.0**31  # no recording holds more, whatever its full scale; features overflow only far beyond
@@ -84,9 +86,11 @@ def _blocks(path: str | Path) -> Iterator[tuple[AudioSource, Iterator[np.ndarray
 
 def _checked(source: AudioSource) -> Iterator[np.ndarray]:
     """The blocks of a source that has some, none of them too long or unusable."""
-    count = 0
+    count, level = 0, LevelWatch()
     for block in source.blocks:
         check_finite(block, source.name, count)
+        if (said := level.hear(block, source.rate)) is not None:
+            warnings.warn(f"{source.name}: {said}", AudioWarning, stacklevel=3)
         count += len(block)
         if count > LONGEST_S * source.rate:
             raise AudioError(f"{source.name} is longer than {LONGEST_S // 3600} hours; cut it")

@@ -55,12 +55,8 @@ class TextPair:
     audio: str = ""
 
 
-def read_manifest(*paths: str | Path, units: bool = True) -> list[Utterance]:
+def read_manifest(*paths: str | Path) -> list[Utterance]:
     """Read a manifest, or several as one, and check every row.
-
-    Args:
-        units: rows need units; without, ``tgt_audio`` may be empty, as ``prepare_corpus.py manifests --without-units``
-            leaves it.
 
     Raises:
         ManifestError: a file is missing or empty, a column is missing, or a row does not hold what its columns
@@ -68,7 +64,7 @@ def read_manifest(*paths: str | Path, units: bool = True) -> list[Utterance]:
     """
     rows, seen = [], set()
     for row, where in (found for path in paths for found in _read_rows(Path(path), COLUMNS)):
-        utterance = _parse(row, where, units)
+        utterance = _parse(row, where)
         if utterance.id in seen:
             raise ManifestError(f"{where}: id {utterance.id!r} appears twice")
         seen.add(utterance.id)
@@ -139,20 +135,16 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def _parse(row: dict[str, str], where: str, needs_units: bool = True) -> Utterance:
-    without = not needs_units and not row["tgt_audio"].strip()
+def _parse(row: dict[str, str], where: str) -> Utterance:
     for column in ("id", "src_audio", "src_text", "tgt_text", "tgt_audio"):
-        if not row[column].strip() and not (without and column == "tgt_audio"):
+        if not row[column].strip():
             raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
     n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
-    extra = {name: value for name, value in row.items() if name not in COLUMNS}
-    if without:
-        units = np.zeros(0, dtype=np.int16)
-        return Utterance(row["id"], row["src_audio"], n_frames, row["src_text"], row["tgt_text"], units, extra)
     count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
     units = _units(row["tgt_audio"], where)
     if count != len(units):
         raise ManifestError(f"{where}: tgt_n_frames is {count}, but tgt_audio lists {len(units)} units")
+    extra = {name: value for name, value in row.items() if name not in COLUMNS}
     return Utterance(row["id"], row["src_audio"], n_frames, row["src_text"], row["tgt_text"], units, extra)
 
 
