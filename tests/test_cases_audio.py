@@ -246,6 +246,36 @@ def test_case_04_damaged_streams_are_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_case_04_lengths_that_are_not_known(tmp_path):
+    """As ``ffmpeg -f flac -`` writes it, which cannot go back to the header."""
+    path = tmp_path / "open.flac"
+    soundfile.write(path, SAMPLES, 16000)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    source = open_file(path)
+    assert source.seconds is None
+    for found in (np.concatenate(list(source.blocks)), samples_of(bytes(data))):
+        np.testing.assert_allclose(found, SAMPLES, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flac", "ogg"])
+def test_case_04_a_pipe_that_breaks_is_one_line(kind, tmp_path, capfd):
+    path = tmp_path / f"talk.{kind}"
+    soundfile.write(path, np.tile(SAMPLES, 4), 16000)
+
+    class Broken(Pipe):
+        def read1(self, size: int) -> bytes:
+            if len(self.data) < 3000:
+                raise OSError(5, "Input/output error")
+            return super().read1(min(size, 500))
+
+    with pytest.raises(AudioError, match="standard input cannot be read: Input/output error"):
+        list(open_pipe(Broken(path.read_bytes(), []), 16000).blocks)
+    assert capfd.readouterr().err == ""
+
+
 def test_case_04_ffmpeg_reads_the_rest(tmp_path, monkeypatch):
     program = find_ffmpeg()
     if program is None:

@@ -10,7 +10,7 @@ from typing import Iterator
 
 import numpy as np
 
-from echostream.audio.decode import file_blocks
+from echostream.audio.decode import file_blocks, open_forward
 from echostream.audio.level import LevelWatch
 from echostream.audio.resample import Resampler
 from echostream.audio.stream import AudioSource, open_file, open_pipe
@@ -62,7 +62,7 @@ def decode_audio(data: bytes, name: str, sample_rate: int = SAMPLE_RATE) -> np.n
         AudioError: as for ``load_audio``; and raw PCM is none.
     """
     try:
-        file = _soundfile().SoundFile(io.BytesIO(data))
+        file = open_forward(io.BytesIO(data))
         source = AudioSource(name, file.samplerate, file_blocks(file, name), None, True, file.close)
     except (RuntimeError, TypeError):
         source = open_pipe(io.BytesIO(data), SAMPLE_RATE, name=name)
