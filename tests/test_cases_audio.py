@@ -35,7 +35,7 @@ from echostream.cli import main
 from echostream.data.corpus.rows import Ledger
 from echostream.data.corpus.speech import _reason
 from echostream.data.source import load_features
-from echostream.errors import AudioError, AudioWarning, EchoStreamError, OutputError, SessionError
+from echostream.errors import AudioError, AudioWarning, EchoStreamError, LongAudioError, OutputError, SessionError
 from echostream.output.speech import SpeechFile
 from echostream.output.subtitles import SubtitleFile
 from echostream.output.terminal import LiveText
@@ -429,8 +429,12 @@ def test_case_14_headers_that_promise_much(tmp_path):
 
 def test_case_14_what_is_read_at_once_has_a_limit(monkeypatch, recording):
     monkeypatch.setattr("echostream.audio.io.LONGEST_S", 2)
-    with pytest.raises(AudioError, match="talk.wav is longer than"):
+    with pytest.raises(LongAudioError, match="talk.wav is longer than 2 s"):
         load_audio(recording)
+    assert len(load_audio(recording, longest_s=3)) == len(SAMPLES)
+    with pytest.raises(AudioError) as caught:
+        load_audio(recording, longest_s=1.5)
+    assert _reason(caught.value) == "too long"
 
 
 # --------------------------------------------------------------------------------------- 18: write edges
