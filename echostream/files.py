@@ -4,7 +4,7 @@ moment; where two processes may meet there is a lock; whatever fails is one line
 ``replacing``, ``write_text``, ``write_json``   a file, all at once: readers see the old one or the new one
 ``replacing_directory``                         the same for a directory
 ``growing``                                     an output that is followed while it grows, by one process
-``appending``                                   ledgers and results: whole lines, added by several processes
+``appending``, ``add``                          ledgers and results: whole lines, added by several processes
 ``keep_apart``                                  outputs that are no inputs, and not each other
 ``run_command``                                 the edge of a program: errors as one line, closed terminals and pipes
 
@@ -37,7 +37,7 @@ PARTIAL = ".echostream-"  # what a killed process may leave behind begins so, an
 
 @contextmanager
 def reported(path: str | Path) -> Iterator[None]:
-    """Whatever goes wrong with the system inside becomes one line about ``path``.
+    """Whatever goes wrong with the system inside becomes one line about ``path``, unless it names another file.
 
     Raises:
         OutputError: instead of OSError, and of text that UTF-8 cannot hold.
@@ -45,13 +45,23 @@ def reported(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeEncodeError) as error:
-        if isinstance(error, EchoStreamError):
+        if isinstance(error, EchoStreamError) or not _concerns(path, error):
             raise
         raise OutputError(failure(path, error)) from None
     except RuntimeError as error:  # how torch.save tells that its file could not be written
         if not isinstance(error.__context__, OSError):
             raise
         raise OutputError(failure(path, error.__context__)) from None
+
+
+def _concerns(path: str | Path, error: Exception) -> bool:
+    """Is the file that an error names ``path``, what becomes it, or a directory above?"""
+    named = getattr(error, "filename", None)
+    if not isinstance(named, (str, bytes)):
+        return True
+    other = os.path.abspath(os.fsdecode(named))
+    mine = (os.path.abspath(path), os.path.realpath(path))
+    return os.sep + PARTIAL in other or any(m == other or m.startswith(other.rstrip(os.sep) + os.sep) for m in mine)
 
 
 def failure(path: str | Path, error: Exception) -> str:
@@ -210,7 +220,7 @@ def growing(path: str | Path) -> io.FileIO:
 
 @contextmanager
 def appending(path: str | Path, wait: bool = True) -> Iterator[io.FileIO]:
-    """A file to add to (unbuffered, readable), locked; what a failed block has added is taken off again.
+    """A file to add to by ``add`` (unbuffered, readable), locked until the block ends.
 
     Args:
         wait: for another process to be done with it, rather than raise.
@@ -222,13 +232,19 @@ def appending(path: str | Path, wait: bool = True) -> Iterator[io.FileIO]:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with io.FileIO(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666), "r+") as file:
             _lock(file, wait)
-            size = file.seek(0, os.SEEK_END)
-            try:
-                yield file
-            except OSError:
-                with suppress(OSError):
-                    file.truncate(min(size, file.seek(0, os.SEEK_END)))
-                raise
+            file.seek(0, os.SEEK_END)
+            yield file
+
+
+def add(file: io.FileIO, text: str) -> None:
+    """Add to the end of an unbuffered file all of ``text``, in UTF-8, or nothing."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        write_all(file, text.encode("utf-8"))
+    except OSError:
+        with suppress(OSError):
+            file.truncate(size)
+        raise
 
 
 def write_all(file: io.RawIOBase, data: bytes) -> None:

@@ -559,6 +559,15 @@ def test_case_18_system_errors_at_the_edge_are_one_line(capsys):
     assert capsys.readouterr().err == "prog: /somewhere/x.tsv: Permission denied\n"
 
 
+def test_case_18_what_a_step_has_finished_stays_when_it_fails(tmp_path):
+    ledger = Ledger(tmp_path, "work", ("id", "cell"))
+    with pytest.raises(PermissionError), ledger.batches(2) as record:
+        for number in range(5):
+            record(number, "x")
+        raise PermissionError(13, "Permission denied", "/somewhere/else.wav")  # not the ledger's fault
+    assert list(ledger.read()) == ["0", "1", "2", "3"]
+
+
 # ------------------------------------------------------- 17 as far as it is written here: at once or not at all
 
 
