@@ -22,6 +22,10 @@ class MissingAudioError(AudioError):
     """A recording does not exist."""
 
 
+class LongAudioError(AudioError):
+    """A recording is longer than what may be read at once."""
+
+
 class AudioWarning(UserWarning):
     """Sound that can be used but cannot be speech at full scale 1: far too loud, or as good as silent."""
 

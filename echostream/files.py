@@ -4,7 +4,7 @@ moment; where two processes may meet there is a lock; whatever fails is one line
 ``replacing``, ``write_text``, ``write_json``   a file, all at once: readers see the old one or the new one
 ``replacing_directory``                         the same for a directory
 ``growing``                                     an output that is followed while it grows, by one process
-``appending``                                   ledgers and results: whole lines, added by several processes
+``appending``, ``add``                          ledgers and results: whole lines, added by several processes
 ``keep_apart``                                  outputs that are no inputs, and not each other
 ``run_command``                                 the edge of a program: errors as one line, closed terminals and pipes
 
@@ -37,7 +37,7 @@ PARTIAL = ".echostream-"  # what a killed process may leave behind begins so, an
 
 @contextmanager
 def reported(path: str | Path) -> Iterator[None]:
-    """Whatever goes wrong with the system inside becomes one line about ``path``.
+    """Whatever goes wrong with the system inside becomes one line about ``path``, unless it names another file.
 
     Raises:
         OutputError: instead of OSError, and of text that UTF-8 cannot hold.
@@ -45,13 +45,23 @@ def reported(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeEncodeError) as error:
-        if isinstance(error, EchoStreamError):
+        if isinstance(error, EchoStreamError) or not _concerns(path, error):
             raise
         raise OutputError(failure(path, error)) from None
     except RuntimeError as error:  # how torch.save tells that its file could not be written
         if not isinstance(error.__context__, OSError):
             raise
         raise OutputError(failure(path, error.__context__)) from None
+
+
+def _concerns(path: str | Path, error: Exception) -> bool:
+    """Is the file that an error names ``path``, what becomes it, or a directory above?"""
+    named = getattr(error, "filename", None)
+    if not isinstance(named, (str, bytes)):
+        return True
+    other = os.path.abspath(os.fsdecode(named))
+    mine = (os.path.abspath(path), os.path.realpath(path))
+    return os.sep + PARTIAL in other or any(m == other or m.startswith(other.rstrip(os.sep) + os.sep) for m in mine)
 
 
 def failure(path: str | Path, error: Exception) -> str:
@@ -210,7 +220,7 @@ def growing(path: str | Path) -> io.FileIO:
 
 @contextmanager
 def appending(path: str | Path, wait: bool = True) -> Iterator[io.FileIO]:
-    """A file to add to (unbuffered, readable), locked; what a failed block has added is taken off again.
+    """A file to add to by ``add`` (unbuffered, readable), locked until the block ends.
 
     Args:
         wait: for another process to be done with it, rather than raise.
@@ -222,13 +232,19 @@ def appending(path: str | Path, wait: bool = True) -> Iterator[io.FileIO]:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with io.FileIO(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666), "r+") as file:
             _lock(file, wait)
-            size = file.seek(0, os.SEEK_END)
-            try:
-                yield file
-            except OSError:
-                with suppress(OSError):
-                    file.truncate(min(size, file.seek(0, os.SEEK_END)))
-                raise
+            file.seek(0, os.SEEK_END)
+            yield file
+
+
+def add(file: io.FileIO, text: str) -> None:
+    """Add to the end of an unbuffered file all of ``text``, in UTF-8, or nothing."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        write_all(file, text.encode("utf-8"))
+    except OSError:
+        with suppress(OSError):
+            file.truncate(size)
+        raise
 
 
 def write_all(file: io.RawIOBase, data: bytes) -> None:
@@ -290,43 +306,32 @@ def run_command(work: Callable[[], int | None], prefix: str = "error", interrupt
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may be anything but text
             stream.reconfigure(errors="backslashreplace")
-    with _carefree_stderr():
-        return _run_command(work, prefix, interrupted)
+    with _standard_streams():
+        status = _status(work, prefix, interrupted)
+        return max(status, _status(lambda: None if sys.stdout is None else sys.stdout.flush(), prefix, interrupted))
 
 
-def _run_command(work: Callable[[], int | None], prefix: str, interrupted: str) -> int:
+def _status(work: Callable[[], int | None], prefix: str, interrupted: str) -> int:
     try:
-        status = work() or 0
+        return work() or 0
     except EchoStreamError as error:
-        status = complain(f"{prefix}: {error}")
+        return complain(f"{prefix}: {error}")
     except BrokenPipeError:
-        status = 0
+        return 0
     except OSError as error:
-        name = error.filename if error.filename is not None else "a file"
-        name = os.fsdecode(name) if isinstance(name, (str, bytes)) else name
-        status = complain(f"{prefix}: {name}: {error.strerror or error}")
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return complain(f"{prefix}: {name}{error.strerror or error}")
     except KeyboardInterrupt:
-        status = 130
         if interrupted:
             complain(f"{prefix}: {interrupted}")
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except BrokenPipeError:
-            _silence(stream)
-        except (OSError, ValueError) as error:
-            _silence(stream)
-            if stream is sys.stdout:
-                status = complain(f"{prefix}: standard output cannot be written: {getattr(error, 'strerror', error)}")
-    return status
+        return 130
 
 
-class _Carefree:
-    """A stream whose reader may leave at any time; what is written then goes nowhere."""
+class _Stream:
+    """A standard stream that says what is wrong with it."""
 
-    def __init__(self, stream: TextIO):
-        self._stream, self._gone = stream, False
+    def __init__(self, stream: TextIO, failed: Callable[[OSError], None]):
+        self._stream, self._failed, self._gone = stream, failed, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -342,23 +347,28 @@ class _Carefree:
         try:
             if not self._gone:
                 do(*args)
-        except OSError:
+        except OSError as error:
             self._gone = True
             _silence(self._stream)
+            self._failed(error)
 
 
 @contextmanager
-def _carefree_stderr() -> Iterator[None]:
-    """Progress and messages must not end the work that they tell of."""
-    before = sys.stderr
-    if before is None:
-        yield
-        return
-    sys.stderr = _Carefree(before)
+def _standard_streams() -> Iterator[None]:
+    """Progress and messages never end the work that they tell of; what cannot be printed does, as one line."""
+
+    def told(error: OSError) -> None:
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise OutputError(failure("standard output", error)) from None
+
+    before = sys.stdout, sys.stderr
+    sys.stdout = None if sys.stdout is None else _Stream(sys.stdout, told)
+    sys.stderr = None if sys.stderr is None else _Stream(sys.stderr, lambda error: None)
     try:
         yield
     finally:
-        sys.stderr = before
+        sys.stdout, sys.stderr = before
 
 
 def complain(line: str) -> int:

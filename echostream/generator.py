@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from echostream.constants import BOS, EOS, PAD
 from echostream.errors import ConfigError
-from echostream.files import growing, reported, write_all
+from echostream.files import add, growing, reported
 from echostream.models.decoders.unit_decoder import greedy_units
 from echostream.text import collapse_ctc
 
@@ -139,7 +139,7 @@ class EchoStreamGenerator:
                 row["wav"] = f"wav/{utterance.id.replace('/', '_')}.wav"
                 write_audio(self.results / row["wav"], hypothesis.pop("waveform"))
             with reported(self.results):
-                write_all(self._file, (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+                add(self._file, json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def build_generator(task: Any, models: Sequence[nn.Module], args: Any, **kwargs: Any) -> EchoStreamGenerator:

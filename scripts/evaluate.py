@@ -38,7 +38,7 @@ from echostream.evaluation.asr import RECOGNISERS, Recogniser, load_recogniser  
 from echostream.evaluation.streams import stream  # noqa: E402
 from echostream.evaluation.systems import keep_heard, read_results, read_systems  # noqa: E402
 from echostream.evaluation.table import markdown  # noqa: E402
-from echostream.files import run_command, write_json, write_text  # noqa: E402
+from echostream.files import keep_apart, run_command, write_json, write_text  # noqa: E402
 from echostream.loading import read_mapping  # noqa: E402
 from echostream.streaming.options import (  # noqa: E402
     add_beam_argument,
@@ -218,6 +218,7 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
 
 def offline_tables(args: argparse.Namespace) -> None:
     figures = {}
+    keep_apart({"--output": args.output}, {f"the results {path}": path for path in args.results})
     for path in args.results:
         rows = read_results(path)
         figures[path.stem] = score_offline(rows, path, args.asr, args.target_lang, args.sacrebleu_tokenizer)
@@ -428,6 +429,8 @@ def write_report(args: argparse.Namespace) -> None:
     if len({name for name, _ in named}) < len(named):
         raise EchoStreamError("two systems have one name; give each its own: --system NAME=PATH")
     systems = read_systems({name: Path(path) for name, path in named}, rows)
+    inputs = {"--manifest": args.manifest, **{f"--system {name}": path for name, path in named}}
+    keep_apart({"--output": args.output}, inputs)
     options = report.Options(args.seed, args.samples, args.examples, args.ceiling)
     report.write(args.output, systems, rows, args.sweep, args.longform, options)
     print(args.output)

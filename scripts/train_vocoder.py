@@ -29,7 +29,7 @@ from echostream.data.corpus.rows import read_rows  # noqa: E402
 from echostream.errors import ConfigError  # noqa: E402
 from echostream.evaluation.asr import load_recogniser  # noqa: E402
 from echostream.evaluation.quality import word_error_rate  # noqa: E402
-from echostream.files import appending, run_command, write_all  # noqa: E402
+from echostream.files import add, appending, run_command  # noqa: E402
 from echostream.models.decoders.vocoder import PRESETS, VocoderConfig  # noqa: E402
 from echostream.text_file import iter_lines, read_text  # noqa: E402
 from echostream.vocoder.dataset import Utterance, hold_out, read_units  # noqa: E402
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         line = "\t".join((str(run.step), f"{run.minutes:.1f}", *values)) + "\n"
         with appending(curve) as lines:
             head = "" if lines.tell() else "\t".join(("step", "minutes", *names)) + "\n"
-            write_all(lines, (head + line).encode("utf-8"))
+            add(lines, head + line)
         if writer is not None:
             for name, value in figures.items():
                 writer.add_scalar(f"validation/{name}", value, run.step)

@@ -5,6 +5,7 @@ Nothing is kept but a window of the stream, so that it may be as long as it like
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import shutil
@@ -26,6 +27,26 @@ if TYPE_CHECKING:
 WINDOW = 16 << 20  # bytes that stay behind (libsndfile steps back a little) and that it may look ahead
 LENGTH = 1 << 40  # what it is told the stream's length is
 BLOCK_S = 0.1
+
+
+def open_forward(source: Any) -> soundfile.SoundFile:
+    """A ``SoundFile`` (of a path in bytes, a number or a file object) that is read from its beginning to its end.
+
+    The package otherwise seeks after every read, to where it is; that fails behind the last sample of a FLAC that does
+    not know its length.
+    """
+    return _forward_class()(source)
+
+
+@functools.cache
+def _forward_class() -> type:
+    import soundfile  # brings libsndfile: kept out of `import echostream.audio`
+
+    class Forward(soundfile.SoundFile):
+        def seekable(self) -> bool:
+            return False
+
+    return Forward
 
 
 def file_blocks(file: soundfile.SoundFile, name: str, block_s: float = BLOCK_S) -> Iterator[np.ndarray]:
@@ -55,6 +76,7 @@ class Window:
     def __init__(self, head: bytes, more: Reader, length: int = LENGTH):
         self.length = length
         self.held, self.start, self.place, self.more = bytearray(head), 0, 0, more
+        self.error: Exception | None = None  # of the pipe: it cannot pass through libsndfile
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.length}[whence]
@@ -71,7 +93,7 @@ class Window:
         if self.place > end + WINDOW:
             self.place += size
             return bytes(size)
-        while end < self.place + size and (data := self.more(min(1 << 16, self.place + size - end))):
+        while end < self.place + size and (data := self._more(min(1 << 16, self.place + size - end))):
             self.held += data
             end += len(data)
             if len(self.held) > 2 * WINDOW:
@@ -82,6 +104,13 @@ class Window:
         data = bytes(self.held[self.place - self.start : self.place - self.start + size])
         self.place += len(data)
         return data
+
+    def _more(self, count: int) -> bytes:
+        try:
+            return b"" if self.error else self.more(count)
+        except Exception as error:
+            self.error = error
+            return b""
 
 
 class Decoder:
@@ -98,6 +127,7 @@ class Decoder:
         self.form, self.head, self.more, self.name = form, head, more, name
         self.found: queue.Queue[Any] = queue.Queue(maxsize=8)
         self.closed = False
+        self.error: Exception | None = None
         threading.Thread(target=self._work, daemon=True).start()
         self.rate: int = self._next()
 
@@ -118,13 +148,12 @@ class Decoder:
         return found
 
     def _work(self) -> None:
-        import soundfile
-
+        source: Any = None
         try:
             try:
                 # libsndfile reads Ogg in order only from what it knows to be a pipe, and other formats from no pipe.
                 source = self._pipe() if self.form.reader == "ogg" else self._window()
-                file = soundfile.SoundFile(source)
+                file = open_forward(source)
             except (RuntimeError, TypeError, OSError) as error:
                 raise AudioError(
                     f"{self.name} begins like {self.form.name} but cannot be read as one: {reason_of(error)}"
@@ -135,9 +164,13 @@ class Decoder:
                     self.found.put(samples)
                     if self.closed:
                         return
-            self.found.put(None)
+            self.found.put(self._wrong(source))
         except BaseException as error:
-            self.found.put(error)
+            self.found.put(self._wrong(source) or error)
+
+    def _wrong(self, source: Any) -> Exception | None:
+        """What went wrong with the pipe, if anything."""
+        return source.error if isinstance(source, Window) else self.error
 
     def _window(self) -> Window:
         length = None
@@ -153,9 +186,12 @@ class Decoder:
         def pump() -> None:
             with suppress(OSError), open(writing, "wb", buffering=0) as file:
                 data = self.head
-                while data:
-                    file.write(data)
-                    data = self.more(4096)
+                try:
+                    while data:
+                        file.write(data)
+                        data = self.more(4096)
+                except AudioError as error:
+                    self.error = error
 
         threading.Thread(target=pump, daemon=True).start()
         return reading
@@ -254,4 +290,5 @@ class Ffmpeg:
                 self.process.stdin.write(data)
                 self.process.stdin.flush()
                 data = more(4096)
+        with suppress(OSError, ValueError):
             self.process.stdin.close()

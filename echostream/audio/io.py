@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import io
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 
-from echostream.audio.decode import file_blocks
+from echostream.audio.decode import file_blocks, open_forward
+from echostream.audio.level import LevelWatch
 from echostream.audio.resample import Resampler
 from echostream.audio.stream import AudioSource, open_file, open_pipe
 from echostream.constants import SAMPLE_RATE
-from echostream.errors import AudioError
+from echostream.errors import AudioError, AudioWarning, LongAudioError
 from echostream.files import replacing, reported
 
 LOUDEST = 2.0**31  # no recording holds more, whatever its full scale; features overflow only far beyond
-LONGEST_S = 6 * 3600  # of a recording that is read at once; a session takes what comes
+LONGEST_S = 3 * 3600.0  # of a recording that is read at once; a session takes what comes
 
 
-def load_audio(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+def load_audio(path: str | Path, sample_rate: int = SAMPLE_RATE, longest_s: float | None = None) -> np.ndarray:
     """Read a recording as mono samples at ``sample_rate``.
 
     Channels are averaged. Other rates go through the same filter as the streaming session's, so that a file read at
     once and a file streamed give the same samples.
 
+    Args:
+        longest_s: no more is read of it (default: ``LONGEST_S``). A few kilobytes may hold days of silence.
+
     Returns:
         float32 [N], full scale is 1.
 
     Raises:
-        AudioError: the file is missing, empty, not audio, longer than ``LONGEST_S``, or holds NaN, infinite or
-            impossibly large samples.
+        AudioError: the file is missing, empty, not audio, or holds NaN, infinite or impossibly large samples.
+        LongAudioError: it is longer than ``longest_s``.
     """
-    with _blocks(path) as (source, blocks):
+    with _blocks(path, longest_s) as (source, blocks):
         resampler = Resampler(source.rate, sample_rate)
         state, parts = resampler.init_state(), []
         for block in blocks:
@@ -60,7 +65,7 @@ def decode_audio(data: bytes, name: str, sample_rate: int = SAMPLE_RATE) -> np.n
         AudioError: as for ``load_audio``; and raw PCM is none.
     """
     try:
-        file = _soundfile().SoundFile(io.BytesIO(data))
+        file = open_forward(io.BytesIO(data))
         source = AudioSource(name, file.samplerate, file_blocks(file, name), None, True, file.close)
     except (RuntimeError, TypeError):
         source = open_pipe(io.BytesIO(data), SAMPLE_RATE, name=name)
@@ -74,22 +79,27 @@ def decode_audio(data: bytes, name: str, sample_rate: int = SAMPLE_RATE) -> np.n
 
 
 @contextmanager
-def _blocks(path: str | Path) -> Iterator[tuple[AudioSource, Iterator[np.ndarray]]]:
+def _blocks(
+    path: str | Path, longest_s: float | None = None
+) -> Iterator[tuple[AudioSource, Iterator[np.ndarray]]]:
     source = open_file(path, block_ms=1000)
     try:
-        yield source, _checked(source)
+        yield source, _checked(source, longest_s)
     finally:
         source.close()
 
 
-def _checked(source: AudioSource) -> Iterator[np.ndarray]:
-    """The blocks of a source that has some, none of them too long or unusable."""
-    count = 0
+def _checked(source: AudioSource, longest_s: float | None = None) -> Iterator[np.ndarray]:
+    """The blocks of a source that has some, not too many and none unusable."""
+    longest_s = LONGEST_S if longest_s is None else longest_s
+    count, level = 0, LevelWatch()
     for block in source.blocks:
         check_finite(block, source.name, count)
+        if (said := level.hear(block, source.rate)) is not None:
+            warnings.warn(f"{source.name}: {said}", AudioWarning, stacklevel=3)
         count += len(block)
-        if count > LONGEST_S * source.rate:
-            raise AudioError(f"{source.name} is longer than {LONGEST_S // 3600} hours; cut it")
+        if count > longest_s * source.rate:
+            raise LongAudioError(f"{source.name} is longer than {longest_s:g} s; cut it")
         yield block
     if count == 0:
         raise AudioError(f"audio file {source.name} holds no samples")

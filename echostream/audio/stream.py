@@ -15,7 +15,7 @@ from typing import BinaryIO, Callable, Iterator
 
 import numpy as np
 
-from echostream.audio.decode import Decoder, Ffmpeg, file_blocks, find_ffmpeg, reason_of
+from echostream.audio.decode import Decoder, Ffmpeg, file_blocks, find_ffmpeg, open_forward, reason_of
 from echostream.audio.formats import HEAD, MPEG_HEAD, sniff, wants_more
 from echostream.audio.resample import check_rate
 from echostream.audio.wav import MOST_CHANNELS, OPEN_END, PcmStream, read_bytes, sox_stream, wav_header, wav_stream
@@ -54,8 +54,6 @@ def open_file(path: str | Path, block_ms: int = 100, rate: int = 16000, channels
     Raises:
         AudioError: it is missing, empty or not audio.
     """
-    import soundfile  # brings libsndfile: kept out of `import echostream.audio`
-
     path = Path(path)
     try:
         status = path.stat()
@@ -81,7 +79,7 @@ def open_file(path: str | Path, block_ms: int = 100, rate: int = 16000, channels
         return _opened(path, lambda file: sox_stream(file.read, file.read(4), str(path)))
     try:
         # By number, for a name may be anything but text.
-        file = soundfile.SoundFile(os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+        file = open_forward(os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
     except (RuntimeError, TypeError, OSError) as error:  # libsndfile's own errors are RuntimeErrors
         if (form is None or form.reader != "ffmpeg") and find_ffmpeg() is None:
             raise AudioError(f"{path} cannot be read as audio: {reason_of(error)}") from None

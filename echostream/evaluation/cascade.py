@@ -18,7 +18,7 @@ from echostream.data.corpus.tts import Engine
 from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError
 from echostream.evaluation.asr import Recogniser
-from echostream.files import appending, write_all
+from echostream.files import add, appending
 from echostream.text_file import read_lines
 
 
@@ -59,7 +59,7 @@ def run_cascade(
             if voice is not None:
                 line["wav"] = f"wav/{row.id.replace('/', '_')}.wav"
                 write_audio(results.parent / line["wav"], _say(voice, text, row.id, seed))
-            write_all(file, (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
+            add(file, json.dumps(line, ensure_ascii=False) + "\n")
     return results
 
 

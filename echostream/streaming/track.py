@@ -12,7 +12,7 @@ import numpy as np
 from echostream.audio.io import check_finite
 from echostream.audio.level import LevelWatch
 from echostream.audio.resample import check_rate
-from echostream.errors import AudioError, AudioWarning, SessionError
+from echostream.errors import AudioError, AudioWarning, EchoStreamError, SessionError
 from echostream.streaming.clock import AudioClock, ClockState
 from echostream.streaming.engine import Engine, Stream, Work
 from echostream.streaming.events import Event
@@ -173,6 +173,8 @@ def as_samples(samples: Any) -> np.ndarray:
     """
     try:
         array = np.asarray(samples)
+    except EchoStreamError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors on another device
         raise AudioError(f"pushed samples are no array ({str(error).splitlines()[0]}); push mono float32") from None
     if array.ndim != 1:

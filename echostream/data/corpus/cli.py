@@ -24,7 +24,7 @@ from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_ta
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
 from echostream.errors import ManifestError, require
 from echostream.evaluation.systems import read_results
-from echostream.files import run_command, write_json
+from echostream.files import keep_apart, run_command, write_json
 from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
@@ -189,6 +189,7 @@ def run_catalogues(args: argparse.Namespace) -> None:
 def run_text(args: argparse.Namespace) -> None:
     args.source_lang, args.target_lang = languages_of(args)
     args.output.mkdir(parents=True, exist_ok=True)
+    keep_apart({"rows.tsv": args.output / "rows.tsv"}, {"--pairs": args.pairs})
     with Skipped(args.output / "skipped", "text") as skipped:
         if args.pairs:
             columns = tuple(args.columns) if args.columns else None

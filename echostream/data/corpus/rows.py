@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from echostream.errors import ManifestError
-from echostream.files import appending, replacing, write_all
+from echostream.files import add, appending, replacing
 from echostream.text_file import iter_lines
 
 
@@ -106,19 +106,14 @@ class Ledger:
 
     def _add(self, file: io.FileIO, lines: Iterable[Iterable[object]]) -> None:
         text = "".join("\t".join(_cell(v) for v in line) + "\n" for line in lines)
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
+        if file.seek(0, os.SEEK_END) == 0:
             text = "\t".join(self.columns) + "\n" + text
         else:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.seek(0)
-                file.truncate(size := file.readall().rfind(b"\n") + 1)
-        try:
-            write_all(file, text.encode("utf-8"))
-        except OSError:
-            file.truncate(size)  # whole lines only
-            raise
+                file.truncate(file.readall().rfind(b"\n") + 1)
+        add(file, text)
 
     @contextmanager
     def batches(self, size: int) -> Iterator[Callable[..., None]]:
@@ -132,7 +127,7 @@ class Ledger:
         lines: list[tuple[object, ...]] = []
         with appending(self.path, wait=False) as file:
 
-            def add(*cells: object) -> None:
+            def record(*cells: object) -> None:
                 lines.append(cells)
                 if len(lines) == size:
                     flush()
@@ -141,7 +136,7 @@ class Ledger:
                 finished, lines[:] = list(lines), []
                 self._add(file, finished)
 
-            yield add
+            yield record
             flush()
 
 
