@@ -425,7 +425,6 @@ def test_case_09_cvss_shares_no_sentence_between_splits(tmp_path: Path) -> None:
 
 def test_case_09_manifests_never_mix_splits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from echostream.data.corpus.cli import main
-
     from tests.test_corpus import pairs
 
     clips = {f"c{i}": (*pair, ("train" if i % 4 else "test",)) for i, pair in enumerate(pairs(48))}
