@@ -20,6 +20,7 @@ from echostream.data.corpus.cli import main
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, take_shard, write_rows
 from echostream.data.corpus.split import fixed_test_rows, split_of_key, split_pairs
+from echostream.data.corpus.subwords import train_subwords
 from echostream.errors import EchoStreamError, ManifestError
 
 NOUNS = ["gato", "perro", "libro", "coche", "árbol", "río", "pan", "vino", "tren", "barco"]
@@ -495,6 +496,24 @@ def test_all_steps_from_ready_recordings(tmp_path: Path) -> None:
     assert main(["units", "--output", str(output), "--features", "mfcc", "--num-units", "20"]) == 0
     assert main(["manifests", "--output", str(output)]) == 0
     assert before == ((output / "train.tsv").read_bytes(), (output / "units" / "kmeans.npz").read_bytes())
+
+
+def test_manifests_without_units(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "c"
+    write_rows(output / "rows.tsv", rows_for("train", 3))
+    (output / "steps").mkdir()
+    (output / "steps" / "text.json").write_text(json.dumps(
+        {"settings": {"source_lang": "es", "target_lang": "en"}, "pairs": {}}))
+    for side in ("src", "tgt"):
+        texts = [f"{source} {target}" for source, target in pairs(40)]
+        train_subwords(texts, output / f"spm.{side}.model", output / f"dict.{side}.txt", 50)
+    speech.speech_set(output, "s", rows_for("train", 3), speech.Selection("train"), Tones(), None)
+    assert main(["manifests", "--output", str(output)]) == 1
+    assert "run the step 'units' first" in capsys.readouterr().err
+    assert main(["manifests", "--output", str(output), "--without-units", "--cmvn-utterances", "0"]) == 0
+    lines = list(read_table(output / "train.tsv"))
+    assert len(lines) == 3 and {(line["tgt_audio"], line["tgt_n_frames"]) for line in lines} == {("", "0")}
+    assert len((output / "dict.unit.txt").read_text().splitlines()) == 1000
 
 
 class Whistler:

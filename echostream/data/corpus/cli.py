@@ -1,4 +1,4 @@
-"""The steps of ``scripts/prepare_corpus.py``: text, speech, target, units, manifests; all in a row; and respeak.
+"""Steps of ``scripts/prepare_corpus.py``: catalogues; text, speech, target, units, manifests, all in a row; respeak.
 
 Every step reads what the steps before it left in the output directory, does only what is missing, and notes its
 settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Callable, Iterable
 
 from echostream.constants import SAMPLE_RATE
-from echostream.data.corpus import languages, manifests, sources, speech, target_units, tts, voices
+from echostream.data.corpus import catalogues, languages, manifests, sources, speech, target_units, tts, voices
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
@@ -31,6 +31,7 @@ from echostream.units.kmeans import load_kmeans
 PACKAGES = (
     "echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2", "py-nanotts",
 )
+DEFAULT_UNITS = 1000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +55,26 @@ def build_parser() -> argparse.ArgumentParser:
          _respeak_options, _units_options, _kokoro_option, _shard_options)
     step("all", run_all, "every step in a row, one set of recordings for each split", _text_options,
          _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options)
+    text = "write parallel text, the messages of programs, from gettext catalogues (.mo, .po)"
+    _catalogue_options(steps.add_parser("catalogues", help=text, description=text))
     return parser
+
+
+def _catalogue_options(parser: argparse.ArgumentParser) -> None:
+    limits = catalogues.Limits()
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR",
+                        help="searched for <language>/LC_MESSAGES/*.mo and <language>.po, as in /usr/share/locale")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="table to write, .tsv or .tsv.gz")
+    parser.add_argument("--source-lang", default="es")
+    parser.add_argument("--target-lang", default="en")
+    parser.add_argument("--message-lang", default="en", help="language of the untranslated messages, one of the two")
+    parser.add_argument("--exclude", type=Path, nargs="*", default=[], metavar="TABLE",
+                        help="no sentence of these tables may occur (rows.tsv: none outside of the split train)")
+    parser.add_argument("--min-words", type=int, default=limits.min_words)
+    parser.add_argument("--max-words", type=int, default=limits.max_words,
+                        help="messages of several sentences are cut into pieces of all lengths up to this")
+    parser.add_argument("--fragments", action="store_true", help="also keep what does not end like a sentence")
+    parser.set_defaults(run=run_catalogues)
 
 
 def _shard_options(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +96,8 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-size", type=int,
                         help="pairs of the fixed test set (--pairs), neither more nor fewer (default: a fiftieth of "
                         "all, at most 1000; in small corpora 8 for test and dev each, or an eighth)")
+    parser.add_argument("--train-only", action="store_true",
+                        help="all of --pairs train; dev and test are another corpus', whose sentences are not in these")
     parser.add_argument("--vocab-size", type=int, default=1000, help="SentencePiece pieces on each side")
     parser.add_argument("--source-vocab-size", type=int,
                         help="pieces on the source side: few (160) let the ASR CTC learn in a tenth of the time")
@@ -128,7 +150,7 @@ def _units_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, default=11, help="HuBERT layer, from 1")
     parser.add_argument("--compute-type", default="int8", help="of CTranslate2: int8, float32 ...")
     parser.add_argument("--kmeans", type=Path, help="use these centroids (npz, or joblib as HuBERT's) and fit none")
-    parser.add_argument("--num-units", type=int, default=1000)
+    parser.add_argument("--num-units", type=int, default=DEFAULT_UNITS)
     parser.add_argument("--fit-frames", type=int, default=300_000, help="frames to fit k-means on, 50 a second")
     parser.add_argument("--positions", type=int, default=16,
                         help="position-dependent directions to take out of the features (0: none)")
@@ -137,7 +159,8 @@ def _units_options(parser: argparse.ArgumentParser) -> None:
 def _manifest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", nargs="*", default=[], metavar="NAME=SET,SET",
                         help="which sets go into which manifest (default: each set into the manifest of its split)")
-    parser.add_argument("--without-units", action="store_true", help="keep pairs whose target has no units yet")
+    parser.add_argument("--without-units", action="store_true",
+                        help="keep pairs whose target has no units yet; the steps target and units may be left out")
     parser.add_argument("--cmvn-utterances", type=int, default=3000, help="of the train manifest; 0 keeps gcmvn.npz")
 
 
@@ -147,13 +170,24 @@ def _respeak_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", required=True, metavar="NAME", help="name of the new manifest")
 
 
+def run_catalogues(args: argparse.Namespace) -> None:
+    counts = catalogues.write_pairs(
+        args.output, args.directories, args.source_lang, args.target_lang, args.message_lang, args.exclude,
+        catalogues.Limits(args.min_words, args.max_words, args.fragments), progress_bar("catalogues", unit="file"),
+    )
+    written = {name: counts.pop(name) for name in ("pairs", "words", "catalogues")}
+    print(", ".join(f"{count} {name}" for name, count in written.items()) + f"; left out: {dict(counts)}")
+
+
 def run_text(args: argparse.Namespace) -> None:
     args.source_lang, args.target_lang = languages_of(args)
     args.output.mkdir(parents=True, exist_ok=True)
     with Skipped(args.output / "skipped", "text") as skipped:
         if args.pairs:
             columns = tuple(args.columns) if args.columns else None
-            rows = sources.rows_of_text(args.pairs, skipped, args.max_words, args.test_size, columns, least=True)
+            rows = sources.rows_of_text(
+                args.pairs, skipped, args.max_words, args.test_size, columns, args.train_only, least=True
+            )
         else:
             rows = sources.rows_of_cvss(args.common_voice, args.cvss, skipped, args.max_words)
     write_rows(args.output / "rows.tsv", rows)
@@ -170,7 +204,7 @@ def run_text(args: argparse.Namespace) -> None:
     splits = {s: sum(row.split == s for row in rows) for s in ("train", "dev", "test", "rest")}
     note_step(args, "text", pairs=splits, pieces=pieces, skipped=len(skipped))
     print(f"text: {splits}, pieces {pieces}, {len(skipped)} rows skipped")
-    for split in ("train", "dev", "test"):
+    for split in ("train",) if args.train_only else ("train", "dev", "test"):
         if not splits[split]:
             print(f"text: no pairs of the split {split}; CVSS has none, or all were skipped", file=sys.stderr)
     if not args.source_lang:
@@ -283,8 +317,12 @@ def run_units(args: argparse.Namespace) -> None:
 
 def run_manifests(args: argparse.Namespace) -> None:
     rows = {row.row: row for row in read_rows(args.output / "rows.tsv")}
-    text, units_note = _read_note(args.output, "text"), _read_note(args.output, "units")
-    units = {line["id"]: line for line in read_table(args.output / "target" / "units.tsv", target_units.UNIT_COLUMNS)}
+    text = _read_note(args.output, "text")
+    if args.without_units and not (args.output / "steps" / "units.json").is_file():
+        units_note, units = {"num_units": DEFAULT_UNITS}, {}
+    else:
+        units_note, table = _read_note(args.output, "units"), args.output / "target" / "units.tsv"
+        units = {line["id"]: line for line in read_table(table, target_units.UNIT_COLUMNS)}
     by_set = {name: list(speech_ledger(args.output, name).values()) for name in speech_sets(args.output)}
     plan: dict[str, list[str]] = {}
     for entry in args.manifest:
