@@ -29,6 +29,7 @@ EXTRAS = {
         f"fairseq-fixed==0.12.3.1; {LACKS_WHEEL}",
         "rapidfuzz>=3.0",
         "sacrebleu>=2.3.1",
+        "scipy>=1.11",
         "soxr>=0.3",
         "tensorboard>=2.10",
     ],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from echostream.audio.cmvn import GlobalCMVN
+from echostream.audio.features import feature_extractor
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import CheckpointError, ManifestError, require
@@ -259,13 +260,14 @@ def save_bundle(
     check_vocabulary(data / FILES["source_dict"], source_dict, config.asr_vocab_size, "asr_vocab_size")
     check_vocabulary(data / FILES["target_dict"], target_dict, config.mt_vocab_size, "mt_vocab_size")
     check_vocabulary(data / FILES["unit_dict"], unit_dict, config.num_units + NUM_SPECIALS, "num_units")
-    GlobalCMVN.load(data / FILES["cmvn"])
+    cmvn = feature_extractor(config.features).cmvn or GlobalCMVN.load(data / FILES["cmvn"])
 
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn"):
+    for name in ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict"):
         if not (data / FILES[name]).exists():
             raise ManifestError(f"{data / FILES[name]} does not exist; make it with scripts/prepare_corpus.py")
         shutil.copyfile(data / FILES[name], directory / FILES[name])
+    cmvn.save(directory / FILES["cmvn"])
     weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
     torch.save({"format": FORMAT, "model": weights}, directory / FILES["model"])
     if vocoder is not None:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from echostream import __version__, vocode
+from echostream import __version__, import_whisper, vocode
 from echostream.errors import CheckpointError, EchoStreamError
 
 EXAMPLES = """examples:
@@ -118,6 +118,15 @@ def build_parser() -> argparse.ArgumentParser:
     speak.set_defaults(run=vocode.vocode)
     vocode.add_arguments(speak)
 
+    whisper = commands.add_parser(
+        "import-whisper",
+        help="make a checkpoint directory from a Whisper model, to train on from",
+        description=import_whisper.DESCRIPTION,
+        formatter_class=raw,
+    )
+    whisper.set_defaults(run=run_import_whisper)
+    import_whisper.add_arguments(whisper)
+
     info = commands.add_parser(
         "info",
         help="what is in a checkpoint",
@@ -154,6 +163,12 @@ def run_export(args: argparse.Namespace) -> int:
         print(f"{stage:<14} differs from torch by {difference:.0e}{' in single precision' if args.int8 else ''}")
     for path in sorted(directory.glob("*.onnx")):
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")
+    print(f"{sum(path.stat().st_size for path in directory.iterdir()) / 1e6:8.2f} MB  {directory}")
+    return 0
+
+
+def run_import_whisper(args: argparse.Namespace) -> int:
+    directory = import_whisper.import_whisper(args)
     print(f"{sum(path.stat().st_size for path in directory.iterdir()) / 1e6:8.2f} MB  {directory}")
     return 0
 

@@ -13,6 +13,9 @@ import yaml
 from echostream.errors import ConfigError
 from echostream.yaml_file import read_mapping
 
+ACTIVATIONS = ("relu", "gelu")
+DECODER_FORMS = ("vaswani", "whisper")
+
 
 def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -41,6 +44,11 @@ class EchoStreamConfig:
     segment_length: int = _option(4, "encoder frames (40 ms) in a segment")
     left_context_length: int = _option(30, "encoder frames of cached left context")
     right_context_length: int = _option(0, "encoder frames of look-ahead behind a segment")
+    train_contexts: str = _option(
+        "",
+        "in training, draw segment_length:right_context_length for each batch from this list (8:8,16:0,...), so that "
+        "the model can be run with any of them; an entry may appear several times",
+    )
     memory_size: int = _option(8, "segment summaries in the memory bank; 0 leaves the bank and its weights out")
     shift_context: bool = _option(
         False, "give a stream's last segments so many more frames of left context as they lack of their own"
@@ -49,18 +57,45 @@ class EchoStreamConfig:
         False, "attend the whole utterance instead of segments, left and right context and memory: offline only"
     )
     encoder_normalize_before: bool = _option(False, "LayerNorm before attention and FFN (torchaudio's form)")
+    encoder_final_norm: bool = _option(
+        False, "with encoder_normalize_before: one LayerNorm behind the last layer instead of one behind every layer"
+    )
+    encoder_activation: str = _option("relu", "activation of the Emformer layers' feed-forward networks", ACTIVATIONS)
+    encoder_stem: str = _option(
+        "conv2d",
+        "conv2d: log-mel as Kaldi's, two strided Conv2d, 40 ms frames throughout; whisper: Whisper's log-mel without "
+        "look-ahead and its two Conv1d, layers at 20 ms, pairs of frames merged behind the last one",
+        ("conv2d", "whisper"),
+    )
+    encoder_position_period: int = _option(
+        0, "sinusoidal positions that begin anew after so many frames of the layers (1500 in Whisper); 0: no positions"
+    )
+    encoder_relative_bias: bool = _option(
+        False, "a learnt bias per head and distance on the attention scores (T5's form), alike in no two layers"
+    )
+    encoder_conv_kernel: int = _option(
+        0, "frames that a causal depthwise convolution (the Conformer's module) before the attention sees; 0: none"
+    )
     # Source-text CTC head
     asr_vocab_size: int = _option(6000, "source dictionary size")
     # Target-text CTC head
     st_decoder_layers: int = _option(2, "causal transformer layers of the ST CTC head")
     st_decoder_heads: int = _option(4, "attention heads of the ST CTC head")
     st_vocab_size: int = _option(6000, "target dictionary size")
+    st_decoder_embed_dim: int = _option(0, "width of the ST CTC head's layers; 0: the encoder's")
+    st_decoder_ffn_dim: int = _option(0, "inner width of their feed-forward networks; 0: the encoder's")
     st_left_context: int = _option(128, "encoder frames an ST CTC layer sees, the current one included")
     # Autoregressive text decoder
     mt_decoder_layers: int = _option(4, "layers of the MT decoder")
     mt_decoder_heads: int = _option(4, "attention heads of the MT decoder")
     mt_decoder_embed_dim: int = _option(256, "width of the MT decoder")
     mt_decoder_ffn_dim: int = _option(1024, "inner width of the MT decoder's feed-forward networks")
+    mt_decoder_form: str = _option(
+        "vaswani",
+        "vaswani: LayerNorm behind each residual, ReLU, sinusoidal positions, output and embedding apart; whisper: "
+        "LayerNorm before, GELU, learnt positions, one matrix for embedding and output",
+        DECODER_FORMS,
+    )
     mt_vocab_size: int = _option(6000, "target dictionary size (the same dictionary as the ST head's)")
     # Unit decoder
     unit_decoder_input: str = _option(
@@ -91,14 +126,14 @@ class EchoStreamConfig:
                 raise ConfigError(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}")
             if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
                 raise ConfigError(f"{f.name} is {value!r}; it must be a whole number")
-            zero_allowed = f.name in ("right_context_length", "left_context_length", "memory_size", "st_decoder_layers")
-            if f.type == "int" and value < (0 if zero_allowed else 1):
-                raise ConfigError(f"{f.name} is {value}; it must be at least {0 if zero_allowed else 1}")
+            least = 0 if f.name in _MAY_BE_ZERO else 1
+            if f.type == "int" and value < least:
+                raise ConfigError(f"{f.name} is {value}; it must be at least {least}")
             if f.type == "float" and not 0 <= value < 1:
                 raise ConfigError(f"{f.name} is {value}; it must lie in [0, 1)")
         for width, heads in (
             ("encoder_embed_dim", "encoder_attention_heads"),
-            ("encoder_embed_dim", "st_decoder_heads"),
+            ("st_dim", "st_decoder_heads"),
             ("mt_decoder_embed_dim", "mt_decoder_heads"),
             ("unit_decoder_embed_dim", "unit_decoder_heads"),
         ):
@@ -108,6 +143,43 @@ class EchoStreamConfig:
                 )
         if self.full_context and self.shift_context:
             raise ConfigError("full_context has no segments whose context shift_context could shift; choose one")
+        if self.encoder_final_norm and not self.encoder_normalize_before:
+            raise ConfigError("encoder_final_norm belongs to encoder_normalize_before: post-norm layers end in a norm")
+        contexts = self.contexts
+        if contexts and (self.encoder_relative_bias or self.full_context):
+            raise ConfigError("train_contexts goes neither with encoder_relative_bias nor with full_context")
+        if self.encoder_stem == "whisper" and self.input_channels != 1:
+            raise ConfigError(f"input_channels is {self.input_channels}; encoder_stem: whisper has one")
+
+    @property
+    def contexts(self) -> list[tuple[int, int]]:
+        """``train_contexts`` as (segment, right context) in encoder frames.
+
+        Raises:
+            ConfigError: it is not a list of such pairs.
+        """
+        pairs = []
+        for entry in filter(None, self.train_contexts.split(",")):
+            segment, colon, right = entry.strip().partition(":")
+            if not (colon and segment.isdecimal() and right.isdecimal() and int(segment)):
+                raise ConfigError(f"train_contexts holds {entry!r}; entries are segment:right, such as 8:4")
+            pairs.append((int(segment), int(right)))
+        return pairs
+
+    @property
+    def features(self) -> str:
+        """Which log-mel the encoder hears (see ``audio.features``): ``kaldi`` or ``whisper``."""
+        return "whisper" if self.encoder_stem == "whisper" else "kaldi"
+
+    @property
+    def frame_rate_factor(self) -> int:
+        """Frames of the Emformer layers per encoder frame of 40 ms."""
+        return 2 if self.encoder_stem == "whisper" else 1
+
+    @property
+    def st_dim(self) -> int:
+        """Width of the ST CTC head's layers."""
+        return self.st_decoder_embed_dim or self.encoder_embed_dim
 
     @property
     def units_read_text(self) -> bool:
@@ -115,10 +187,10 @@ class EchoStreamConfig:
         return self.unit_decoder_input != "encoder"
 
     @property
-    def left_cache_length(self) -> int:
-        """Encoder frames of left context to keep: with ``shift_context`` a segment may lack all its frames but one."""
-        lacking = self.segment_length + self.right_context_length - 1
-        return self.left_context_length + (lacking if self.shift_context else 0)
+    def left_frames(self) -> int:
+        """Frames of left context that a layer keeps; with ``shift_context`` more, for a segment may lack its own."""
+        lacking = self.frame_rate_factor * (self.segment_length + self.right_context_length) - 1
+        return self.frame_rate_factor * self.left_context_length + (lacking if self.shift_context else 0)
 
     @classmethod
     def small(cls, **changes: Any) -> "EchoStreamConfig":
@@ -167,6 +239,12 @@ class EchoStreamConfig:
         """Collect the fields that ``args`` holds; the rest keep their defaults."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if getattr(args, f.name, None) is not None})
 
+
+# Lengths and counts that may be left at nothing.
+_MAY_BE_ZERO = frozenset({
+    "right_context_length", "left_context_length", "memory_size", "st_decoder_layers", "encoder_position_period",
+    "encoder_conv_kernel", "st_decoder_embed_dim", "st_decoder_ffn_dim",
+})  # fmt: skip
 
 SMALL: dict[str, Any] = dict(
     conv_channels=96,

@@ -8,6 +8,11 @@ SUBSAMPLING = 4  # feature frames per encoder frame
 # Two convolutions of kernel 3 and stride 2 make encoder frame t look at the features 4t-3 .. 4t+3: nothing beyond the
 # four frames it replaces, and three frames before them.
 SUBSAMPLING_CONTEXT = SUBSAMPLING - 1
+# Whisper's log-mel: log10 of the energies, never below this floor (its own follows the loudest frame, future included,
+# and lies here for speech of ordinary level), then (x + 4) / 4.
+WHISPER_FLOOR = -6.5
+WHISPER_MEAN, WHISPER_STD = -4.0, 4.0
+WHISPER_SILENCE = (WHISPER_FLOOR - WHISPER_MEAN) / WHISPER_STD  # a normalised frame of silence
 ENCODER_FRAME_MS = 40  # one encoder frame of source audio
 UNIT_RATE = 50  # discrete units per second of target speech, before deduplication
 UNIT_HOP = SAMPLE_RATE // UNIT_RATE  # samples of waveform per unit (320)

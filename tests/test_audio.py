@@ -7,9 +7,11 @@ import pytest
 import soundfile
 
 from echostream.audio.cmvn import GlobalCMVN
-from echostream.audio.fbank import FbankState, fbank, fbank_step, init_fbank_state, num_frames
+from echostream.audio.fbank import fbank, num_frames
+from echostream.audio.features import FEATURES, FeatureState
 from echostream.audio.io import load_audio, write_audio
 from echostream.audio.resample import Resampler
+from echostream.constants import WHISPER_SILENCE
 from echostream.errors import AudioError, EchoStreamError, ManifestError
 
 
@@ -71,17 +73,17 @@ def test_fbank_frame_count(length):
 @pytest.mark.parametrize("largest", [3, 700, 9000])
 def test_fbank_stream_is_bit_identical(largest):
     samples = speechlike(0.4 if largest == 3 else 3.0)
-    state, parts = init_fbank_state(), []
+    state, parts = FEATURES["kaldi"].init_state(), []
     for piece in random_splits(samples, np.random.default_rng(largest), largest):
-        features, state = fbank_step(piece, state)
+        features, state = FEATURES["kaldi"].step(piece, state)
         parts.append(features)
     assert np.array_equal(np.concatenate(parts), fbank(samples))
 
 
 def test_fbank_step_leaves_its_state_alone():
-    _, state = fbank_step(speechlike(0.1), init_fbank_state())
-    before = FbankState(state.samples.copy(), state.count)
-    fbank_step(speechlike(0.1, seed=2), state)
+    _, state = FEATURES["kaldi"].step(speechlike(0.1), FEATURES["kaldi"].init_state())
+    before = FeatureState(state.samples.copy(), state.count)
+    FEATURES["kaldi"].step(speechlike(0.1, seed=2), state)
     assert np.array_equal(before.samples, state.samples) and before.count == state.count
 
 
@@ -242,3 +244,31 @@ def test_cmvn_errors(tmp_path, arrays, message):
     with pytest.raises(ManifestError, match=message) as caught:
         GlobalCMVN.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_whisper_features_are_whispers_own_behind_20_ms_of_silence():
+    extractor = pytest.importorskip("faster_whisper.feature_extractor").FeatureExtractor()
+    samples = speechlike(2.0)
+    samples *= np.float32(10 ** 0.5 / np.abs(samples).max())  # so loud that Whisper's floor lies above ours
+    theirs = extractor(np.concatenate([np.zeros(320, np.float32), samples]), padding=0)
+    theirs = theirs[:80].T[1:]
+    ours = FEATURES["whisper"].cmvn.apply(FEATURES["whisper"].extract(samples))
+    floor = theirs.min()
+    count = len(ours)
+    assert count == (len(samples) - 40) // 160 + 1
+    assert np.abs(np.maximum(ours, floor) - theirs[:count]).max() < 1e-3
+    silence = FEATURES["whisper"].cmvn.apply(FEATURES["whisper"].extract(np.zeros(4000)))
+    assert np.allclose(silence, WHISPER_SILENCE, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_do_not_see_the_future(name):
+    samples = speechlike(1.0)
+    extractor = FEATURES[name]
+    whole = extractor.extract(samples)
+    for cut in (399, 1000, 7777):
+        part = extractor.extract(samples[:cut])
+        assert len(part) == extractor.num_frames(cut)
+        assert np.array_equal(part, whole[: len(part)])
+        louder = np.concatenate([samples[:cut], 10 * samples[cut:]])
+        assert np.array_equal(extractor.extract(louder)[: len(part)], part)

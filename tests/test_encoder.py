@@ -459,7 +459,7 @@ def test_attention_of_training_equals_the_fused_one(monkeypatch: pytest.MonkeyPa
     expected = offline(encoder, x)
     monkeypatch.setattr(attention, "cheap_dropout", lambda x, p, training: x)
     monkeypatch.setattr(emformer_layer, "dropout", lambda x, p, training: x)
-    monkeypatch.setattr(emformer_layer, "relu_dropout", lambda x, p, training: x.relu())
+    monkeypatch.setattr(emformer_layer, "activate", lambda x, activation, p, training: x.relu())
     for layer in encoder.layers:
         layer.train()
     assert_same(offline(encoder, x), expected)

@@ -171,6 +171,8 @@ def test_speech_follows_the_text_of_every_policy():
         (lambda: AlignAttPolicy(-1), "alignatt_frames is -1"),
         (lambda: make_policy("alignatt", wait_k=1), "no knob 'wait_k'"),
         (lambda: StreamingSession(BUNDLES["mt"], policy=AlignAttPolicy(alignatt_layer=2)), "layer 2, but .* 2 layers"),
+        (lambda: AlignAttPolicy(alignatt_heads="3-1"), "alignatt_heads is '3-1'"),
+        (lambda: StreamingSession(BUNDLES["mt"], policy=AlignAttPolicy(alignatt_heads="0.2")), "head 2, but .* 2 a"),
     ],
 )
 def test_knobs_are_checked(build, message):
@@ -181,14 +183,14 @@ def test_knobs_are_checked(build, message):
 # ----------------------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("layer", [0, 1])
 def test_a_probe_sees_the_weights_that_made_the_output(layer):
     """The probed weights, spread over a layer's values by hand, give that layer's attended vector (one head)."""
     torch.manual_seed(0)
     decoder = BUNDLES["mt"].model.mt_decoder
     frames = torch.randn(2, 7, 32, dtype=torch.float64)
     state = decoder.extend(frames, torch.tensor([7, 5]), decoder.init_state(2))
-    probe = AttentionProbe(layer)
+    probe = AttentionProbe([(layer, 0), (layer, 1)])
     attention = decoder.layers[layer].cross_attention
     inputs: list[torch.Tensor] = []
     hook = attention.q.register_forward_hook(lambda module, given, out: inputs.append(given[0]))
@@ -209,9 +211,28 @@ def test_a_probe_sees_the_weights_that_made_the_output(layer):
     torch.testing.assert_close(weights, scores.softmax(-1).mean(1))
 
 
+def test_single_heads_and_layers_average_to_the_same():
+    """A layer is the mean of its heads, and heads of several layers are averaged alike."""
+    torch.manual_seed(0)
+    decoder = BUNDLES["mt"].model.mt_decoder
+    frames = torch.randn(1, 7, 32, dtype=torch.float64)
+    state = decoder.extend(frames, torch.tensor([7]), decoder.init_state(1))
+
+    def weights(*heads: tuple[int, int]) -> torch.Tensor:
+        probe = AttentionProbe(heads)
+        with torch.no_grad():
+            decoder.step(torch.full((1, 1), EOS), None, state, probe=probe)
+        return probe.weights
+
+    single = [weights(head) for head in ((0, 0), (0, 1), (1, 1))]
+    assert not torch.allclose(single[0], single[1])
+    torch.testing.assert_close(weights((0, 0), (0, 1), (1, 1)), sum(single) / 3)
+    assert AlignAttPolicy(alignatt_heads="0.1,-1.0").attention_heads == ((0, 1), (-1, 0))
+
+
 def test_without_frames_nothing_is_attended():
     decoder = BUNDLES["mt"].model.mt_decoder
-    probe = AttentionProbe(-1)
+    probe = AttentionProbe([(1, 0)])
     with torch.no_grad():
         decoder.step(torch.full((1, 1), EOS), None, decoder.init_state(1), probe=probe)
     assert probe.weights.shape == (1, 1, 0)

@@ -7,7 +7,7 @@ computed together changes nothing, so a stream and a whole recording give identi
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ PREEMPHASIS = np.float32(0.97)
 LOW_HZ, HIGH_HZ = 20.0, SAMPLE_RATE / 2
 FLOOR = np.float32(np.finfo(np.float32).eps)  # energies below are raised to it before the logarithm
 _SCALE = np.float32(2**15)  # Kaldi works on 16-bit integers; ours are fractions of full scale
-_BLOCK = 128  # frames computed at once: the working set stays in the cache
+BLOCK = 128  # frames computed at once: the working set stays in the cache
 
 
 @functools.lru_cache(maxsize=1)
@@ -28,9 +28,30 @@ def _window() -> np.ndarray:
     return (hann**0.85).astype(np.float32) * _SCALE
 
 
+class Filters(NamedTuple):
+    """Triangular filters, as sums over few bins."""
+
+    bins: np.ndarray  # [K] of the spectrum, filter after filter
+    weights: np.ndarray  # float32 [K]
+    starts: np.ndarray  # [80], where each filter begins in them
+
+    @classmethod
+    def sparse(cls, weights: np.ndarray) -> "Filters":
+        """Of a matrix [80, bins]."""
+        filters, bins = np.nonzero(weights)
+        starts = np.searchsorted(filters, np.arange(len(weights)))
+        return cls(bins, weights[filters, bins].astype(np.float32), starts)
+
+    def energies(self, spectrum: np.ndarray) -> np.ndarray:
+        """Complex spectra [T, bins] -> float32 [T, 80]."""
+        power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)
+        # A sum per filter over its few bins: unlike a matrix product, its rounding cannot depend on the row count.
+        return np.add.reduceat(power[:, self.bins] * self.weights, self.starts, axis=1)
+
+
 @functools.lru_cache(maxsize=1)
-def _mel_filters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The triangular filters, evenly spaced in mel, as (bins [K], weights [K], start of each filter in them [80])."""
+def _mel_filters() -> Filters:
+    """The triangular filters, evenly spaced in mel."""
 
     def mel(hertz: np.ndarray | float) -> np.ndarray:
         return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
@@ -38,10 +59,9 @@ def _mel_filters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     points = np.linspace(mel(LOW_HZ), mel(HIGH_HZ), NUM_MEL_BINS + 2)
     bins = mel(np.arange(FFT_SIZE // 2) * SAMPLE_RATE / FFT_SIZE)
     lower, centre, upper = (points[i : i + NUM_MEL_BINS, None] for i in range(3))
-    weights = np.maximum(0.0, np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre)))
-    filters, indices = np.nonzero(weights)
-    starts = np.searchsorted(filters, np.arange(NUM_MEL_BINS))
-    return indices, weights[filters, indices].astype(np.float32), starts
+    return Filters.sparse(
+        np.maximum(0.0, np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre)))
+    )
 
 
 def num_frames(num_samples: int) -> int:
@@ -67,9 +87,9 @@ def fbank(samples: np.ndarray) -> np.ndarray:
     if count == 0:
         return out
     frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME_LENGTH)[::FRAME_SHIFT]
-    window, (bins, weights, starts) = _window(), _mel_filters()
-    for begin in range(0, count, _BLOCK):
-        frame = frames[begin : begin + _BLOCK]
+    window, filters = _window(), _mel_filters()
+    for begin in range(0, count, BLOCK):
+        frame = frames[begin : begin + BLOCK]
         # The first sample is taken off before the mean, so that a constant input gives exact zeros, not noise.
         frame = frame - frame[:, :1]
         frame -= frame.mean(axis=1, keepdims=True)
@@ -78,43 +98,6 @@ def fbank(samples: np.ndarray) -> np.ndarray:
         np.multiply(frame[:, 0], PREEMPHASIS, out=emphasised[:, 0])
         np.subtract(frame, emphasised, out=emphasised)
         emphasised *= window
-        spectrum = np.fft.rfft(emphasised, FFT_SIZE, axis=1)
-        power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)
-        # A sum per filter over its few bins: unlike a matrix product, its rounding cannot depend on the row count.
-        energies = np.add.reduceat(power[:, bins] * weights, starts, axis=1)
-        np.log(np.maximum(energies, FLOOR), out=out[begin : begin + _BLOCK])
+        energies = filters.energies(np.fft.rfft(emphasised, FFT_SIZE, axis=1))
+        np.log(np.maximum(energies, FLOOR), out=out[begin : begin + BLOCK])
     return out
-
-
-@dataclass(frozen=True)
-class FbankState:
-    """Samples that the next frame needs.
-
-    Attributes:
-        samples: float32 [400], the first ``count`` of them in use.
-        count: how many.
-    """
-
-    samples: np.ndarray
-    count: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.samples.nbytes + 8
-
-
-def init_fbank_state() -> FbankState:
-    return FbankState(np.zeros(FRAME_LENGTH, dtype=np.float32), 0)
-
-
-def fbank_step(samples: np.ndarray, state: FbankState) -> tuple[np.ndarray, FbankState]:
-    """The frames completed by ``samples`` (float [N], any N, 0 included): (float32 [T, 80], next state).
-
-    Whatever the splits, the frames of all steps together are those of ``fbank`` over the whole recording, bit by bit.
-    """
-    joined = np.concatenate([state.samples[: state.count], np.asarray(samples, dtype=np.float32)])
-    features = fbank(joined)
-    rest = joined[len(features) * FRAME_SHIFT :]
-    held = np.zeros(FRAME_LENGTH, dtype=np.float32)
-    held[: len(rest)] = rest
-    return features, FbankState(held, len(rest))

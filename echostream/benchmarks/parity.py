@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echostream.audio.fbank import fbank
+from echostream.audio.features import feature_extractor
 from echostream.checkpoint import Bundle
 from echostream.constants import EOS, PAD
 from echostream.models.echostream_model import SentenceWindows
@@ -188,7 +188,8 @@ def compare_with_training(bundle: Bundle, samples: np.ndarray, **options: Any) -
         prev[i, : len(row)] = torch.tensor(row)
         visible[i, : len(row)] = torch.tensor([*end.frames, sentence.visible])
         unit_visible[i, : len(sentence.unit_visible)] = torch.tensor(sentence.unit_visible)
-    features = torch.from_numpy(bundle.cmvn.apply(fbank(samples)))[None].to(made[0].dtype)
+    extracted = feature_extractor(bundle.config.features).extract(samples)
+    features = torch.from_numpy(bundle.cmvn.apply(extracted))[None].to(made[0].dtype)
     out = bundle.model(
         features,
         torch.tensor([features.shape[1]]),

@@ -1,5 +1,7 @@
 """Augmentation of training speech: SpecAugment, speed perturbation, gain and noise.
 
+Rooms, lines, other noises and voices (``--augment-speech``) have a package of their own, ``augmentation``.
+
 Everything here takes its random generator from the caller, so that one (seed, epoch, item) always gives one result.
 """
 

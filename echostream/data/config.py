@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echostream.audio.cmvn import GlobalCMVN
+from echostream.audio.features import FeatureExtractor, feature_extractor
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import ConfigError, ManifestError, require
 from echostream.text import Vocabulary
@@ -22,6 +23,7 @@ class DataConfig:
     Attributes:
         directory: where the other files lie.
         audio_root: what ``src_audio`` of the manifests is relative to; empty means ``directory``.
+        features: log-mel features by name (see ``audio.features``); ``whisper`` needs no ``gcmvn``.
     """
 
     directory: Path
@@ -36,6 +38,7 @@ class DataConfig:
     dict_tgt: str = "dict.tgt.txt"
     dict_unit: str = "dict.unit.txt"
     gcmvn: str = "gcmvn.npz"
+    features: str = "kaldi"
 
     @classmethod
     def load(cls, directory: str | Path, name: str = "config.yaml") -> "DataConfig":
@@ -82,9 +85,14 @@ class DataConfig:
     def target(self) -> "Subwords":
         return Subwords(self.path("spm_tgt"), self.path("dict_tgt"))
 
+    @property
+    def extractor(self) -> FeatureExtractor:
+        return feature_extractor(self.features)
+
     @cached_property
     def cmvn(self) -> GlobalCMVN:
-        return GlobalCMVN.load(self.path("gcmvn"))
+        """The normalisation of the features: their own fixed one, or the training set's."""
+        return self.extractor.cmvn or GlobalCMVN.load(self.path("gcmvn"))
 
     def check_units(self) -> Vocabulary:
         """The unit dictionary, checked against ``num_units``.
@@ -121,7 +129,8 @@ class Subwords:
         except (RuntimeError, OSError) as error:
             raise ManifestError(f"{model} is not a SentencePiece model: {str(error).splitlines()[0]}") from None
         sp = self.processor
-        ordinary = (i for i in range(sp.GetPieceSize()) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i)))
+        kinds = (sp.IsControl, sp.IsUnknown, sp.IsByte, sp.IsUnused)
+        ordinary = (i for i in range(sp.GetPieceSize()) if not any(kind(i) for kind in kinds))
         pieces = [sp.IdToPiece(i) for i in ordinary]
         missing = [piece for piece in pieces if piece not in self.vocabulary.index]
         if missing:

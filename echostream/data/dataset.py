@@ -16,10 +16,9 @@ import torch
 from fairseq.data import FairseqDataset
 from torch import Tensor
 
-from echostream.audio.cmvn import GlobalCMVN
-from echostream.audio.fbank import fbank
 from echostream.constants import EOS, FRAME_LENGTH, FRAME_SHIFT, NUM_SPECIALS, PAD
 from echostream.data.augment import SpecAugment, add_noise, change_gain, change_speed, fit_length
+from echostream.data.augmentation import SpeechAugment
 from echostream.data.config import DataConfig
 from echostream.data.joining import EXTRA_HOPS, Item, JoinPolicy, plan_epoch
 from echostream.data.manifest import Utterance, read_manifest
@@ -30,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # A manifest's frame count may differ from the file's by this much (an mp3's padding); more is a mistake to be told.
 FRAME_TOLERANCE = 5
+# Babble is made of so many of the split's recordings, others in every epoch.
+BABBLE_VOICES = 16
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Augmentation:
         spec_augment: masks on the features; None for none.
         gain_db: recordings are amplified or weakened by up to so many dB; 0 leaves them.
         noise_db: loudest white noise added, in dBFS; None adds none.
+        speech: rooms, noise, lines and voices that make recordings resemble people's; None leaves them as they are.
+            Ready features cannot be changed so.
         jitter: move the sentence windows of joined items at random.
     """
 
@@ -50,6 +53,7 @@ class Augmentation:
     spec_augment: SpecAugment | None = None
     gain_db: float = 0.0
     noise_db: float | None = None
+    speech: SpeechAugment | None = None
     jitter: bool = True
 
 
@@ -123,23 +127,31 @@ class SpeechToSpeechDataset(BucketedDataset):
         self.name = ", ".join(map(str, paths))
         self.utterances: list[Utterance] = read_manifest(*paths)
         self.root = config.root
-        self.cmvn: GlobalCMVN = config.cmvn
+        self.extractor, self.cmvn = config.extractor, config.cmvn
+        # A manifest counts Kaldi's frames; of the samples that give n of these others give so many more.
+        self.further_frames = self.extractor.num_frames(FRAME_LENGTH) - 1
         self.augmentation = augmentation
         self.seed = seed
         self.frames = np.array([u.n_frames for u in self.utterances], dtype=np.int64)
         self.fixed_speed = np.array([is_features(u.audio) for u in self.utterances])
+        if self.fixed_speed.any() and self.extractor.name != "kaldi":
+            raise ManifestError(
+                f"manifest {self.name}: row {self.utterances[int(self.fixed_speed.argmax())].id!r} names ready "
+                f"features, which are Kaldi's; features: {self.extractor.name} are made from recordings"
+            )
         self.src_ids = [config.source.encode(u.src_text) for u in self.utterances]
         self.tgt_ids = [config.target.encode(u.tgt_text) for u in self.utterances]
         for u, src, tgt in zip(self.utterances, self.src_ids, self.tgt_ids):
             if not src or not tgt:
                 raise ManifestError(f"manifest {self.name}: row {u.id!r} has no subwords in its source or target text")
-            if u.units.max() >= config.num_units:
+            if u.units.max(initial=-1) >= config.num_units:
                 raise ManifestError(
                     f"manifest {self.name}: row {u.id!r} holds unit {u.units.max()}, "
                     f"but num_units is {config.num_units}"
                 )
         self.epoch = 0
         self.items: list[Item] = []
+        self._babble: list[np.ndarray] | None = None
         self.sizes = np.zeros(0, dtype=np.int64)
         self.set_epoch(1)
 
@@ -150,13 +162,14 @@ class SpeechToSpeechDataset(BucketedDataset):
         if epoch == self.epoch:
             return
         self.epoch = epoch
+        self._babble = None
         if self.augmentation is None:
             self.items = [Item((i,), (1.0,), (int(n),)) for i, n in enumerate(self.frames)]
         else:
             rng = np.random.default_rng([self.seed, epoch])
             augmentation = self.augmentation
             self.items = plan_epoch(self.frames, self.fixed_speed, augmentation.speeds, augmentation.join, rng)
-        self.sizes = np.array([item.n_frames for item in self.items], dtype=np.int64)
+        self.sizes = np.array([item.n_frames + self.further_frames for item in self.items], dtype=np.int64)
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
@@ -178,7 +191,7 @@ class SpeechToSpeechDataset(BucketedDataset):
     # --- items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Item ``index`` of the epoch: ``source`` float32 [T, 80] after CMVN and its targets, as lists of indices.
+        """Item ``index`` of the epoch: ``source`` float32 [T, 80], normalised, and its targets, lists of indices.
 
         Raises:
             AudioError: a recording cannot be used; the message names its file.
@@ -226,12 +239,27 @@ class SpeechToSpeechDataset(BucketedDataset):
         if self.augmentation is not None and self.augmentation.noise_db is not None:
             # Uniform in dB over 40 dB below the loudest; pauses and speech get the same, as from one microphone.
             samples = add_noise(samples, self.augmentation.noise_db - 40 * rng.random(), rng)
-        return fbank(samples)
+        if self.augmentation is not None and self.augmentation.speech is not None:
+            samples = self.augmentation.speech.record(samples, rng, self._babble_voices)
+        return self.extractor.extract(samples)
 
     def _prepare(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        if self.augmentation is None or self.augmentation.gain_db == 0:
+        if self.augmentation is None:
+            return samples
+        if self.augmentation.speech is not None:
+            samples = self.augmentation.speech.change_voice(samples, rng)
+        if self.augmentation.gain_db == 0:
             return samples
         return change_gain(samples, rng.uniform(-self.augmentation.gain_db, self.augmentation.gain_db))
+
+    def _babble_voices(self) -> list[np.ndarray]:
+        """The epoch's recordings for babble, read when first asked for; the generator is no item's."""
+        if self._babble is None:
+            spoken = np.flatnonzero(~self.fixed_speed)
+            rng = np.random.default_rng([self.seed, self.epoch, len(self.items)])
+            chosen = rng.choice(spoken, min(BABBLE_VOICES, len(spoken)), replace=False)
+            self._babble = [load_samples(self.root, self.utterances[number].audio) for number in chosen]
+        return self._babble
 
     def _join_features(self, item: Item) -> np.ndarray:
         """Ready features joined frame by frame, pauses as quiet as the quietest frame: float32 [n_frames, 80]."""
@@ -262,7 +290,8 @@ class SpeechToSpeechDataset(BucketedDataset):
         Returns:
             ``net_input``: ``src_tokens`` [B, T, 80], ``src_lengths`` [B], ``prev_output_tokens`` [S, U];
             ``target`` [S, U] (MT, with end symbols), ``target_lengths`` [S]; ``src_text``, ``tgt_text`` [B, L] (CTC)
-            with ``*_lengths`` [B]; ``units`` [S, V] (dictionary indices) with ``unit_lengths`` [S]; ``windows``:
+            with ``*_lengths`` [B]; ``units`` [S, V] (dictionary indices) with ``unit_lengths`` [S], None where a
+            sentence has none; ``windows``:
             ``row``, ``start``, ``end`` [S], or None when no item joins several sentences; ``sentence_row`` [S];
             ``ntokens`` (MT target tokens), ``nsentences`` (S).
         """
@@ -276,7 +305,9 @@ class SpeechToSpeechDataset(BucketedDataset):
         previous, targets = collate_targets(sentences)
         src_text, src_text_lengths = pad([s["src_text"] for s in samples])
         tgt_text, tgt_text_lengths = pad([s["tgt_text"] for s in samples])
-        units, unit_lengths = pad_units([u for s in samples for u in s["units"]])
+        units = unit_lengths = None
+        if all(len(u) for s in samples for u in s["units"]):
+            units, unit_lengths = pad_units([u for s in samples for u in s["units"]])
         rows = torch.tensor([i for i, s in enumerate(samples) for _ in s["sentences"]])
         windows = None
         if any(s["windows"] for s in samples):

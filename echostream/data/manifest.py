@@ -29,7 +29,7 @@ class Utterance:
         audio: path relative to the audio root, or ``archive.zip:offset:length``.
         n_frames: source feature frames of 10 ms, as computed from the unperturbed recording; 0 where it is not told.
         src_text, tgt_text: sentences with their case and punctuation.
-        units: deduplicated target units, int16 ``[U]``, each ``0 .. num_units - 1``.
+        units: deduplicated target units, int16 ``[U]``, each ``0 .. num_units - 1``; none where they are not known.
         extra: the columns that are not StreamSpeech's.
     """
 
@@ -137,16 +137,16 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
 
 
 def _parse(row: dict[str, str], where: str, need: Sequence[str]) -> Utterance:
-    for column in ("id", "src_audio", "src_text", "tgt_text", "tgt_audio"):
+    without_units = row["tgt_n_frames"] == "0" or "tgt_audio" not in need
+    for column in ("id", "src_audio", "src_text", "tgt_text", *([] if without_units else ["tgt_audio"])):
         if column in need and not row[column].strip():
             raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
-    n_frames = count = 0
+    n_frames = 0
     if "src_n_frames" in need or row["src_n_frames"].strip():
         n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
-    units = np.zeros(0, dtype=np.int16)
-    if "tgt_audio" in need or row["tgt_audio"].strip():
-        count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
-        units = _units(row["tgt_audio"], where)
+    units, count = np.zeros(0, dtype=np.int16), 0
+    if not without_units or row["tgt_audio"].strip():
+        count, units = _whole(row["tgt_n_frames"], "tgt_n_frames", where), _units(row["tgt_audio"], where)
     if count != len(units):
         raise ManifestError(f"{where}: tgt_n_frames is {count}, but tgt_audio lists {len(units)} units")
     extra = {name: value for name, value in row.items() if name not in COLUMNS}

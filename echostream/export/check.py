@@ -108,6 +108,7 @@ class Comparison:
         state = decoder.init_state(ROWS)
         self.stages.run([(row, NewSentence()) for row in range(ROWS)])
         hidden, at = [], 0
+        heads = ((0, 0), (len(decoder.layers) - 1, decoder.heads - 1))
         for step, seen in enumerate(([0, 3], [4, 1], [1, 0], [9, 2])):
             given = [frames[at : at + n] for n in seen]
             state = decoder.extend(_padded(given), torch.tensor(seen), state)
@@ -118,10 +119,10 @@ class Comparison:
             for _ in range(2):
                 active = torch.tensor([True, step % 2 == 0])
                 tokens = torch.from_numpy(self.rng.integers(4, vocabulary, (ROWS, 1)))
-                probe = AttentionProbe(-1)
+                probe = AttentionProbe(heads)
                 scores, states, state = decoder.step(tokens, active, state, probe=probe)
                 rows = [row for row in range(ROWS) if active[row]]
-                for row, answer in zip(rows, self.stages.run([(r, Write(int(tokens[r, 0]), -1)) for r in rows])):
+                for row, answer in zip(rows, self.stages.run([(r, Write(int(tokens[r, 0]), heads)) for r in rows])):
                     self._note("MT decoder", scores[row, 0], answer.scores)
                     self._note("MT decoder", states[row, 0], answer.hidden)
                     self._note("MT attention", probe.weights[row, 0, : int(state.frames[row])], answer.attention)

@@ -35,15 +35,15 @@ def memory_graph(decoder: TransformerDecoder, int8: bool) -> Graph:
 
 def mt_graph(decoder: MTDecoder, int8: bool) -> Graph:
     """``tokens`` [B, N] to ``scores`` [B, N, vocabulary] of the tokens after them, ``hidden`` [B, N, D] and, of each
-    layer, ``attention`` [B, layers, N, T] over the frames, the mean of the heads. The rest: see ``_decode``."""
+    layer and head, ``attention`` [B, layers, H, N, T] over the frames. The rest: see ``_decode``."""
     g = Graph("mt", int8)
     embeddings = as_array(decoder.embedding.weight) * math.sqrt(decoder.dim)
     x = g("Gather", embeddings, g.input("tokens", "B", "N", kind="INT64"))
     hidden, weights = _decode(g, decoder, x, told=True)
     g.output("scores", g.dense(hidden, decoder.output), "B", "N", decoder.output.out_features)
     g.output("hidden", hidden, "B", "N", decoder.dim)
-    means = [g("ReduceMean", w, [1], keepdims=1) for w in weights]
-    g.output("attention", g("Concat", *means, axis=1), "B", len(means), "N", "T")
+    looked = g("Concat", *(g("Unsqueeze", w, [1]) for w in weights), axis=1)
+    g.output("attention", looked, "B", len(weights), decoder.heads, "N", "T")
     return g
 
 

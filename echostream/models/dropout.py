@@ -34,6 +34,13 @@ def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * gate
 
 
+def activate(x: Tensor, activation: str, p: float, training: bool) -> Tensor:
+    """``dropout(activation(x))`` with the activation ``relu`` or ``gelu`` (exact, by the error function)."""
+    if activation == "relu":
+        return relu_dropout(x, p, training)
+    return dropout(F.gelu(x), p, training)
+
+
 def _keep(x: Tensor, p: float) -> tuple[Tensor, float]:
     """A random boolean tensor shaped like ``x``, true with probability about 1 - p, and the inverse of that."""
     dropped = min(round(p * _LEVELS), _LEVELS - 1)

@@ -9,7 +9,8 @@ under a mask that leaves each segment its own memory, left context, frames and r
 whose first and third part come from the state. With G = 1 and the default sizes these are 8 + 30 + 4 = 42 keys.
 
 Shape legend: B streams, n segments, S frames in a segment, R frames of right context, W = S + R, D width, H heads,
-L frames of left context, M summaries in the memory bank, G segments in a block, N blocks. One frame is 40 ms.
+L frames of left context, M summaries in the memory bank, G segments in a block, N blocks, K' frames that the
+convolution sees. One frame is 40 ms (20 ms behind Whisper's stem).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.models.attention import attention
-from echostream.models.dropout import dropout, relu_dropout
+from echostream.models.dropout import activate, dropout
 from echostream.models.gather import GatherBlocks
 from echostream.models.state import State
 from echostream.models.subsampler import take_rows
@@ -33,6 +34,7 @@ class EmformerLayerState(State):
 
     left: Tensor  # [B, L, 2 D] keys and values of the last L frames
     memory: Tensor  # [B, M, 2 D] keys and values of the last M segment summaries
+    conv: Tensor  # [B, K' - 1, D] what the convolution last saw; no frames without a convolution
 
 
 class EmformerLayer(nn.Module):
@@ -48,6 +50,10 @@ class EmformerLayer(nn.Module):
         memory_size: M in segments; 0 leaves out the bank and the projection of summaries.
         normalize_before: LayerNorm before attention and feed-forward network and one at the end (torchaudio's form)
             instead of LayerNorm after each residual.
+        output_norm: false leaves out the one at the end (GPT-2's and Whisper's form).
+        activation: of the feed-forward network, ``relu`` or ``gelu``.
+        conv_kernel: K', frames seen by a causal convolution module before the attention; 0 for none.
+        relative_bias: add a learnt bias per head and distance (Raffel et al., 2020) to the attention scores.
         residual_gain: factor on the initial weights of both residual branches' last projections.
     """
 
@@ -64,6 +70,10 @@ class EmformerLayer(nn.Module):
         attention_dropout: float = 0.0,
         activation_dropout: float = 0.0,
         normalize_before: bool = False,
+        output_norm: bool = True,
+        activation: str = "relu",
+        conv_kernel: int = 0,
+        relative_bias: bool = False,
         residual_gain: float = 1.0,
     ) -> None:
         super().__init__()
@@ -76,7 +86,9 @@ class EmformerLayer(nn.Module):
         self.activation_dropout = activation_dropout
         self.dropout = dropout
         self.normalize_before = normalize_before
+        self.activation = activation
 
+        self.convolution = CausalConvolution(embed_dim, conv_kernel, residual_gain) if conv_kernel else None
         self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
         self.summary_proj = nn.Linear(embed_dim, embed_dim) if memory_size else None
@@ -84,7 +96,11 @@ class EmformerLayer(nn.Module):
         self.fc1 = nn.Linear(embed_dim, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, embed_dim)
         self.ffn_norm = nn.LayerNorm(embed_dim)
-        self.output_norm = nn.LayerNorm(embed_dim) if normalize_before else None
+        self.output_norm = nn.LayerNorm(embed_dim) if normalize_before and output_norm else None
+        widest = segment_length + right_context_length
+        self.relative_bias = (
+            RelativeBias(num_heads, widest, left_context_length, memory_size) if relative_bias else None
+        )
         self._reset_parameters(residual_gain)
 
     def _reset_parameters(self, residual_gain: float) -> None:
@@ -100,26 +116,29 @@ class EmformerLayer(nn.Module):
             self.out_proj.weight.mul_(residual_gain)
             self.fc2.weight.mul_(residual_gain)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, distance: Tensor | None = None) -> Tensor:
         """Compute whole utterances, which begin with the first block.
 
         Args:
             x: [B, N, G, W, D] segments, each followed by its right context.
             mask: [B N, 1, G W, K] from ``attention_mask``.
+            distance: [G W, K] from ``relative_distance``, for layers with a relative bias.
 
         Returns:
             [B, N, G, W, D].
         """
+        segment = x.shape[3] - self.right_context_length
+        if self.convolution is not None:
+            x = self.convolution(x.flatten(1, 2), segment, self.convolution.past(x))[0].view_as(x)
         qkv = self.qkv_proj(self.attention_norm(x) if self.normalize_before else x)
         summary = self._summary_kv(x) if self.summary_proj is not None else None
-        segment = x.shape[3] - self.right_context_length
         query, key, value = GatherBlocks.apply(
             qkv, summary, segment, self.left_context_length, self.memory_size, self.num_heads
         )
-        return self._finish(x, self._attend(query, key, value, mask).view_as(x))
+        return self._finish(x, self._attend(query, key, value, self._biased(mask, distance)).view_as(x))
 
     def step(
-        self, x: Tensor, mask: Tensor, state: EmformerLayerState, done: Tensor
+        self, x: Tensor, mask: Tensor, state: EmformerLayerState, done: Tensor, distance: Tensor | None = None
     ) -> tuple[Tensor, EmformerLayerState]:
         """Compute one block of segments.
 
@@ -128,11 +147,16 @@ class EmformerLayer(nn.Module):
             mask: [B, 1, G W, K] from ``attention_mask``.
             state: the streams' state before the block; not changed.
             done: [B] how many of the G segments are real in each stream; only these join the state.
+            distance: as in ``forward``.
 
         Returns:
             ([B, G, W, D]; the state after the block).
         """
         batch, block, width, dim = x.shape
+        conv = state.conv
+        if self.convolution is not None:
+            x, heard = self.convolution(x, self.segment_length, conv.to(x.dtype))
+            conv = take_rows(heard, done * self.segment_length, self.convolution.kernel - 1).to(conv.dtype)
         h = self.attention_norm(x) if self.normalize_before else x
         qkv = self.qkv_proj(h)
         query, own = qkv.view(batch, block * width, 3 * dim).split([dim, 2 * dim], dim=2)
@@ -145,10 +169,10 @@ class EmformerLayer(nn.Module):
             memory = take_rows(bank, done, self.memory_size).to(memory.dtype)
         kv = torch.cat(parts, dim=1).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query = query.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        attended = self._attend(query, kv[0], kv[1], mask).view_as(x)
+        attended = self._attend(query, kv[0], kv[1], self._biased(mask, distance)).view_as(x)
         frames = own if width == self.segment_length else qkv[:, :, : self.segment_length, dim:].flatten(1, 2)
         left = take_rows(torch.cat([left, frames], dim=1), done * self.segment_length, self.left_context_length)
-        return self._finish(x, attended), EmformerLayerState(left.to(state.left.dtype), memory)
+        return self._finish(x, attended), EmformerLayerState(left.to(state.left.dtype), memory, conv)
 
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -160,6 +184,7 @@ class EmformerLayer(nn.Module):
         return EmformerLayerState(
             torch.zeros(batch_size, self.left_context_length, size, **options),
             torch.zeros(batch_size, self.memory_size, size, **options),
+            torch.zeros(batch_size, self.convolution.kernel - 1 if self.convolution else 0, size // 2, **options),
         )
 
     def _summary_kv(self, x: Tensor) -> Tensor:
@@ -179,9 +204,86 @@ class EmformerLayer(nn.Module):
         if not self.normalize_before:
             x = self.attention_norm(x)
         h = self.ffn_norm(x) if self.normalize_before else x
-        h = relu_dropout(self.fc1(h), self.activation_dropout, self.training)
+        h = activate(self.fc1(h), self.activation, self.activation_dropout, self.training)
         x = x + dropout(self.fc2(h), self.dropout, self.training)
-        return self.output_norm(x) if self.output_norm is not None else self.ffn_norm(x)
+        if not self.normalize_before:
+            return self.ffn_norm(x)
+        return x if self.output_norm is None else self.output_norm(x)
+
+    def _biased(self, mask: Tensor, distance: Tensor | None) -> Tensor:
+        """The mask with the bias of each head and distance added."""
+        if self.relative_bias is None:
+            return mask
+        return mask + self.relative_bias(distance).to(mask.dtype)
+
+
+class CausalConvolution(nn.Module):
+    """The Conformer's convolution module (Gulati et al., 2020), causal and without batch statistics.
+
+    LayerNorm, pointwise and GLU, depthwise over ``kernel`` frames, SiLU, pointwise, residual. A segment's right context
+    continues its own frames; the next segment does not see these copies.
+    """
+
+    def __init__(self, dim: int, kernel: int, residual_gain: float = 1.0) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.norm = nn.LayerNorm(dim)
+        self.gate = nn.Linear(dim, 2 * dim)
+        self.depthwise = nn.Conv1d(dim, dim, kernel, groups=dim)
+        self.out = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out.bias)
+        with torch.no_grad():
+            self.out.weight.mul_(residual_gain)
+
+    def past(self, x: Tensor) -> Tensor:
+        """What lies before the beginning of streams x [B, ..., D]: zeros [B, K' - 1, D]."""
+        return x.new_zeros(x.shape[0], self.kernel - 1, x.shape[-1])
+
+    def forward(self, x: Tensor, segment: int, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Segments x [B, n, W, D] of ``segment`` frames and right context behind ``past`` [B, K' - 1, D].
+
+        Returns:
+            ([B, n, W, D]; what the depthwise convolution saw of past and segments, [B, K' - 1 + n S, D]).
+        """
+        h = F.glu(self.gate(self.norm(x)), dim=-1)
+        heard = torch.cat([past.to(h.dtype), h[:, :, :segment].flatten(1, 2)], dim=1)
+        windows = heard.unfold(1, self.kernel - 1 + segment, segment)  # [B, n, D, K' - 1 + S]
+        if x.shape[2] > segment:
+            windows = torch.cat([windows, h[:, :, segment:].transpose(2, 3)], dim=3)
+        y = self.depthwise(windows.flatten(0, 1)).transpose(1, 2)
+        return x + self.out(F.silu(y)).view_as(x), heard
+
+
+class RelativeBias(nn.Module):
+    """A number per head and distance between query and key (T5's, Raffel et al., 2020, without buckets)."""
+
+    def __init__(self, heads: int, width: int, left: int, memory: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, left + 2 * width - 1 + memory))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """[Q, K] from ``relative_distance`` -> [H, Q, K]."""
+        return self.weight[:, distance]
+
+
+def relative_distance(
+    block: int, segment: int, left: int, right: int, memory: int, device: torch.device | None = None
+) -> Tensor:
+    """How far each key of a block lies behind each query, as a column of ``RelativeBias``' table: [G W, K] long.
+
+    Frames: distance + W - 1, from the right context's last one seen by the segment's first frame on; behind them the
+    memory bank's summaries, the latest first. What no query attends has some column.
+    """
+    index = torch.arange(block, device=device)
+    width = segment + right
+    own = (index[:, None] * segment + torch.arange(width, device=device)).flatten()
+    frames = torch.cat([torch.arange(-left, 0, device=device), own])
+    distance = (own[:, None] - frames + width - 1).clamp(0, left + 2 * width - 2)
+    if not memory:
+        return distance
+    bank = torch.arange(-memory, block - 1, device=device)
+    age = (index.repeat_interleave(width)[:, None] - bank).clamp(1, memory)
+    return torch.cat([left + 2 * width - 2 + age, distance], dim=1)
 
 
 def attention_mask(

@@ -18,6 +18,11 @@ from echostream.constants import NUM_SPECIALS
 from echostream.errors import CheckpointError, ConfigError, ManifestError, require
 from echostream.models.echostream_model import EchoStreamModel
 from echostream.models.text_encoder import TextEncoder
+from echostream.models.whisper_init import decoder_weights, encoder_weights, whisper_config
+from echostream.text import Vocabulary
+from echostream.whisper.source import whisper_source
+from echostream.whisper.tokens import WhisperBPE, piece_origins
+from echostream.whisper.weights import PUBLISHED, read_whisper
 
 require("fairseq", "train")
 
@@ -29,6 +34,7 @@ logger = logging.getLogger(__name__)
 ENCODER, HEADS = ("encoder.",), ("asr_head.", "st_decoder.")
 DECODERS = ("mt_decoder.", "unit_decoder.")
 FROM_ZERO = ("unit_decoder.tokens.weight",)  # a checkpoint without it is one in which it is zero
+WHISPER = "whisper:"  # before the source of a Whisper model
 PARTS = ("encoder", "asr_head", "st_decoder", "mt_decoder", "unit_decoder")
 
 
@@ -43,12 +49,14 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         parser.add_argument(
             "--encoder-init",
             metavar="CHECKPOINT",
-            help="start from this checkpoint's encoder (and CTC heads, where the dictionaries are the same)",
+            help="start from this checkpoint's encoder (and CTC heads, where the dictionaries are the same); "
+            "whisper:SOURCE is a Whisper model (base, CTranslate2 or Hugging Face directory, OpenAI's .pt)",
         )
         parser.add_argument(
             "--decoder-init",
             metavar="CHECKPOINT",
-            help="start from this checkpoint's MT and unit decoders, such as those trained with --source text",
+            help="start from this checkpoint's MT and unit decoders, such as those trained with --source text; "
+            "whisper:SOURCE, a directory with its tokenizer, gives the MT decoder",
         )
         parser.add_argument(
             "--mt-init",
@@ -58,7 +66,8 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         parser.add_argument(
             "--freeze",
             metavar="PARTS",
-            help=f"leave these parts as they are: a comma-separated list of {', '.join(PARTS)}",
+            help=f"leave these parts as they are: a comma-separated list of {', '.join(PARTS)}, or of modules and "
+            "weights in them (encoder.subsampler,encoder.layers.0)",
         )
 
     @classmethod
@@ -81,17 +90,28 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         model = cls(cfg)
         if getattr(task, "reads_text", False):
             model.encoder = TextEncoder(cfg)
+        features = getattr(getattr(task, "config", None), "features", cfg.features)
+        if features != cfg.features:
+            raise ConfigError(
+                f"encoder_stem {cfg.encoder_stem!r} hears {cfg.features} features, but the data directory's are "
+                f"{features}: say --features {cfg.features}"
+            )
         starts = (("encoder_init", ENCODER, HEADS), ("decoder_init", DECODERS, ()), ("mt_init", DECODERS[:1], ()))
         for option, parts, heads in starts:
-            if getattr(args, option, None):
-                take_over(model, getattr(args, option), parts, heads)
+            source = getattr(args, option, None)
+            if source and source.startswith(WHISPER):
+                start_from_whisper(model, source.removeprefix(WHISPER), option, task)
+            elif source:
+                take_over(model, source, parts, heads)
+            if source:
                 setattr(args, option, None)  # the path is this machine's: a checkpoint must not depend on it later
-        frozen = [part for part in (getattr(args, "freeze", None) or "").split(",") if part]
-        for part in frozen:
-            if part not in PARTS:
-                raise ConfigError(f"--freeze names {part!r}; the parts are {', '.join(PARTS)}")
-            getattr(model, part).requires_grad_(False)
-        if len(set(frozen)) == len(PARTS):
+        for part in filter(None, (getattr(args, "freeze", None) or "").split(",")):
+            weights = [value for name, value in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
+            if not weights:
+                raise ConfigError(f"--freeze names {part!r}; the parts are {', '.join(PARTS)} and what is in them")
+            for weight in weights:
+                weight.requires_grad_(False)
+        if not any(weight.requires_grad for weight in model.parameters()):
             raise ConfigError("--freeze names every part; there is nothing left to train")
         return model
 
@@ -151,6 +171,24 @@ def take_over(
     return wanted
 
 
+def start_from_whisper(model: EchoStreamModel, source: str, option: str, task: Any) -> None:
+    """Give the encoder (``encoder_init``) or the MT decoder (``decoder_init``, ``mt_init``) a Whisper model's weights.
+
+    Raises:
+        CheckpointError: ``source`` is no Whisper model, or of another size. ConfigError: the part is of another kind.
+    """
+    path = whisper_source(source)
+    whisper = read_whisper(path)
+    if option == "encoder_init":
+        part, weights = model.encoder, encoder_weights(whisper, model.config)
+    else:
+        vocabulary = Vocabulary.load(task.config.path("dict_tgt"))
+        origins = piece_origins(WhisperBPE.load(path), vocabulary)
+        part, weights = model.mt_decoder, decoder_weights(whisper, model.config, origins)
+    part.load_state_dict({**part.state_dict(), **weights})
+    logger.info("%s: took over %d weights of Whisper's %s", source, len(weights), option.removesuffix("_init"))
+
+
 def _fill(args: argparse.Namespace, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if getattr(args, name, None) is None:
@@ -169,3 +207,16 @@ def echostream_small(args: argparse.Namespace) -> None:
     """About a quarter of the compute, for training on CPUs."""
     _fill(args, EchoStreamConfig.small().to_dict())
     compat.bf16_without_tpu(args)
+
+
+def _register_whisper(size: str) -> None:
+    def architecture(args: argparse.Namespace) -> None:
+        _fill(args, whisper_config(PUBLISHED[size]).to_dict())
+        compat.bf16_without_tpu(args)
+
+    architecture.__doc__ = f"Encoder and MT decoder of Whisper {size}'s sizes, for --encoder-init whisper:SOURCE."
+    register_model_architecture("echostream", f"echostream_whisper_{size}")(architecture)
+
+
+for _size in PUBLISHED:
+    _register_whisper(_size)

@@ -1,4 +1,4 @@
-"""Convolutional subsampler: 10 ms feature frames to 40 ms encoder frames, offline and as they arrive.
+"""Convolutional stems: 10 ms feature frames to frames of 40 or 20 ms, offline and as they arrive.
 
 Shape legend: B streams, T feature frames (10 ms), N encoder frames (40 ms), F mel bins, C channels, D encoder width.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT
+from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT, WHISPER_SILENCE
 from echostream.errors import ConfigError
 from echostream.models.state import State
 
@@ -26,23 +26,118 @@ class SubsamplerState(State):
     frames: Tensor  # [B] encoder frames given out so far
 
 
-class Subsampler(nn.Module):
+class Stem(nn.Module):
+    """What turns feature frames into the frames of the Emformer layers; base of the two kinds, with all bookkeeping.
+
+    Encoder frame t depends on the feature frames 4t-3 to 4t+3; T features give ceil(T / 4) encoder frames, of k frames
+    for the layers each. A subclass has ``conv1`` and ``_convolve``.
+
+    Attributes:
+        num_bins: F. embed_dim: D. factor: k, the layers' frames per encoder frame of 40 ms.
+    """
+
+    conv1: nn.Module
+
+    def __init__(self, num_bins: int, embed_dim: int, factor: int = 1) -> None:
+        super().__init__()
+        self.num_bins, self.embed_dim, self.factor = num_bins, embed_dim, factor
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Subsample whole utterances.
+
+        Args:
+            features: [B, T, F] feature frames of 10 ms, right-padded.
+            lengths: [B] valid feature frames.
+
+        Returns:
+            ([B, ceil(T / 4) k, D] frames, zero in the padding; [B] valid ones, multiples of k).
+        """
+        count = -(-features.shape[1] // SUBSAMPLING)
+        window = F.pad(features, (0, 0, 0, count * SUBSAMPLING - features.shape[1]))
+        window = torch.cat([self._before(len(features), features.device, features.dtype), window], dim=1)
+        out_lengths = -(-lengths // SUBSAMPLING) * self.factor
+        return self._convolve(window, lengths, torch.ones_like(lengths, dtype=torch.bool), out_lengths), out_lengths
+
+    def init_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> SubsamplerState:
+        """The state of streams of which nothing has been heard."""
+        weight = self.conv1.weight
+        frames = self._before(batch_size, device or weight.device, dtype or weight.dtype)
+        zero = torch.zeros(batch_size, device=frames.device, dtype=torch.long)
+        return SubsamplerState(frames, torch.zeros_like(frames), zero, zero)
+
+    def _before(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The three feature frames before a stream's beginning, [B, 3, F]."""
+        return torch.zeros(batch_size, SUBSAMPLING_CONTEXT, self.num_bins, device=device, dtype=dtype)
+
+    def step(
+        self, features: Tensor, lengths: Tensor, state: SubsamplerState, finished: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, SubsamplerState]:
+        """Subsample what has arrived.
+
+        Args:
+            features: [B, T, F] new feature frames, left-aligned.
+            lengths: [B] how many of them each stream brings (0 is allowed).
+            state: the streams' state; not changed.
+            finished: [B] true where the stream ends with these frames: its last, partial encoder frame is given out
+                too, and its state comes back as new.
+
+        Returns:
+            ([B, N, D] frames, left-aligned, zero in the padding; [B] valid ones, multiples of k; the next state).
+        """
+        features = features.to(state.pending.dtype)
+        pending, available = append_rows(state.pending, state.pending_count, features, lengths)
+        counts = available // SUBSAMPLING
+        if finished is not None:
+            counts = torch.where(finished, -(-available // SUBSAMPLING), counts)
+        count = int(counts.max())
+        heard = torch.cat([state.context, pending], dim=1)
+        size = SUBSAMPLING_CONTEXT + count * SUBSAMPLING
+        if count:
+            window = heard[:, :size] if heard.shape[1] >= size else F.pad(heard, (0, 0, 0, size - heard.shape[1]))
+            y = self._convolve(window, available, state.frames == 0, counts * self.factor)
+        else:
+            y = self.conv1.weight.new_zeros(len(features), 0, self.embed_dim)
+        consumed = counts * SUBSAMPLING
+        new = SubsamplerState(
+            context=take_rows(heard, consumed, SUBSAMPLING_CONTEXT),
+            pending=take_rows(heard, consumed + SUBSAMPLING_CONTEXT, SUBSAMPLING_CONTEXT),
+            pending_count=(available - consumed).clamp(min=0),
+            frames=state.frames + counts,
+        )
+        if finished is not None:
+            fresh = self.init_state(len(features), features.device, features.dtype)
+            new = fresh.where(finished, new)
+        return y, counts * self.factor, new
+
+    def _convolve(self, window: Tensor, lengths: Tensor, first: Tensor, out_lengths: Tensor) -> Tensor:
+        """Features to frames.
+
+        Args:
+            window: [B, 3 + 4 N, F], three frames of context and then ``lengths`` [B] valid frames.
+            first: [B] true where the context lies before the stream's beginning.
+            out_lengths: [B] of the N k frames to keep; the others are set to zero.
+        """
+        raise NotImplementedError
+
+
+class Subsampler(Stem):
     """Two Conv2d (kernel 3, stride 2, padding 1) with ReLU, then a linear projection of channels x bins.
 
-    Encoder frame t depends on the feature frames 4t-3 to 4t+3; T features give ceil(T / 4) frames. The padding is zero
-    at the input of *each* convolution, at the stream's start and end and behind every item of a batch: the padding of
-    the second convolution is zero and not ReLU(bias), which is what three zero feature frames would become.
+    The padding is zero at the input of *each* convolution, at the stream's start and end and behind every item of a
+    batch: the padding of the second convolution is zero and not ReLU(bias), which is what three zero feature frames
+    would become.
 
     The projection reads the bins of one frame as [bin, channel], the order in which channels-last convolutions
     leave them in memory.
     """
 
     def __init__(self, num_bins: int, in_channels: int, channels: int, embed_dim: int) -> None:
-        super().__init__()
+        super().__init__(num_bins, embed_dim)
         if num_bins % in_channels:
             raise ConfigError(f"input_feat_per_channel {num_bins} must be a multiple of input_channels {in_channels}")
         self.in_channels = in_channels
-        self.num_bins = num_bins
         # Padding in time is explicit, because it belongs to the ends of streams and not to those of chunks.
         self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, stride=2, padding=(0, 1))
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=(0, 1))
@@ -58,79 +153,7 @@ class Subsampler(nn.Module):
         # would multiply the gradient by 1 / sqrt(eps), until it overflows.
         nn.init.normal_(self.proj.bias, std=0.1)
 
-    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Subsample whole utterances.
-
-        Args:
-            features: [B, T, F] feature frames of 10 ms, right-padded.
-            lengths: [B] valid feature frames.
-
-        Returns:
-            ([B, ceil(T / 4), D] encoder frames of 40 ms, zero in the padding; [B] valid encoder frames).
-        """
-        count = -(-features.shape[1] // SUBSAMPLING)
-        window = F.pad(features, (0, 0, SUBSAMPLING_CONTEXT, count * SUBSAMPLING - features.shape[1]))
-        out_lengths = -(-lengths // SUBSAMPLING)
-        return self._convolve(window, lengths, torch.ones_like(lengths, dtype=torch.bool), out_lengths), out_lengths
-
-    def init_state(
-        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> SubsamplerState:
-        """The state of streams of which nothing has been heard."""
-        weight = self.proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-        frames = torch.zeros(batch_size, SUBSAMPLING_CONTEXT, self.num_bins, device=device, dtype=dtype)
-        zero = torch.zeros(batch_size, device=device, dtype=torch.long)
-        return SubsamplerState(frames, frames, zero, zero)
-
-    def step(
-        self, features: Tensor, lengths: Tensor, state: SubsamplerState, finished: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, SubsamplerState]:
-        """Subsample what has arrived.
-
-        Args:
-            features: [B, T, F] new feature frames, left-aligned.
-            lengths: [B] how many of them each stream brings (0 is allowed).
-            state: the streams' state; not changed.
-            finished: [B] true where the stream ends with these frames: its last, partial encoder frame is given out
-                too, and its state comes back as new.
-
-        Returns:
-            ([B, N, D] encoder frames, left-aligned, zero in the padding; [B] valid ones; the next state).
-        """
-        features = features.to(state.pending.dtype)
-        pending, available = append_rows(state.pending, state.pending_count, features, lengths)
-        counts = available // SUBSAMPLING
-        if finished is not None:
-            counts = torch.where(finished, -(-available // SUBSAMPLING), counts)
-        count = int(counts.max())
-        heard = torch.cat([state.context, pending], dim=1)
-        size = SUBSAMPLING_CONTEXT + count * SUBSAMPLING
-        if count:
-            window = heard[:, :size] if heard.shape[1] >= size else F.pad(heard, (0, 0, 0, size - heard.shape[1]))
-            y = self._convolve(window, available, state.frames == 0, counts)
-        else:
-            y = self.proj.weight.new_zeros(len(features), 0, self.proj.out_features)
-        consumed = counts * SUBSAMPLING
-        new = SubsamplerState(
-            context=take_rows(heard, consumed, SUBSAMPLING_CONTEXT),
-            pending=take_rows(heard, consumed + SUBSAMPLING_CONTEXT, SUBSAMPLING_CONTEXT),
-            pending_count=(available - consumed).clamp(min=0),
-            frames=state.frames + counts,
-        )
-        if finished is not None:
-            fresh = self.init_state(len(features), features.device, features.dtype)
-            new = fresh.where(finished, new)
-        return y, counts, new
-
     def _convolve(self, window: Tensor, lengths: Tensor, first: Tensor, out_lengths: Tensor) -> Tensor:
-        """Run both convolutions and the projection.
-
-        Args:
-            window: [B, 3 + 4 N, F], three frames of context and then ``lengths`` [B] valid frames.
-            first: [B] true where the context lies before the stream's beginning.
-            out_lengths: [B] encoder frames to keep; the others are set to zero.
-        """
         batch, size, _ = window.shape
         time = torch.arange(-SUBSAMPLING_CONTEXT, size - SUBSAMPLING_CONTEXT, device=window.device)
         x = window.masked_fill((time >= lengths[:, None])[:, :, None], 0.0)
@@ -144,6 +167,36 @@ class Subsampler(nn.Module):
         x = x * inside.to(x.dtype)[:, None, :, None]  # a product, because masked_fill is far slower on a CPU
         x = F.relu(self.conv2(x))
         x = self.proj(x.permute(0, 2, 3, 1).flatten(2))  # [B, C, N, bin] -> [B, N, bin x C]
+        time = torch.arange(x.shape[1], device=window.device)
+        return x.masked_fill((time >= out_lengths[:, None])[:, :, None], 0.0)
+
+
+class WhisperStem(Stem):
+    """Whisper's two Conv1d (kernel 3, the second with stride 2) with GELU: frames of 20 ms (Radford et al., 2022).
+
+    Feature frame t of ``whisper_fbank`` is Whisper's frame t + 1 of the sound behind 20 ms of silence, so that no
+    convolution looks beyond the four frames that an encoder frame replaces, and what Whisper would have heard before is
+    one frame of silence and then zero padding, at the input of each convolution.
+    """
+
+    def __init__(self, num_bins: int, embed_dim: int) -> None:
+        super().__init__(num_bins, embed_dim, factor=2)
+        self.conv1 = nn.Conv1d(num_bins, embed_dim, kernel_size=3)
+        self.conv2 = nn.Conv1d(embed_dim, embed_dim, kernel_size=3, stride=2)
+
+    def _before(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        before = super()._before(batch_size, device, dtype)
+        before[:, -1] = WHISPER_SILENCE
+        return before
+
+    def _convolve(self, window: Tensor, lengths: Tensor, first: Tensor, out_lengths: Tensor) -> Tensor:
+        size = window.shape[1]
+        time = torch.arange(-SUBSAMPLING_CONTEXT, size - SUBSAMPLING_CONTEXT, device=window.device)
+        x = window.masked_fill((time >= lengths[:, None])[:, :, None], 0.0)
+        x = F.gelu(self.conv1(x.transpose(1, 2)))
+        time = time[1:-1]  # the middle of what each saw
+        inside = (time < lengths[:, None]) & ~((time < -1) & first[:, None])
+        x = F.gelu(self.conv2(x * inside.to(x.dtype)[:, None])).transpose(1, 2)
         time = torch.arange(x.shape[1], device=window.device)
         return x.masked_fill((time >= out_lengths[:, None])[:, :, None], 0.0)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 
-from echostream.audio.fbank import FbankState
+from echostream.audio.features import FeatureState
 from echostream.audio.resample import ResampleState
 from echostream.errors import SessionError
 from echostream.streaming.clock import ClockState
@@ -106,7 +106,7 @@ def _track(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> Track:
         *values["clock"],
         arrays["clock.samples"],
         ResampleState(arrays["clock.resample"], resample_count, phase),
-        FbankState(arrays["clock.fbank"], fbank_count),
+        FeatureState(arrays["clock.fbank"], fbank_count),
         arrays["clock.features"],
         arrays["clock.heard"],
     )

@@ -47,7 +47,7 @@ class SessionBatch:
             raise ConfigError(f"capacity is {capacity}; a batch needs room for one stream at least")
         self.engine = make_engine(bundle, policy, segmenter, settings, options)
         self.settings = self.engine.settings
-        self._hearing = Hearing(AudioClock(self.settings.chunk_ms), bundle.cmvn)
+        self._hearing = Hearing(AudioClock(self.settings.chunk_ms, bundle.config.features), bundle.cmvn)
         self._stages = (backend or backend_of(bundle))(bundle, rows=capacity, speech=self.settings.speech)
         self._free = list(range(capacity))
         self._tracks: dict[int, Track] = {}

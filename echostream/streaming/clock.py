@@ -13,7 +13,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from echostream.audio.fbank import FbankState, fbank_step, init_fbank_state
+from echostream.audio.features import FeatureState, feature_extractor
 from echostream.audio.resample import Resampler, ResampleState
 from echostream.constants import NUM_MEL_BINS, SAMPLE_RATE
 
@@ -38,7 +38,7 @@ class ClockState:
     decisions: int
     samples: np.ndarray
     resample: ResampleState
-    fbank: FbankState
+    fbank: FeatureState
     features: np.ndarray
     heard: np.ndarray
 
@@ -55,15 +55,16 @@ class AudioClock:
 
     Args:
         chunk_ms: milliseconds of source audio between two decisions.
+        features: name of the features (see ``audio.features``).
     """
 
-    def __init__(self, chunk_ms: int):
-        self.chunk_ms = chunk_ms
+    def __init__(self, chunk_ms: int, features: str = "kaldi"):
+        self.chunk_ms, self.extractor = chunk_ms, feature_extractor(features)
 
     def init_state(self) -> ClockState:
         none = np.zeros(0, dtype=np.float32)
         no_features = np.zeros((0, NUM_MEL_BINS), dtype=np.float32)
-        return ClockState(0, 0, 0, none, ResampleState(none, 0, 0), init_fbank_state(), no_features, none)
+        return ClockState(0, 0, 0, none, ResampleState(none, 0, 0), self.extractor.init_state(), no_features, none)
 
     def seconds(self, state: ClockState) -> float:
         """Source audio of which ``state`` has heard, chunk in the making included."""
@@ -106,7 +107,7 @@ class AudioClock:
         samples, resample = state.samples, state.resample
         if state.rate:
             samples, resample = Resampler(state.rate, SAMPLE_RATE).step(samples, resample, finished=flush)
-        features, fbank = fbank_step(samples, state.fbank)
+        features, fbank = self.extractor.step(samples, state.fbank)
         if len(state.features):
             features = np.concatenate([state.features, features])
         if len(state.heard):

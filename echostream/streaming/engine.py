@@ -15,6 +15,7 @@ whoever drives it may serve many streams at once. In order, at every decision:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generator, Iterator, NamedTuple
 
@@ -138,11 +139,7 @@ class Engine:
         self.max_frames = min(settings.max_sentence_frames or config.max_sentence_frames, config.max_sentence_frames)
         # A forced end must leave the next sentence room to grow before it, too, is full.
         self.lookback = min(settings.lookback_frames, self.max_frames // 2)
-        layer = policy.attention_layer
-        if layer is not None and not -config.mt_decoder_layers <= layer < config.mt_decoder_layers:
-            raise ConfigError(
-                f"the policy reads attention of layer {layer}, but the MT decoder has {config.mt_decoder_layers} layers"
-            )
+        self.attention_heads = _single_heads(policy.attention_heads, config)
 
     # ---- one decision ------------------------------------------------------------------------------------------
 
@@ -324,7 +321,7 @@ class Engine:
         if wanted <= 0 and not closes:
             return
         words = self.settings.whole_words and not closes
-        layer = None if closes else self.policy.attention_layer
+        heads = () if closes else self.attention_heads
         before = tuple(sentence.tokens)
         draft: list[int] = []
         hidden: list[np.ndarray] = []
@@ -339,7 +336,7 @@ class Engine:
                 token, _, state = next(found)
                 looked = None
             else:
-                written = yield Write(draft[-1] if draft else last, layer)
+                written = yield Write(draft[-1] if draft else last, heads)
                 token, state, looked = best_token(written.scores), written.hidden, written.attention
             hidden.append(state)
             if token == EOS or (closes and len(draft) >= wanted):
@@ -470,6 +467,23 @@ class Engine:
         stream.sentence = new
         self._drop_leading_marks(new)
         yield NewSentence()
+
+
+def _single_heads(heads: Sequence[tuple[int, int | None]], config: EchoStreamConfig) -> tuple[tuple[int, int], ...]:
+    """Heads as (layer from 0, head), a whole layer as all of its heads.
+
+    Raises:
+        ConfigError: the MT decoder has no such layer or head.
+    """
+    layers, count = config.mt_decoder_layers, config.mt_decoder_heads
+    found: list[tuple[int, int]] = []
+    for layer, head in heads:
+        if not -layers <= layer < layers:
+            raise ConfigError(f"the policy reads attention of layer {layer}, but the MT decoder has {layers} layers")
+        if head is not None and head >= count:
+            raise ConfigError(f"the policy reads attention of head {head}, but the MT decoder has {count} a layer")
+        found += [(layer % layers, h) for h in (range(count) if head is None else (head,))]
+    return tuple(found)
 
 
 def _last_token(tokens: tuple[Spoken, ...], before: int) -> int:

@@ -37,6 +37,7 @@ KNOBS = {
     "agreement_n": Knob("local-agreement: looks in a row that must agree"),
     "alignatt_frames": Knob("alignatt: newest encoder frames (40 ms) that a written subword must not look at"),
     "alignatt_layer": Knob("alignatt: MT decoder layer whose attention is read, negative from the last"),
+    "alignatt_heads": Knob("alignatt: single heads instead, as layer.head,layer.head", str),
     "lagging_k2": Knob("subwords that the speech stays behind the text"),
     "stride_n2": Knob("subwords from one writing of speech to the next"),
 }

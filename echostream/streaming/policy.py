@@ -16,6 +16,7 @@ asked: the rest is written.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -66,7 +67,7 @@ class Draft:
         tokens: the subwords drafted after them.
         words: how many of those begin a word.
         attention: float [frames], where the decoder looked for the last of ``tokens``: weights over the visible frames,
-            the mean of all heads. Only for a policy with an ``attention_layer``.
+            the mean of the policy's ``attention_heads``. None where it has none.
     """
 
     committed: tuple[int, ...]
@@ -79,10 +80,11 @@ class Policy(Protocol):
     """What the session asks of a policy. ``PolicyBase`` answers for those that only count.
 
     Attributes:
-        attention_layer: the MT decoder layer (negative: from the last) whose attention ``stops`` must see, or None.
+        attention_heads: heads of the MT decoder's cross-attention whose mean ``stops`` must see, each (layer, head),
+            the layer negative from the last, the head None for all of the layer; empty if it needs none.
     """
 
-    attention_layer: int | None
+    attention_heads: tuple[tuple[int, int | None], ...]
 
     def initial(self) -> Memory:
         """The memory at the start of a sentence."""
@@ -110,7 +112,7 @@ class PolicyBase:
 
     lagging_k2 = 0
     stride_n2 = 1
-    attention_layer: int | None = None
+    attention_heads: tuple[tuple[int, int | None], ...] = ()
 
     def initial(self) -> Memory:
         return ()
@@ -305,17 +307,22 @@ def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     return next((i for i in range(shortest) if left[i] != right[i]), shortest)
 
 
+_HEADS = re.compile(r"(-?\d{1,3}\.\d{1,3}(,-?\d{1,3}\.\d{1,3})*)?")
+
+
 @dataclass(frozen=True)
 class AlignAttPolicy(PolicyBase):
     """AlignAtt: write until the decoder looks at what has only just been said.
 
     Papi, Turchi and Negri, 2023 (arXiv 2305.11408). Each drafted subword is aligned with the encoder frame to which
-    the cross-attention that predicted it gives the most weight (mean of the heads). If that is one of the last
-    ``alignatt_frames`` visible frames, more of the source is needed: this subword and all after it wait.
+    the cross-attention that predicted it gives the most weight (mean of the heads asked for). If that is one of the
+    last ``alignatt_frames`` visible frames, more of the source is needed: this subword and all after it wait.
 
     Attributes:
         alignatt_frames: encoder frames (40 ms), the f of the paper: more of them, more delay. 0 never waits.
         alignatt_layer: the MT decoder layer that is asked, counted from 0, or from the last one down with -1, -2, ...
+        alignatt_heads: single heads instead, as ``layer.head`` separated by commas (``3.1,4.2``): in a decoder from
+            Whisper a few follow the sound, and the others blur what these say.
         lagging_k2: MT subwords that the speech stays behind the text.
         stride_n2: MT subwords from one writing of units to the next.
 
@@ -325,6 +332,7 @@ class AlignAttPolicy(PolicyBase):
 
     alignatt_frames: int = 8
     alignatt_layer: int = -1
+    alignatt_heads: str = ""
     lagging_k2: int = 0
     stride_n2: int = 1
 
@@ -332,10 +340,15 @@ class AlignAttPolicy(PolicyBase):
         self._check(alignatt_frames=0, lagging_k2=0, stride_n2=1)
         if isinstance(self.alignatt_layer, bool) or not isinstance(self.alignatt_layer, int):
             raise ConfigError(f"alignatt_layer is {self.alignatt_layer!r}; it must be a whole number")
+        if not isinstance(self.alignatt_heads, str) or not _HEADS.fullmatch(self.alignatt_heads):
+            raise ConfigError(f"alignatt_heads is {self.alignatt_heads!r}; it must be like 3.1,4.2 (layer.head)")
 
     @property
-    def attention_layer(self) -> int:
-        return self.alignatt_layer
+    def attention_heads(self) -> tuple[tuple[int, int | None], ...]:
+        if not self.alignatt_heads:
+            return ((self.alignatt_layer, None),)
+        pairs = (entry.split(".") for entry in self.alignatt_heads.split(","))
+        return tuple((int(layer), int(head)) for layer, head in pairs)
 
     def text(self, progress: Progress, memory: Memory) -> tuple[int, Memory]:
         return (UNLIMITED if progress.frames > self.alignatt_frames else 0), memory

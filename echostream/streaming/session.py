@@ -52,7 +52,7 @@ class StreamingSession:
         self.bundle = bundle
         self.engine = make_engine(bundle, policy, segmenter, settings, options)
         self.settings = self.engine.settings
-        self._hearing = Hearing(AudioClock(self.settings.chunk_ms), bundle.cmvn)
+        self._hearing = Hearing(AudioClock(self.settings.chunk_ms, bundle.config.features), bundle.cmvn)
         self._stages = (backend or backend_of(bundle))(bundle, rows=1, speech=self.settings.speech)
         self._track = Track(0, self._hearing.clock.init_state())
 

@@ -47,16 +47,16 @@ class Extend:
 class Write:
     """Feed the MT decoder one token at the next position. Answer: ``Written``.
 
-    With ``attention_layer`` (an MT decoder layer, negative from the last) the answer tells where that layer looked.
+    With ``heads``, each (MT decoder layer, head), the answer tells where these looked.
     """
 
     token: int
-    attention_layer: int | None = None
+    heads: tuple[tuple[int, int], ...] = ()
 
 
 class Written(NamedTuple):
     """Scores of the next token [V], the hidden state [D] they come from, and, if asked for, the cross-attention's
-    weights over all frames the sentence has been extended by [frames], the mean of the heads."""
+    weights over all frames the sentence has been extended by [frames], the mean of the heads asked for."""
 
     scores: np.ndarray
     hidden: np.ndarray

@@ -121,8 +121,8 @@ class TorchStages(Answering):
         tokens = torch.zeros(self.rows, 1, dtype=torch.long)
         tokens[rows, 0] = torch.tensor([r.token for r in requests])
         active = self._flags(rows, [True] * len(rows))
-        layer = next((r.attention_layer for r in requests if r.attention_layer is not None), None)
-        probe = None if layer is None else AttentionProbe(layer)
+        heads = next((r.heads for r in requests if r.heads), ())
+        probe = AttentionProbe(heads) if heads else None
         scores, hidden, mt = self.model.mt_decoder.step(
             tokens.to(self.device), active, self.state.mt, in_place=True, probe=probe
         )

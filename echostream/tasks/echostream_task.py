@@ -3,6 +3,7 @@
 # No postponed annotations here: fairseq reads the types of the dataclass's fields.
 
 import contextlib
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from echostream import compat
 from echostream.constants import EOS, NUM_SPECIALS
 from echostream.data.augment import SpecAugment, parse_speeds
+from echostream.data.augmentation import SpeechAugment
 from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
 from echostream.data.joining import JoinPolicy
@@ -40,6 +42,9 @@ class EchoStreamTaskConfig(FairseqDataclass):
 
     data: str = field(default=MISSING, metadata={"help": "data directory made by scripts/prepare_corpus.py"})
     config_yaml: str = field(default="config.yaml", metadata={"help": "the data directory's configuration file"})
+    features: Optional[str] = field(
+        default=None, metadata={"help": "log-mel features, kaldi or whisper (default: what the data directory says)"}
+    )
     source: ChoiceEnum(["speech", "text"]) = field(
         default="speech",
         metadata={
@@ -67,6 +72,14 @@ class EchoStreamTaskConfig(FairseqDataclass):
     gain_db: float = field(default=0.0, metadata={"help": "change training speech's level by up to so many dB"})
     noise_db: Optional[float] = field(
         default=None, metadata={"help": "add white noise to training speech, down from this level (dBFS, such as -40)"}
+    )
+    augment_speech: str = field(
+        default="none",
+        metadata={
+            "help": "make training speech resemble people's recordings: people, or "
+            "NAME=PROBABILITY:LOW..HIGH:KIND+KIND,... of formant, reverb, noise, hum, band, codec, clip and gain "
+            "(echostream/data/augmentation/speech.py)"
+        },
     )
     autocast: ChoiceEnum(["none", "bfloat16", "float16"]) = field(
         default="none", metadata={"help": "mixed precision in training that works without a GPU too (bfloat16)"}
@@ -108,11 +121,15 @@ class EchoStreamTask(FairseqTask):
             spec_augment=SpecAugment.parse(cfg.spec_augment),
             gain_db=cfg.gain_db,
             noise_db=cfg.noise_db,
+            speech=SpeechAugment.parse(cfg.augment_speech),
         )
 
     @classmethod
     def setup_task(cls, cfg: EchoStreamTaskConfig, **kwargs: Any) -> "EchoStreamTask":
         config = DataConfig.load(cfg.data, cfg.config_yaml)
+        if cfg.features:
+            config = dataclasses.replace(config, features=cfg.features)
+        config.extractor  # an unknown name stops the run here
         task = cls(cfg, config)
         if cfg.cpu:
             compat.keep_freed_memory()

@@ -108,13 +108,7 @@ class WhisperFeatures:
 
     def log_mel(self, samples: np.ndarray, length: int) -> np.ndarray:
         """Whisper's features of one recording padded to ``length`` samples: float32 [mels, length / 160]."""
-        samples = np.pad(samples.astype(np.float32), (0, length - len(samples)))
-        padded = np.pad(samples, 200, mode="reflect")
-        window = np.hanning(401)[:400].astype(np.float32)
-        frames = np.lib.stride_tricks.sliding_window_view(padded, 400)[::FRAME_SHIFT][: length // FRAME_SHIFT]
-        power = np.abs(np.fft.rfft(frames * window, axis=1)).astype(np.float32) ** 2
-        mel = np.log10(np.maximum(self._mel @ power.T, 1e-10))
-        return (np.maximum(mel, mel.max() - 8.0) + 4.0) / 4.0
+        return whisper_log_mel(samples, length, self._mel)
 
     def _window(self, samples: int) -> int:
         if samples > self.LONGEST:
@@ -166,6 +160,26 @@ class HubertFeatures:
                     source, padding_mask=None, mask=False, output_layer=self._layer
                 )
             yield _fit_length(frames[0].float().cpu().numpy(), len(samples) // UNIT_HOP)
+
+
+def whisper_log_mel(samples: np.ndarray, length: int, filters: np.ndarray) -> np.ndarray:
+    """Whisper's own features, which know the whole recording: all is lifted to 8 decades below its loudest.
+
+    Args:
+        samples: at 16 kHz, full scale is 1.
+        length: samples in all, silence behind the recording included; what is longer is cut.
+        filters: see ``whisper_mel_filters``.
+
+    Returns:
+        float32 [mels, length / 160]; frame t lies around sample 160 t.
+    """
+    samples = np.asarray(samples[:length], dtype=np.float32)
+    padded = np.pad(np.pad(samples, (0, length - len(samples))), 200, mode="reflect")
+    window = np.hanning(401)[:400].astype(np.float32)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, 400)[::FRAME_SHIFT][: length // FRAME_SHIFT]
+    power = np.abs(np.fft.rfft(frames * window, axis=1)).astype(np.float32) ** 2
+    mel = np.log10(np.maximum(filters @ power.T, 1e-10))
+    return (np.maximum(mel, mel.max() - 8.0) + 4.0) / 4.0
 
 
 def whisper_mel_filters(count: int) -> np.ndarray:

@@ -46,23 +46,29 @@ class STDecoder(nn.Module):
     def __init__(self, cfg: EchoStreamConfig):
         super().__init__()
         self.window = cfg.st_left_context
+        narrow = cfg.st_dim != cfg.encoder_embed_dim
+        self.input = init_linear(nn.Linear(cfg.encoder_embed_dim, cfg.st_dim)) if narrow else None
         self.layers = nn.ModuleList(
             CausalLayer(
-                cfg.encoder_embed_dim, cfg.st_decoder_heads, cfg.encoder_ffn_embed_dim, cfg.st_left_context,
-                cfg.dropout, cfg.attention_dropout, cfg.activation_dropout,
+                cfg.st_dim, cfg.st_decoder_heads, cfg.st_decoder_ffn_dim or cfg.encoder_ffn_embed_dim,
+                cfg.st_left_context, cfg.dropout, cfg.attention_dropout, cfg.activation_dropout,
             )
             for _ in range(cfg.st_decoder_layers)
         )
-        self.head = CTCHead(cfg.encoder_embed_dim, cfg.st_vocab_size)
+        self.head = CTCHead(cfg.st_dim, cfg.st_vocab_size)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encoder frames x [B, T, D] -> scores [B, T, vocab].
 
         ``lengths`` [B] need not be given: padding behind a row is never seen by its frames.
         """
+        x = self._enter(x)
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return x if self.input is None else self.input(x)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -75,6 +81,7 @@ class STDecoder(nn.Module):
     def step(self, x: Tensor, lengths: Tensor, state: STState) -> tuple[Tensor, Tensor, STState]:
         """New frames x [B, N, D], of row b the first ``lengths[b]`` -> (scores [B, N, vocab], lengths, state)."""
         outputs = []
+        x = self._enter(x)
         # Long pushes go window by window, which keeps the cost linear in N.
         for start in range(0, x.shape[1], self.window):
             part = x[:, start : start + self.window]

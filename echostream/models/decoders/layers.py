@@ -1,12 +1,14 @@
-"""What the ST, MT and unit decoders share: attention, positions, caches and post-norm transformer layers.
+"""What the ST, MT and unit decoders share: attention, positions, caches and transformer layers.
 
 Letters: B batch, U target positions, T encoder frames (40 ms each), N new items of one step, C places of a cache,
-D width, H heads. All layers are post-norm (Vaswani et al., 2017): ``LayerNorm(x + sublayer(x))``.
+D width, H heads. Layers are post-norm (Vaswani et al., 2017), ``LayerNorm(x + sublayer(x))``, unless another form is
+asked for.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 
 from echostream.errors import EchoStreamError
 from echostream.models.attention import attention
+from echostream.models.dropout import activate
 from echostream.models.dropout import dropout as cheap_dropout
-from echostream.models.dropout import relu_dropout
 from echostream.models.state import State
 
 
@@ -125,39 +127,55 @@ class CrossAttention(nn.Module):
 
 
     def weights(self, x: Tensor, k: Tensor, visible: Visible) -> Tensor:
-        """Where each query of x [B, N, D] looks: [B, N, T], the mean of the heads' weights; zero without frames."""
+        """Where each query of x [B, N, D] looks: [B, H, N, T]; zero without frames."""
         q, k = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if visible.mask is not None:
             scores = scores.masked_fill(~visible.mask, -math.inf)
-        weights = scores.softmax(dim=-1).mean(dim=1)
-        return weights if visible.nothing is None else weights.masked_fill(visible.nothing, 0.0)
+        weights = scores.softmax(dim=-1)
+        return weights if visible.nothing is None else weights.masked_fill(visible.nothing[:, None], 0.0)
 
 
 @dataclass
 class AttentionProbe:
-    """Asks a decoder's step where one of its layers looks; the step fills in ``weights``.
+    """Asks a decoder's step where some of its heads look; the step fills in ``weights``.
 
     Attributes:
-        layer: from 0, or from the last one down with -1, -2, ...
-        weights: [B, N, frames] of the layer's cross-attention, the mean of its heads.
+        heads: (layer, head), both from 0.
+        weights: [B, N, frames] of the cross-attention, the mean of these heads.
     """
 
-    layer: int
+    heads: Sequence[tuple[int, int]]
     weights: Tensor | None = None
+
+    def layer(self, number: int) -> Probe | None:
+        """What layer ``number`` is to tell its weights [B, H, N, T]; None where it is not asked."""
+        chosen = [head for layer, head in self.heads if layer == number]
+        if not chosen:
+            return None
+
+        def tell(weights: Tensor) -> None:
+            share = weights[:, chosen].sum(dim=1) / len(self.heads)
+            self.weights = share if self.weights is None else self.weights + share
+
+        return tell
+
+
+Probe = Callable[[Tensor], None]  # is told a layer's attention weights [B, H, N, T]
 
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, Linear."""
+    """Linear, activation (``relu`` or ``gelu``), Linear."""
 
-    def __init__(self, dim: int, inner: int, activation_dropout: float):
+    def __init__(self, dim: int, inner: int, activation_dropout: float, activation: str = "relu"):
         super().__init__()
+        self.activation = activation
         self.inner = init_linear(nn.Linear(dim, inner))
         self.outer = init_linear(nn.Linear(inner, dim))
         self.activation_dropout = activation_dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(relu_dropout(self.inner(x), self.activation_dropout, self.training))
+        return self.outer(activate(self.inner(x), self.activation, self.activation_dropout, self.training))
 
 
 @dataclass(frozen=True)
@@ -254,18 +272,22 @@ class _Append:
 
 
 class DecoderLayer(nn.Module):
-    """Transformer decoder layer: causal self-attention, cross-attention, FFN. d 256, FFN 1024: 1,053,440 parameters."""
+    """Transformer decoder layer: causal self-attention, cross-attention, FFN. d 256, FFN 1024: 1,053,440 parameters.
+
+    ``form`` is ``vaswani`` (LayerNorm behind each residual, ReLU) or ``whisper`` (LayerNorm before each branch, GELU).
+    """
 
     def __init__(
         self, dim: int, memory_dim: int, heads: int, ffn: int, dropout: float, attention_dropout: float,
-        act_dropout: float, residual_gain: float = 1.0,
+        act_dropout: float, residual_gain: float = 1.0, form: str = "vaswani",
     ):
         super().__init__()
+        self.pre_norm = form == "whisper"
         self.self_attention = SelfAttention(dim, heads, attention_dropout)
         self.self_norm = nn.LayerNorm(dim)
         self.cross_attention = CrossAttention(dim, memory_dim, heads, attention_dropout)
         self.cross_norm = nn.LayerNorm(dim)
-        self.ffn = FeedForward(dim, ffn, act_dropout)
+        self.ffn = FeedForward(dim, ffn, act_dropout, "gelu" if self.pre_norm else "relu")
         self.ffn_norm = nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
         with torch.no_grad():
@@ -273,26 +295,35 @@ class DecoderLayer(nn.Module):
                 branch.weight.mul_(residual_gain)
 
     def _finish(
-        self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible, probe: AttentionProbe | None = None
+        self, x: Tensor, attended: Tensor, k: Tensor, v: Tensor, visible: Visible, probe: Probe | None = None
     ) -> Tensor:
-        x = self.self_norm(x + self.dropout(attended))
+        x = x + self.dropout(attended)
+        if not self.pre_norm:
+            x = self.self_norm(x)
+        query = self.cross_norm(x) if self.pre_norm else x
         if probe is not None:
-            probe.weights = self.cross_attention.weights(x, k, visible)
-        x = self.cross_norm(x + self.dropout(self.cross_attention(x, k, v, visible)))
+            probe(self.cross_attention.weights(query, k, visible))
+        x = x + self.dropout(self.cross_attention(query, k, v, visible))
+        if self.pre_norm:
+            return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x = self.cross_norm(x)
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attention.project(self.self_norm(x) if self.pre_norm else x)
 
     def forward(self, x: Tensor, memory: Tensor, visible: Visible) -> Tensor:
         """All positions at once: x [B, U, D], memory [B, T, memory_dim] -> [B, U, D]."""
-        q, k, v = self.self_attention.project(x)
+        q, k, v = self._project(x)
         attended = self.self_attention(q, k, v, causal=True)
         return self._finish(x, attended, *self.cross_attention.project_memory(memory), visible)
 
     def step(
         self, x: Tensor, append: _Append, own: KeyValues, memory: KeyValues, mask: Tensor | None, visible: Visible,
-        in_place: bool, probe: AttentionProbe | None = None,
+        in_place: bool, probe: Probe | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """New positions x [B, N, D] behind those cached in ``own``; ``memory`` holds the frames that may be seen."""
-        q, k, v = self.self_attention.project(x)
+        q, k, v = self._project(x)
         own = append.write(own, k, v, in_place)
         attended = self.self_attention(q, own.keys[:, : append.used], own.values[:, : append.used], mask)
         return self._finish(x, attended, memory.keys, memory.values, visible, probe), own
@@ -330,19 +361,20 @@ class TransformerDecoder(nn.Module):
 
     def __init__(
         self, dim: int, memory_dim: int, heads: int, ffn: int, layers: int, dropout: float, attention_dropout: float,
-        activation_dropout: float, max_positions: int, max_frames: int, position_limit: str,
+        activation_dropout: float, max_positions: int, max_frames: int, position_limit: str, form: str = "vaswani",
     ):
         super().__init__()
-        self.dim, self.position_limit = dim, position_limit
+        self.dim, self.heads, self.position_limit = dim, heads, position_limit
         self.max_positions, self.max_frames = max_positions, max_frames
         self.dropout = Dropout(dropout)
         # Residual branches start quietly, each layer near the identity: the unit CTC then leaves its plateau in half
         # the updates (compare DeepNet, Wang et al., 2022).
         gain = (3 * layers) ** -0.5
         self.layers = nn.ModuleList(
-            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain)
+            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain, form)
             for _ in range(layers)
         )
+        self.final_norm = nn.LayerNorm(dim) if form == "whisper" else None
 
     def position_vectors(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Positions of any shape [...] -> [..., D]."""
@@ -359,7 +391,7 @@ class TransformerDecoder(nn.Module):
         seen = visible_frames(counts, memory.shape[1])
         for layer in self.layers:
             x = layer(x, memory, seen)
-        return x
+        return x if self.final_norm is None else self.final_norm(x)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
@@ -397,7 +429,7 @@ class TransformerDecoder(nn.Module):
     ) -> tuple[Tensor, DecoderState]:
         """New positions x [B, N, D] (without position vectors), which see all earlier ones and all frames so far.
 
-        A ``probe`` is given its layer's cross-attention.
+        A ``probe`` is told its heads' cross-attention.
 
         Raises:
             EchoStreamError: a row would hold more positions than the state was made for.
@@ -419,11 +451,13 @@ class TransformerDecoder(nn.Module):
         else:
             seen = visible_frames(state.frames, frames)
         own = []
-        probed = None if probe is None else self.layers[probe.layer]
-        for layer, cache, memory in zip(self.layers, state.own, state.memory):
+        for number, (layer, cache, memory) in enumerate(zip(self.layers, state.own, state.memory)):
             memory = memory.map(lambda t: t[:, :frames])
-            x, cache = layer.step(x, append, cache, memory, mask, seen, in_place, probe if layer is probed else None)
+            told = None if probe is None else probe.layer(number)
+            x, cache = layer.step(x, append, cache, memory, mask, seen, in_place, told)
             own.append(cache)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
         return x, DecoderState(tuple(own), state.memory, state.positions + lengths, state.frames)
 
 

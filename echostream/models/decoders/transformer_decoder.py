@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.config import EchoStreamConfig
@@ -13,9 +14,10 @@ from echostream.models.decoders.layers import AttentionProbe, DecoderState, Tran
 
 
 class MTDecoder(TransformerDecoder):
-    """Transformer decoder over target subwords (Vaswani et al., 2017; post-norm).
+    """Transformer decoder over target subwords, in Vaswani et al.'s (2017) or Whisper's form (``mt_decoder_form``).
 
-    A sentence starts with ``</s>``, as fairseq has it, at position 0. Embedding and output layer are separate.
+    A sentence starts with ``</s>``, as fairseq has it, at position 0. Embedding and output layer are separate; in
+    Whisper's form they are one matrix, and positions are learnt.
     """
 
     def __init__(self, cfg: EchoStreamConfig):
@@ -24,15 +26,32 @@ class MTDecoder(TransformerDecoder):
             dim, cfg.encoder_embed_dim, cfg.mt_decoder_heads, cfg.mt_decoder_ffn_dim, cfg.mt_decoder_layers,
             cfg.dropout, cfg.attention_dropout, cfg.activation_dropout,
             max_positions=cfg.max_target_tokens, max_frames=cfg.max_sentence_frames, position_limit="max_target_tokens",
+            form=cfg.mt_decoder_form,
         )
         self.embedding = nn.Embedding(cfg.mt_vocab_size, dim, padding_idx=PAD)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         nn.init.zeros_(self.embedding.weight[PAD])
-        self.output = init_linear(nn.Linear(dim, cfg.mt_vocab_size))
+        self.output: nn.Linear | None = None
+        self.positions: nn.Parameter | None = None
+        if cfg.mt_decoder_form == "whisper":
+            self.positions = nn.Parameter(torch.randn(cfg.max_target_tokens, dim) * dim**-0.5)
+        else:
+            self.output = init_linear(nn.Linear(dim, cfg.mt_vocab_size))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, U] -> scaled embeddings [B, U, D], without positions."""
-        return self.embedding(tokens) * math.sqrt(self.dim)
+        """Tokens [B, U] -> embeddings [B, U, D], scaled where Vaswani et al. scale them, without positions."""
+        x = self.embedding(tokens)
+        return x * math.sqrt(self.dim) if self.positions is None else x
+
+    def position_vectors(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Positions of any shape [...] -> [..., D]; those beyond the last learnt one, which are padding, get its."""
+        if self.positions is None:
+            return super().position_vectors(positions, dtype)
+        return self.positions[positions.clamp(max=len(self.positions) - 1)].to(dtype)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> unnormalised scores [..., vocab] of the next token."""
+        return F.linear(hidden, self.embedding.weight) if self.output is None else self.output(hidden)
 
     def forward(
         self, prev_output_tokens: Tensor, encoder_out: Tensor, encoder_lengths: Tensor, visible: Tensor | None = None
@@ -49,7 +68,7 @@ class MTDecoder(TransformerDecoder):
             scores [B, U, vocab] of the token after each position, and the hidden states [B, U, D] they come from.
         """
         hidden = self.run(self.embed(prev_output_tokens), encoder_out, encoder_lengths, visible)
-        return self.output(hidden), hidden
+        return self.scores(hidden), hidden
 
     def step(
         self, tokens: Tensor, active: Tensor | None, state: DecoderState, in_place: bool = False,
@@ -74,7 +93,7 @@ class MTDecoder(TransformerDecoder):
         else:
             lengths = active.long() * count if active.dtype == torch.bool else active
         hidden, state = self.advance(self.embed(tokens), lengths, state, in_place, probe)
-        return self.output(hidden), hidden, state
+        return self.scores(hidden), hidden, state
 
     @torch.no_grad()
     def greedy(

@@ -32,7 +32,7 @@ class ExportedHearing(Rows):
         bins = config.input_feat_per_channel * config.input_channels
         self.bins = -(-config.input_feat_per_channel // SUBSAMPLING)  # per channel, when subsampled
         dim, heads, st_heads = config.encoder_embed_dim, config.encoder_attention_heads, config.st_decoder_heads
-        places = config.memory_size + config.left_cache_length
+        places = config.memory_size + config.left_frames
         waiting = SUBSAMPLING_CONTEXT + SUBSAMPLING * (config.segment_length + self.right)
 
         def zeros(*shape: int, dtype: type = np.float32) -> np.ndarray:
@@ -147,9 +147,9 @@ class ExportedHearing(Rows):
             frames: [B] encoder frames of the stream from these segments' first one on, as far as it has come.
         """
         cfg = self.config
-        sizes = cfg.segment_length, cfg.left_cache_length, cfg.right_context_length, cfg.memory_size
+        sizes = cfg.segment_length, cfg.left_frames, cfg.right_context_length, cfg.memory_size
         # Once the rings are full the masks repeat: all that counts is where the oldest items stand.
-        full, period = turn(cfg.segment_length, cfg.left_cache_length, cfg.memory_size)
+        full, period = turn(cfg.segment_length, cfg.left_frames, cfg.memory_size)
         rows = [b if b < full else full + (b - full) % period for b in before.tolist()]
         masks = [segment_mask(*sizes, row, n, count, cfg.shift_context) for row, n in zip(rows, frames.tolist())]
         return masks[0] if len(masks) == 1 else np.concatenate(masks)

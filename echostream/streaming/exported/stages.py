@@ -84,8 +84,9 @@ class ExportedStages(Answering):
         written = []
         for i, (row, request) in enumerate(zip(rows, requests)):
             looked = None
-            if request.attention_layer is not None:
-                looked = out["attention"][i, request.attention_layer, 0, 1 : 1 + self.mt.frames[row]]
+            if request.heads:
+                weights = out["attention"][i, :, :, 0, 1 : 1 + self.mt.frames[row]]
+                looked = np.mean([weights[layer, head] for layer, head in request.heads], axis=0)
             written.append(Written(out["scores"][i, 0], out["hidden"][i, 0], looked))
         return written
 

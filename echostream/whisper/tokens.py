@@ -1,0 +1,409 @@
+"""From Whisper's tokens to a target vocabulary that the project reads as any other: SentencePiece and a dictionary.
+
+Whisper writes with byte-level BPE (GPT-2's, 50,257 tokens for every language there is). SentencePiece's own BPE, given
+the tokens that one language needs and the ranks of their merges, cuts text in the same places; so a decoder can start
+from Whisper's with a tenth of its embeddings. A vocabulary of another cut (a unigram model) can start there too: the
+embedding of each piece is the mean of those of its Whisper tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from echostream.constants import EOS, NUM_SPECIALS
+from echostream.errors import CheckpointError, ManifestError, require
+from echostream.text import WORD_START, Vocabulary
+from echostream.text_file import lines_of
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_FILE = 100_000_000  # bytes of a vocabulary file
+# GPT-2's pattern on the classes of the characters: letters, numbers, spaces, other white space, the rest.
+_WORD = re.compile(r" ?L+| ?N+| ?P+|[ S]+(?![LNP])|[ S]+")
+_CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+
+
+class WhisperBPE:
+    """Whisper's byte-level BPE (Sennrich et al., 2016, in GPT-2's form).
+
+    Args:
+        ids: token id by the token's bytes.
+        merges: pairs of bytes that become one token, first come first.
+        end_of_text: id of ``<|endoftext|>``.
+    """
+
+    def __init__(self, ids: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], end_of_text: int):
+        self.ids, self.end_of_text = ids, end_of_text
+        self.ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
+        self._words: dict[bytes, tuple[bytes, ...]] = {}
+        self._halves: dict[bytes, tuple[bytes, bytes] | None] = {}
+
+    @classmethod
+    def load(cls, directory: str | Path) -> WhisperBPE:
+        """Read ``tokenizer.json``, ``vocab.json`` with ``merges.txt``, or OpenAI's ``multilingual.tiktoken``.
+
+        Args:
+            directory: of the model, the model's file in it, or the ``.tiktoken`` file itself.
+
+        Raises:
+            CheckpointError: none is there, or it is no byte-level BPE.
+        """
+        directory = Path(directory)
+        if directory.suffix == ".tiktoken":
+            return cls._load_tiktoken(directory)
+        directory = directory.parent if directory.is_file() else directory
+        path = directory / "tokenizer.json"
+        if path.is_file():
+            values = _read_json(path)
+            model = values.get("model")
+            if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys():
+                raise CheckpointError(f"{path} is no BPE: it lacks 'model' with 'vocab' and 'merges'")
+            vocabulary, merges = model["vocab"], model["merges"]
+            added = values.get("added_tokens") or []
+            specials = {entry.get("content"): entry.get("id") for entry in added if isinstance(entry, dict)}
+        elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+            path = directory / "vocab.json"
+            vocabulary = specials = _read_json(path)
+            lines = lines_of(_read(directory / "merges.txt"))
+            merges = [line for line in lines if line and not line.startswith("#version")]
+            if (directory / "added_tokens.json").is_file():
+                specials = {**vocabulary, **_read_json(directory / "added_tokens.json")}
+        elif (directory / "multilingual.tiktoken").is_file():
+            return cls._load_tiktoken(directory / "multilingual.tiktoken")
+        else:
+            raise CheckpointError(
+                f"{directory} holds neither tokenizer.json, nor vocab.json with merges.txt, nor multilingual.tiktoken"
+            )
+        end = specials.get(END_OF_TEXT, vocabulary.get(END_OF_TEXT) if isinstance(vocabulary, dict) else None)
+        if type(end) is not int:
+            raise CheckpointError(f"{path} has no token {END_OF_TEXT}; is it Whisper's?")
+        try:
+            pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+            ids = {_to_bytes(token): int(i) for token, i in vocabulary.items() if not token.startswith("<|")}
+            return cls(ids, [(_to_bytes(first), _to_bytes(second)) for first, second in pairs], end)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no byte-level BPE ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def _load_tiktoken(cls, path: Path) -> WhisperBPE:
+        """OpenAI's form: base64 and rank of every token. A token's merge is what the earlier ones leave of it."""
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist")
+        try:
+            lines = [line.split() for line in lines_of(_read(path)) if line]
+            # "=" is how the published file writes its last token, which is empty.
+            ids = {b"" if token == "=" else base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not 'base64 rank' lines ({error})") from None
+        bpe = cls(ids, [], len(ids))  # the specials follow the tokens, the end of the text first
+        for token in sorted((token for token in ids if len(token) > 1), key=ids.__getitem__):
+            parts = bpe._merge(token)
+            if len(parts) != 2:
+                raise CheckpointError(f"{path}: token {token!r} is no pair of those before it")
+            bpe.ranks[parts[0], parts[1]] = len(bpe.ranks)
+        return bpe
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it stands; a sentence of Whisper's begins with a space."""
+        return [self.ids[token] for token in self.tokens(text)]
+
+    def tokens(self, text: str) -> list[bytes]:
+        """The same as bytes.
+
+        Raises:
+            CheckpointError: the vocabulary lacks a byte.
+        """
+        return [token for word in split_words(text) for token in self._word(word.encode("utf-8"))]
+
+    def halves(self, token: bytes) -> tuple[bytes, bytes] | None:
+        """The pair that was merged into a token; None for single bytes and for what no merge leads to."""
+        if token not in self._halves:
+            parts = self._merge(token, stop=2)
+            whole = len(parts) == 2 and tuple(parts) in self.ranks
+            self._halves[token] = (parts[0], parts[1]) if whole else None
+        return self._halves[token]
+
+    def _word(self, word: bytes) -> tuple[bytes, ...]:
+        if word not in self._words:
+            tokens = tuple(self._merge(word))
+            unknown = next((token for token in tokens if token not in self.ids), None)
+            if unknown is not None:
+                raise CheckpointError(f"Whisper's vocabulary has no token {unknown!r} (in {word!r})")
+            self._words[word] = tokens
+        return self._words[word]
+
+    def _merge(self, word: bytes, stop: int = 1) -> list[bytes]:
+        """Merge the pair of the lowest rank, wherever it stands, until none is left or ``stop`` tokens are."""
+        parts = [word[i : i + 1] for i in range(len(word))]
+        while len(parts) > stop:
+            pair = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if pair not in self.ranks:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                both = tuple(parts[i : i + 2]) == pair
+                merged.append(parts[i] + parts[i + 1] if both else parts[i])
+                i += 2 if both else 1
+            parts = merged
+        return parts
+
+
+def split_words(text: str) -> list[str]:
+    """Cut a text as GPT-2 does before its BPE: letters, numbers, the rest, each with the space before it."""
+    classes = "".join(map(_class, text))
+    words, start = [], 0
+    while start < len(text):
+        word = next((c for c in _CONTRACTIONS if text.startswith(c, start)), None)
+        end = start + len(word) if word else _WORD.match(classes, start).end()
+        words.append(text[start:end])
+        start = end
+    return words
+
+
+@lru_cache(maxsize=None)
+def _class(character: str) -> str:
+    if character.isspace():
+        return " " if character == " " else "S"
+    kind = unicodedata.category(character)[0]
+    return kind if kind in "LN" else "P"
+
+
+@dataclass(frozen=True)
+class TokenOrigins:
+    """Where each entry of a dictionary starts from.
+
+    Attributes:
+        tokens: Whisper's token ids of each entry: one, several (their mean), or none (specials but ``</s>``).
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def single(self) -> np.ndarray:
+        """int64 [V]: the Whisper token that an entry is, -1 where it is none or several."""
+        return np.array([ids[0] if len(ids) == 1 else -1 for ids in self.tokens], dtype=np.int64)
+
+    def average(self, embeddings: np.ndarray) -> np.ndarray:
+        """Whisper's embeddings [n_vocab, D] -> the entries' [V, D], float32.
+
+        An entry without tokens gets the mean of all the others: it is as likely as anything, and no loud stranger.
+
+        Raises:
+            ManifestError: the embeddings are of a smaller vocabulary.
+        """
+        largest = max((i for ids in self.tokens for i in ids), default=-1)
+        if largest >= len(embeddings):
+            raise ManifestError(f"{len(embeddings)} embeddings, but the dictionary starts from token {largest}")
+        table = np.asarray(embeddings, dtype=np.float32)
+        out = np.stack([table[list(ids)].mean(axis=0) if ids else np.zeros(table.shape[1]) for ids in self.tokens])
+        known = np.array([bool(ids) for ids in self.tokens])
+        out[~known] = out[known].mean(axis=0) if known.any() else 0.0
+        return out.astype(np.float32)
+
+    def save(self, path: str | Path) -> None:
+        """Write an npz with ``origin`` (``single``), ``tokens`` (all ids in a row) and ``counts`` (of each entry)."""
+        counts = np.array([len(ids) for ids in self.tokens], dtype=np.int64)
+        flat = np.array([i for ids in self.tokens for i in ids], dtype=np.int64)
+        np.savez(path, origin=self.single, tokens=flat, counts=counts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TokenOrigins:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ManifestError: the file is missing, or is something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                flat, counts = file["tokens"], file["counts"]
+            if flat.ndim != 1 or counts.ndim != 1 or min(flat.min(initial=0), counts.min(initial=0)) < 0:
+                raise ValueError("its arrays are no lists of ids")
+            if counts.sum() != len(flat):
+                raise ValueError("its arrays do not fit each other")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ManifestError(f"{path} holds no token origins: {(str(error).splitlines() or ['empty'])[0]}") from None
+        parts = np.split(flat, np.cumsum(counts)[:-1]) if len(counts) else []
+        return cls(tuple(tuple(int(i) for i in part) for part in parts))
+
+
+def piece_origins(bpe: WhisperBPE, vocabulary: Vocabulary) -> TokenOrigins:
+    """Where the entries of any SentencePiece dictionary start from: the token that a piece is, else those of its text.
+
+    Of a dictionary that ``write_whisper_subwords`` made it gives what that returned.
+    """
+    pieces = vocabulary.symbols[NUM_SPECIALS:]
+    specials = ((bpe.end_of_text,) if i == EOS else () for i in range(NUM_SPECIALS))
+    return TokenOrigins((*specials, *(_piece_tokens(bpe, piece) for piece in pieces)))
+
+
+def write_whisper_subwords(
+    bpe: WhisperBPE, texts: Iterable[str], model: Path, dictionary: Path, max_pieces: int = 0
+) -> TokenOrigins:
+    """Whisper's vocabulary, pruned to what ``texts`` need, as a SentencePiece model and a dictionary.
+
+    The pieces are every character of the texts and the tokens of Whisper's encoding of each sentence (after a space).
+    All other tokens of these characters lie in the SentencePiece model as *unused*: they take part in the merging, so
+    that what is kept is cut as Whisper cuts it, then fall apart into what they were merged from. The dictionary, and
+    with it the decoder, knows nothing of them.
+
+    Args:
+        texts: sentences as training will see them (after ``normalize_text``).
+        max_pieces: keep the most frequent tokens, so many pieces in all (0: all). Characters are always kept, so that
+            every text can still be written.
+
+    Raises:
+        ManifestError: there is no text, or its characters alone are more than ``max_pieces``.
+    """
+    counts: Counter[str] = Counter()
+    characters: Counter[str] = Counter()
+    for text in texts:
+        counts.update(_piece(token) for token in bpe.tokens(" " + text))
+        characters.update(WORD_START + text.replace(" ", WORD_START))
+    if not counts:
+        raise ManifestError("no sentences to make a vocabulary of")
+    if max_pieces and len(characters) > max_pieces:
+        raise ManifestError(
+            f"the text has {len(characters)} different characters; {max_pieces} pieces do not hold them"
+        )
+    ranks: dict[str, float] = {}
+    for token in bpe.ids:
+        if (piece := _piece(token)) and characters.keys() >= set(piece) and WORD_START not in piece[1:]:
+            for part, rank in _derivation(bpe, piece).items():
+                ranks[part] = min(rank, ranks.get(part, rank))
+    room = max_pieces - len(characters) if max_pieces else None
+    wanted = [piece for piece in sorted(counts, key=lambda piece: (-counts[piece], piece)) if piece in ranks][:room]
+    # Early merges first, then the characters, as SentencePiece's own training writes them.
+    kept = [*sorted(wanted, key=lambda piece: (ranks[piece], piece)),
+            *sorted(characters, key=lambda c: (-characters[c], c))]
+    unused = sorted(ranks.keys() - set(wanted), key=lambda piece: (ranks[piece], piece))
+    lowest = len(bpe.ranks)
+    scores = {piece: -ranks.get(piece, lowest + i) for i, piece in enumerate([*kept, *unused])}
+    model.write_bytes(_sentencepiece_bpe(scores, set(unused)))
+    dictionary.write_text("".join(f"{piece} {counts[piece]}\n" for piece in kept), encoding="utf-8")
+    return piece_origins(bpe, Vocabulary(kept))
+
+
+def same_segmentation(bpe: WhisperBPE, processor: object, texts: Iterable[str]) -> tuple[int, int, int, int]:
+    """How a SentencePiece model cuts text beside Whisper.
+
+    Returns:
+        sentences cut alike, sentences, Whisper's tokens in them that stand at the same place in both, Whisper's tokens.
+    """
+    alike = sentences = shared = total = 0
+    for text in texts:
+        ours = [_text(piece).encode("utf-8") for piece in processor.encode(text, out_type=str)]
+        theirs = bpe.tokens(" " + text)
+        sentences += 1
+        alike += ours == theirs
+        shared += len(_spans(ours) & _spans(theirs))
+        total += len(theirs)
+    return alike, sentences, shared, total
+
+
+def _derivation(bpe: WhisperBPE, piece: str) -> dict[str, float]:
+    """A token and all it is merged from, of more than one character: their ranks.
+
+    Halves that end inside a character move to its end: SentencePiece starts from whole characters. What they become
+    may be no token of Whisper's; then it is merged just before what it is needed for.
+    """
+    out: dict[str, float] = {}
+    waiting = [(piece, float(len(bpe.ranks)))]
+    while waiting:
+        piece, before = waiting.pop()
+        if len(piece) < 2:
+            continue
+        pair = bpe.halves(_text(piece).encode("utf-8"))
+        rank = float(bpe.ranks[pair]) if pair else before - 0.5
+        out[piece] = min(rank, out.get(piece, rank))
+        cut = len(pair[0].decode("utf-8", errors="ignore")) if pair else len(piece) - 1
+        cut = min(max(cut, 1), len(piece) - 1)
+        waiting += [(piece[:cut], rank), (piece[cut:], rank)]
+    return out
+
+
+def _piece_tokens(bpe: WhisperBPE, piece: str) -> tuple[int, ...]:
+    token = _text(piece).encode("utf-8")
+    return (bpe.ids[token],) if token in bpe.ids else tuple(bpe.encode(_text(piece)))
+
+
+def _text(piece: str) -> str:
+    return piece.replace(WORD_START, " ")
+
+
+def _piece(token: bytes) -> str:
+    """A token as SentencePiece writes it; empty for one that ends inside a character, or holds the mark itself."""
+    try:
+        text = token.decode("utf-8")
+    except UnicodeDecodeError:
+        return ""
+    return "" if WORD_START in text else text.replace(" ", WORD_START)
+
+
+def _spans(tokens: Sequence[bytes]) -> set[tuple[int, int]]:
+    ends = np.cumsum([len(token) for token in tokens])
+    return {(int(end) - len(token), int(end)) for end, token in zip(ends, tokens)}
+
+
+def _sentencepiece_bpe(scores: Mapping[str, float], unused: Collection[str]) -> bytes:
+    """A SentencePiece model of the type BPE with these pieces; ``<unk>``, ``<s>``, ``</s>`` first, text as it is."""
+    require("google.protobuf", "train")
+    proto = require("sentencepiece.sentencepiece_model_pb2", "all")
+    model = proto.ModelProto()
+    kinds = model.SentencePiece
+    for piece, score, kind in (
+        ("<unk>", 0.0, kinds.UNKNOWN), ("<s>", 0.0, kinds.CONTROL), ("</s>", 0.0, kinds.CONTROL),
+        *((piece, score, kinds.UNUSED if piece in unused else kinds.NORMAL) for piece, score in scores.items()),
+    ):  # fmt: skip
+        model.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = trainer.BPE, len(model.pieces)
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = normalizer.escape_whitespaces = True
+    return model.SerializeToString()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the others follow from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _to_bytes(token: str) -> bytes:
+    return bytes(_BYTES[letter] for letter in token)
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > MAX_FILE:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for a vocabulary")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is no UTF-8 text: {error}") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(_read(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: no JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {type(values).__name__} where names with values belong")
+    return values
