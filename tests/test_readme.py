@@ -27,6 +27,7 @@ import soundfile
 pytest.importorskip("torch")
 pytest.importorskip("simuleval")
 
+from tests.test_catalogues import write_mo  # noqa: E402
 from tests.test_corpus import Tones, Whistler, pairs, tone  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,7 @@ COMMANDS = [
 BEHIND = {
     "prepare_corpus.py all .*--pairs": "--train-pairs 24 --dev-pairs 4 --features mfcc --num-units 20 --positions 0",
     "prepare_corpus.py all .*--cvss": "--features mfcc --num-units 20 --positions 0",
+    "prepare_corpus.py text .*--train-only": "--vocab-size 40",
     "train.py ": "--dry-run",
     "ablate.py ": "--dry-run",
     "unit_report.py ": "--limit 4",
@@ -60,6 +62,7 @@ INSTEAD = [
     (r"--output data/es-en --cvss", "--output data/cvss --cvss"),  # not over the corpus of the command before
     (r"^echostream export echostream/assets/es-en", "echostream export bundles/es-en"),
     (r"^(echostream translate (?!.*--checkpoint-dir).*)", r"\1 --checkpoint-dir bundles/es-en"),
+    (r"/usr/share/locale /usr/share/games", "locale"),
     (r"--limit 200", "--limit 2"),
     (r"--chunk-ms 320 960", "--chunk-ms 320"),
     (r"--minutes 60", "--updates 2"),  # minutes are measured by training, even in a dry run
@@ -104,6 +107,7 @@ def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     (folder / "voices").mkdir()
     table = "es\ten\n" + "".join(f"{a}\t{b}\n" for a, b in pairs(64))
     (folder / "pairs.tsv.gz").write_bytes(gzip.compress(table.encode()))
+    write_mo(folder / "locale" / "es" / "LC_MESSAGES" / "a.mo", [(b, a) for a, b in pairs(200)[64:]])
     common_voice, cvss = folder / "cv-corpus" / "es", folder / "cvss_c_es_en"
     (common_voice / "clips").mkdir(parents=True)
     lines = {"train": [], "dev": []}

@@ -65,8 +65,8 @@ def _catalogue_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR",
                         help="searched for <language>/LC_MESSAGES/*.mo and <language>.po, as in /usr/share/locale")
     parser.add_argument("-o", "--output", type=Path, required=True, help="table to write, .tsv or .tsv.gz")
-    parser.add_argument("--source-lang", default="es")
-    parser.add_argument("--target-lang", default="en")
+    parser.add_argument("--source-lang", required=True, metavar="CODE")
+    parser.add_argument("--target-lang", required=True, metavar="CODE")
     parser.add_argument("--message-lang", default="en", help="language of the untranslated messages, one of the two")
     parser.add_argument("--exclude", type=Path, nargs="*", default=[], metavar="TABLE",
                         help="no sentence of these tables may occur (rows.tsv: none outside of the split train)")
