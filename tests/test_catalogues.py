@@ -150,7 +150,7 @@ def test_catalogues_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output, held = tmp_path / "pairs.tsv.gz", tmp_path / "held.tsv"
     held.write_text("es\tsplit\nla puerta está cerrada\ttest\n¿Dónde están los barcos?\ttrain\n", encoding="utf-8")
     pair = ["--source-lang", "es", "--target-lang", "en"]
-    step = ["catalogues", str(layout(tmp_path / "x")), "-o", str(output), *pair]
+    step = ["catalogues", str(layout(tmp_path / "x")), *pair, "-o", str(output)]
     assert main([*step, "--exclude", str(held)]) == 0
     assert gzip.decompress(output.read_bytes()).decode("utf-8").splitlines() == [
         "es\ten\tcatalogue", f"{GOLD[1]}\t{GOLD[0]}\tgame", "¿Dónde están los barcos?\tWhere are the ships?\tgame",
