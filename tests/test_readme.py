@@ -53,6 +53,7 @@ BEHIND = {
     "evaluate.py resynthesis ": "--limit 2",
     "evaluate.py simul ": "--limit 1",
     "evaluate.py (sweep|longform) ": "--checkpoint-dir bundles/es-en",
+    "evaluate.py sweep .*--output runs/sweep": "--grid lagging_k1=1 wait_k=2 agreement_n=2 alignatt_frames=12",
     "evaluate.py cascade ": "--limit 2",
     "evaluate.py report ": "--samples 20",
 }
