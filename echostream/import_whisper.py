@@ -13,9 +13,10 @@ from echostream.text import Vocabulary
 DESCRIPTION = """Make a checkpoint directory from a Whisper model of any size.
 
 SOURCE is base (multilingual Whisper base, from the packages of the extra corpus), a directory with CTranslate2's
-model.bin or Hugging Face's model.safetensors, or OpenAI's .pt file; its tokenizer lies beside it. The encoder becomes an Emformer of the same weights that hears segments instead of 30 s; the
-text decoder is cut to the target vocabulary of a corpus directory. CTC heads and unit decoder are new, and the encoder
-has not learnt to do without the future yet: train on from it (--encoder-init, --decoder-init; docs: configs/whisper).
+model.bin or Hugging Face's model.safetensors, or OpenAI's .pt file; its tokenizer lies beside it. The encoder becomes
+an Emformer of the same weights that hears segments instead of 30 s; the text decoder is cut to the target vocabulary of
+a corpus directory. CTC heads and unit decoder are new, and the encoder has not learnt to do without the future yet:
+train on from it (--encoder-init, --decoder-init; configs/whisper).
 """
 
 

@@ -93,7 +93,7 @@ def read_json(path: str | Path, error: type[EchoStreamError] = ManifestError, wh
     """
     try:
         return json.loads(read_text(path, error, what))
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         if isinstance(reason, EchoStreamError):
             raise
         raise error(f"{what} {path} is not JSON: {reason}") from None
@@ -110,7 +110,7 @@ def read_json_lines(path: str | Path, error: type[EchoStreamError] = ManifestErr
         if line.strip():
             try:
                 values.append(json.loads(line))
-            except ValueError as reason:
+            except (ValueError, RecursionError) as reason:
                 raise error(f"{what} {path}, line {number} is not JSON: {reason}") from None
     return values
 

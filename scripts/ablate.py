@@ -55,8 +55,9 @@ from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
 from echostream.evaluation import ablation  # noqa: E402
 from echostream.evaluation.run import environment  # noqa: E402
 from echostream.evaluation.systems import read_results  # noqa: E402
+from echostream.files import run_command, write_json, write_text  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
 from echostream.text_file import read_json, read_lines  # noqa: E402
-from echostream.yaml_file import read_mapping  # noqa: E402
 
 TEST = "ablation_test"  # the first rows of the manifest to decode
 TIMED_UPDATES = 12
@@ -140,8 +141,8 @@ def work(args: argparse.Namespace) -> None:
     text = "\n".join(f"### {title}\n\n{ablation.table(arms)}\n" for title, arms in figures.items())
     print(f"\n{text}")
     if args.table:
-        args.table.write_text(text, encoding="utf-8")
-        args.table.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_text(args.table, text)
+        write_json(args.table.with_suffix(".json"), figures)
     if failed:
         raise EchoStreamError(f"not finished: {', '.join(failed)}; the same command goes on with them")
 
@@ -191,7 +192,7 @@ class Ablations:
             if path.name != "config.yaml" and not link.exists():
                 link.symlink_to(path.resolve())
         values = {**read_mapping(self.args.data / "config.yaml"), "audio_root": str(config.root.resolve())}
-        (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        write_text(folder / "config.yaml", yaml.safe_dump(values))
         manifest(TEST, read_manifest(self.args.data / f"{self.args.subset}.tsv")[: self.args.test_limit])
         for name, cut in (self.config.get("subsets") or {}).items():
             rows = read_manifest(self.args.data / f"{cut['from']}.tsv")
@@ -243,7 +244,7 @@ class Ablations:
             print(f"timing {TIMED_UPDATES} updates of step {title}", file=sys.stderr)
             launch(fairseq("train", flags, self.data), folder / "train.log", watch)
             known[title] = (times[-1] - times[1]) / (len(times) - 2)  # the first ones warm up
-            path.write_text(json.dumps(known, indent=2) + "\n")
+            write_json(path, known)
         return 60 * self.args.minutes / known[title]
 
     def show(self) -> None:
@@ -341,7 +342,7 @@ def train(training: Training, data: Path, bar: tqdm) -> None:
                 path.unlink()
         record["validation"] = validation
     finally:
-        (training.folder / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_json(training.folder / "record.json", record)
 
 
 def schedule(flags: dict[str, Any], updates: int, folder: Path) -> dict[str, Any]:
@@ -404,4 +405,4 @@ def _digest(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

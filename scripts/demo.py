@@ -24,6 +24,7 @@ from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
 from echostream.evaluation import run  # noqa: E402
 from echostream.evaluation.asr import RECOGNISERS  # noqa: E402
 from echostream.evaluation.timeline import draw_timeline  # noqa: E402
+from echostream.files import run_command  # noqa: E402
 from echostream.text_file import iter_lines, read_lines, table_rows  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,4 +114,4 @@ def print_figures(figures: dict[str, float], listener: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

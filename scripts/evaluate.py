@@ -38,6 +38,8 @@ from echostream.evaluation.asr import RECOGNISERS, Recogniser, load_recogniser  
 from echostream.evaluation.streams import stream  # noqa: E402
 from echostream.evaluation.systems import keep_heard, read_results, read_systems  # noqa: E402
 from echostream.evaluation.table import markdown  # noqa: E402
+from echostream.files import run_command, write_json, write_text  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
 from echostream.streaming.options import (  # noqa: E402
     add_beam_argument,
     add_chunk_argument,
@@ -50,7 +52,6 @@ from echostream.streaming.policy import POLICIES  # noqa: E402
 from echostream.text_file import read_lines  # noqa: E402
 from echostream.vocode import add_vocoder_arguments  # noqa: E402
 from echostream.vocode import load as load_voice  # noqa: E402
-from echostream.yaml_file import read_mapping  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -224,7 +225,7 @@ def offline_tables(args: argparse.Namespace) -> None:
         rows = [[part, name, f"{value:.2f}"] for part, name, value in figures[path.stem]]
         print(markdown(["part", "measure", "value"], rows))
     if args.output:
-        args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, figures)
 
 
 def score_offline(
@@ -381,7 +382,7 @@ def longform_table(args: argparse.Namespace) -> None:
         for talk, result in zip(talks, results)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (args.output / "hypothesis.jsonl").write_text(text, encoding="utf-8")
+    write_text(args.output / "hypothesis.jsonl", text)
     figures = longform.score(
         talks,
         [longform.Spoken(**result["spoken"]) for result in results],
@@ -464,11 +465,6 @@ def load(args: argparse.Namespace) -> Bundle:
     return load_bundle(args.checkpoint_dir, args.device)
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def read_pairs(args: argparse.Namespace, column: str = "tgt_text") -> tuple[list[Path], list[str]]:
     """Recordings and references, from a manifest (its ``column``) or from two lists."""
     if args.manifest is not None:
@@ -498,4 +494,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -19,6 +19,7 @@ from echostream.checkpoint import FILES, average_checkpoints, load_bundle, save_
 from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.constants import NUM_SPECIALS  # noqa: E402
 from echostream.errors import EchoStreamError  # noqa: E402
+from echostream.files import run_command  # noqa: E402
 from echostream.text import Vocabulary  # noqa: E402
 from echostream.text_file import read_text  # noqa: E402
 
@@ -89,4 +90,4 @@ def parse_setting(text: str) -> tuple[str, int | float | str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

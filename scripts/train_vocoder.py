@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from echostream.compat import keep_freed_memory  # noqa: E402
 from echostream.data.corpus.rows import read_rows  # noqa: E402
-from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
+from echostream.errors import ConfigError  # noqa: E402
 from echostream.evaluation.asr import load_recogniser  # noqa: E402
 from echostream.evaluation.quality import word_error_rate  # noqa: E402
+from echostream.files import appending, run_command, write_all  # noqa: E402
 from echostream.models.decoders.vocoder import PRESETS, VocoderConfig  # noqa: E402
 from echostream.text_file import iter_lines, read_text  # noqa: E402
 from echostream.vocoder.dataset import Utterance, hold_out, read_units  # noqa: E402
@@ -191,13 +192,12 @@ def main(arguments: list[str] | None = None) -> None:
                 figures["wer"] = word_error_rate(heard, [text for text, _ in known]) / 100
         print(json.dumps({"validation": run.step, "minutes": round(run.minutes, 1), **figures}), flush=True)
         curve = args.save_dir / "curve.tsv"
-        args.save_dir.mkdir(parents=True, exist_ok=True)
         names = ("mel", "duration_error_frames", "duration_ratio", "wer")
-        if not curve.exists():
-            curve.write_text("\t".join(("step", "minutes", *names)) + "\n", encoding="utf-8")
-        with curve.open("a", encoding="utf-8") as lines:
-            values = (f"{figures[name]:.4f}" if name in figures else "" for name in names)
-            lines.write("\t".join((str(run.step), f"{run.minutes:.1f}", *values)) + "\n")
+        values = (f"{figures[name]:.4f}" if name in figures else "" for name in names)
+        line = "\t".join((str(run.step), f"{run.minutes:.1f}", *values)) + "\n"
+        with appending(curve) as lines:
+            head = "" if lines.tell() else "\t".join(("step", "minutes", *names)) + "\n"
+            write_all(lines, (head + line).encode("utf-8"))
         if writer is not None:
             for name, value in figures.items():
                 writer.add_scalar(f"validation/{name}", value, run.step)
@@ -222,7 +222,4 @@ def _interrupt(*_: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill saves the run, like Ctrl-C
-    try:
-        main()
-    except EchoStreamError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

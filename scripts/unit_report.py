@@ -24,7 +24,11 @@ from echostream.audio.io import load_audio  # noqa: E402
 from echostream.data.corpus import voices  # noqa: E402
 from echostream.data.corpus.rows import hash_int  # noqa: E402
 from echostream.data.corpus.tts import phonemes  # noqa: E402
-from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
+from echostream.errors import (
+    ManifestError,  # noqa: E402
+)
+from echostream.files import run_command  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
 from echostream.text_file import iter_lines, table_rows  # noqa: E402
 from echostream.units.align import align, phone_states  # noqa: E402
 from echostream.units.dedup import expand  # noqa: E402
@@ -32,7 +36,6 @@ from echostream.units.features import build_features  # noqa: E402
 from echostream.units.kmeans import KMeans, Projection, fit_kmeans, load_kmeans  # noqa: E402
 from echostream.units.report import bit_rate, purity  # noqa: E402
 from echostream.vocoder.dataset import Utterance, read_units  # noqa: E402
-from echostream.yaml_file import read_mapping  # noqa: E402
 
 COLUMNS = {
     "units": "units", "used": "used", "phone_purity": "phone purity", "cluster_purity": "cluster purity",
@@ -137,7 +140,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except EchoStreamError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

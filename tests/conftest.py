@@ -66,12 +66,10 @@ def tiny_config(**changes: object) -> EchoStreamConfig:
     return EchoStreamConfig(**{**values, **changes})
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus directory without recordings: SentencePiece models, dictionaries, CMVN, config.yaml."""
+def make_tiny_data(folder: Path) -> Path:
+    """Write a corpus directory without recordings: SentencePiece models, dictionaries, CMVN, config.yaml."""
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("data")
     for side, sentences in SENTENCES.items():
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences * 4),
@@ -96,17 +94,16 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint directory with an untrained model and an untrained voice; ``load_bundle`` reads it."""
-    torch = pytest.importorskip("torch")
+def make_tiny_bundle(data: Path, folder: Path) -> Path:
+    """Write a checkpoint directory with an untrained model and an untrained voice; ``load_bundle`` reads it."""
+    import torch
+
     from echostream.checkpoint import save_bundle
     from echostream.models.decoders.vocoder import CodeHiFiGAN
     from echostream.models.decoders.vocoder_checkpoint import save_vocoder
     from echostream.models.echostream_model import build_echostream_model
 
     torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("bundle")
     voice = tiny_voice()
     save_vocoder(CodeHiFiGAN(voice), folder / "voice.pt", folder / "voice.json")
     config = tiny_config()
@@ -114,8 +111,21 @@ def tiny_bundle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         folder / "es-en",
         build_echostream_model(config).state_dict(),
         config,
-        tiny_data,
+        data,
         vocoder=(folder / "voice.pt", folder / "voice.json"),
         policy={"chunk_ms": 320},
         card="An untrained model for tests.\n",
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus directory without recordings: SentencePiece models, dictionaries, CMVN, config.yaml."""
+    return make_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory with an untrained model and an untrained voice; ``load_bundle`` reads it."""
+    pytest.importorskip("torch")
+    return make_tiny_bundle(tiny_data, tmp_path_factory.mktemp("bundle"))

@@ -442,7 +442,7 @@ def test_cvss_without_tables(tmp_path: Path) -> None:
 # --- the whole chain ---------------------------------------------------------------------------------------------
 
 
-def ready_corpus(directory: Path) -> Path:
+def ready_corpus(directory: Path, *options: str) -> Path:
     """All steps on forty recorded pairs in CVSS's layout, with MFCC units: the corpus."""
     common_voice, cvss = directory / "cv", directory / "cvss"
     (common_voice / "clips").mkdir(parents=True)
@@ -459,7 +459,7 @@ def ready_corpus(directory: Path) -> Path:
         (cvss / f"{split}.tsv").write_text("\n".join(content) + "\n")
     output = directory / "out"
     assert main(["all", "--output", str(output), "--cvss", str(cvss), "--common-voice", str(common_voice),
-                 "--vocab-size", "40", "--features", "mfcc", "--num-units", "20", "--positions", "0"]) == 0
+                 "--vocab-size", "40", "--features", "mfcc", "--num-units", "20", "--positions", "0", *options]) == 0
     return output
 
 

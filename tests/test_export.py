@@ -309,9 +309,9 @@ def test_refusals(tiny_bundle: Path, exported: Path, tiny_data: Path, tmp_path: 
     for path in exported.iterdir():
         if path.name != "mt.onnx":
             (broken / path.name).write_bytes(path.read_bytes() if path.name != "encoder.onnx" else b"no graph")
-    assert "lacks mt.onnx; export the checkpoint again" in error(*translate, broken)
+    assert "lacks mt.onnx; fetch or export it again" in error(*translate, broken)
     (broken / "mt.onnx").write_bytes(b"")
-    assert "encoder.onnx is not an ONNX graph" in error(*translate, broken)
+    assert "are not those that its config.yaml names" in error(*translate, broken)
 
 
 def test_stages_refuse_what_does_not_fit(exported: Path) -> None:

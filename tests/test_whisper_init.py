@@ -147,3 +147,17 @@ def test_import_whisper_tells_what_is_wrong(model_directory: Path, tiny_data: Pa
     assert "does not exist" in capsys.readouterr().err
     assert main(["import-whisper", str(model_directory), *output, "--decoder-layers", "9"]) == 1
     assert "mt_decoder_layers is 9" in capsys.readouterr().err
+
+
+def test_a_corpus_for_whisper_has_its_tokens_and_features(model_directory: Path, tmp_path: Path) -> None:
+    from echostream.data.config import DataConfig
+    from echostream.data.manifest import read_manifest
+    from tests.test_corpus import ready_corpus
+
+    output = ready_corpus(tmp_path, "--whisper", str(model_directory), "--source-vocab-size", "40")
+    config = DataConfig.load(output)
+    assert config.features == "whisper" and np.allclose(config.cmvn.mean, -4)
+    text = read_manifest(output / "train.tsv")[0].tgt_text
+    ids = config.target.encode(text)
+    assert config.target.decode(ids) == text
+    assert len(ids) == len(text) + 1  # this Whisper has bytes alone: a piece a letter and a space

@@ -7,12 +7,13 @@ kept. No quoting: a quotation mark is a letter like any other.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from echostream.errors import ManifestError
+from echostream.files import write_text
 from echostream.text_file import iter_lines
 
 COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
@@ -133,20 +134,25 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
             if any(c in cell for c in "\t\n\r"):
                 raise ManifestError(f"row {u.id!r}: {cell!r} holds a tab or a line break, which a manifest cannot")
         lines.append("\t".join(cells))
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _parse(row: dict[str, str], where: str, need: Sequence[str]) -> Utterance:
-    without_units = row["tgt_n_frames"] == "0" or "tgt_audio" not in need
-    for column in ("id", "src_audio", "src_text", "tgt_text", *([] if without_units else ["tgt_audio"])):
+    if row["tgt_n_frames"] == "0" and not row["tgt_audio"].strip():  # its units are not known, and it says so
+        need = [column for column in need if column != "tgt_audio"]
+    for column in ("id", "src_audio", "src_text", "tgt_text", "tgt_audio"):
         if column in need and not row[column].strip():
             raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
-    n_frames = 0
+    path = PurePath(row["src_audio"])
+    if path.is_absolute() or ".." in path.parts:
+        raise ManifestError(f"{where}: src_audio {_short(row['src_audio'])!r} leads out of the audio root")
+    n_frames = count = 0
     if "src_n_frames" in need or row["src_n_frames"].strip():
         n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
-    units, count = np.zeros(0, dtype=np.int16), 0
-    if not without_units or row["tgt_audio"].strip():
-        count, units = _whole(row["tgt_n_frames"], "tgt_n_frames", where), _units(row["tgt_audio"], where)
+    units = np.zeros(0, dtype=np.int16)
+    if "tgt_audio" in need or row["tgt_audio"].strip():
+        count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
+        units = _units(row["tgt_audio"], where)
     if count != len(units):
         raise ManifestError(f"{where}: tgt_n_frames is {count}, but tgt_audio lists {len(units)} units")
     extra = {name: value for name, value in row.items() if name not in COLUMNS}
@@ -165,7 +171,7 @@ def _units(value: str, where: str) -> np.ndarray:
 
 
 def _whole(value: str, column: str, where: str) -> int:
-    if not value.isdecimal() or int(value) == 0:
+    if not (value.isascii() and value.isdecimal() and len(value) <= 18) or int(value) == 0:
         raise ManifestError(f"{where}: {column} is {_short(value)!r}; it must be a whole number above 0")
     return int(value)
 

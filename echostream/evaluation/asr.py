@@ -41,7 +41,7 @@ class Recogniser:
             return ""
         import soundfile
 
-        if soundfile.info(str(path)).frames < SAMPLE_RATE // 20:
+        if soundfile.info(os.fsencode(path)).frames < SAMPLE_RATE // 20:
             return ""
         return self.transcribe(load_audio(path))
 

@@ -18,6 +18,7 @@ from echostream.data.corpus.tts import Engine
 from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError
 from echostream.evaluation.asr import Recogniser
+from echostream.files import appending, write_all
 from echostream.text_file import read_lines
 
 
@@ -50,8 +51,7 @@ def run_cascade(
                 raise EchoStreamError(f"{results}, line {number} is damaged; delete that line or the file") from None
             if found.get("by") != by:
                 raise EchoStreamError(f"{results} is by {found.get('by')!r}, not {by!r}; name another --output")
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", encoding="utf-8") as file:
+    with appending(results, wait=False) as file:
         for row in tqdm([row for row in rows if row.id not in done], desc="cascade", unit="sentence"):
             text = translator.transcribe(load_audio(root / row.audio))
             line = {"id": row.id, "audio": row.audio, "by": by, "mt": text}
@@ -59,8 +59,7 @@ def run_cascade(
             if voice is not None:
                 line["wav"] = f"wav/{row.id.replace('/', '_')}.wav"
                 write_audio(results.parent / line["wav"], _say(voice, text, row.id, seed))
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+            write_all(file, (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
     return results
 
 

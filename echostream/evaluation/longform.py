@@ -29,6 +29,7 @@ from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError, require
 from echostream.evaluation import quality
 from echostream.evaluation.latency import length_adaptive_average_lagging
+from echostream.files import write_text
 from echostream.text_file import read_lines, read_text
 
 SEGMENTS, REFERENCES, SOURCES = "segments.yaml", "references.txt", "sources.txt"
@@ -133,10 +134,10 @@ def make_talks(
     ]
     style = dict(default_flow_style=True, width=1000, sort_keys=False)  # one segment a line
     text = "".join(f"- {yaml.safe_dump(entry, **style)}" for entry in entries)
-    (output / SEGMENTS).write_text(text, encoding="utf-8")
+    write_text(output / SEGMENTS, text)
     every = [segment for talk in talks for segment in talk.segments]
-    (output / REFERENCES).write_text("".join(f"{s.reference}\n" for s in every), encoding="utf-8")
-    (output / SOURCES).write_text("".join(f"{s.source}\n" for s in every), encoding="utf-8")
+    write_text(output / REFERENCES, "".join(f"{s.reference}\n" for s in every))
+    write_text(output / SOURCES, "".join(f"{s.source}\n" for s in every))
     return talks
 
 

@@ -25,6 +25,7 @@ from echostream.evaluation.run import LATENCY
 from echostream.evaluation.significance import MEASURES, Measure, bootstrap
 from echostream.evaluation.systems import System
 from echostream.evaluation.table import markdown
+from echostream.files import write_text
 from echostream.text_file import read_json
 
 LENGTH_BANDS = ((1, 4), (5, 8), (9, 12), (13, None))  # words of the reference
@@ -94,7 +95,7 @@ def write(
         f"Bootstrap: {options.samples} samples of the sentences, seed {options.seed}; ± is half of a 95 % interval. "
         "WER and ASR-BLEU without case and punctuation, BLEU and chrF with them (sacrebleu).",
     ]
-    path.write_text("\n\n".join([*head, *parts]) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join([*head, *parts]) + "\n")
 
 
 # ---- quality -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from echostream.errors import EchoStreamError, require
+from echostream.files import replacing, write_json, write_text
 from echostream.text_file import read_json_lines, read_text
 
 # By what the agent gives out (its --output-type).
@@ -62,7 +63,7 @@ def simulate(
         lists = {"source": [str(Path(s).resolve()) for s in sources[start:stop]], "target": references[start:stop]}
         for name, lines in lists.items():
             text = "".join(f"{' '.join(line.split()) if name == 'target' else line}\n" for line in lines)
-            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+            write_text(folder / f"{name}.txt", text)
         command = [sys.executable, "-m", "simuleval.cli", "--agent", str(agent), "--no-scoring"]
         command += ["--source", str(folder / "source.txt"), "--target", str(folder / "target.txt")]
         command += ["--output", str(folder)]
@@ -80,7 +81,7 @@ def simulate(
 
 def _join(output: Path, folders: Sequence[Path], starts: Sequence[int]) -> None:
     """Make the results of several processes look like those of one."""
-    with (output / "instances.log").open("w", encoding="utf-8") as log:
+    with replacing(output / "instances.log", "w") as log:
         for folder, start in zip(folders, starts, strict=True):
             for line in read_log(folder):
                 line["index"] += start
@@ -90,7 +91,8 @@ def _join(output: Path, folders: Sequence[Path], starts: Sequence[int]) -> None:
                     Path(line["prediction"]).replace(wav)
                     line["prediction"] = wav.as_posix()
                 log.write(json.dumps(line) + "\n")
-            shutil.rmtree(folder)
+    for folder in folders:  # only now that all of them are in one
+        shutil.rmtree(folder)
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
@@ -134,7 +136,7 @@ def score(
     names = QUALITY[output] + (("VOICE_WER",) if voice else ())
     figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in names}
     figures |= score_latency(instances, output)
-    (Path(folder) / "scores.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / "scores.json", figures)
     return figures
 
 

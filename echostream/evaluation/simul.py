@@ -52,6 +52,7 @@ from echostream.constants import SAMPLE_RATE
 from echostream.errors import AudioError, EchoStreamError, require
 from echostream.evaluation import latency, quality
 from echostream.evaluation.asr import Whisper, load_recogniser, recogniser_title
+from echostream.files import write_text
 from echostream.text import WORD_START
 from echostream.text_file import read_lines
 
@@ -537,8 +538,8 @@ def transcribe(
         else:
             line = engine.transcribe_file(wav)
         lines.append(line.replace("\n", " "))
-    cache.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    name_file.write_text(engine.name + "\n", encoding="utf-8")
+    write_text(name_file, engine.name + "\n")
+    write_text(cache, "".join(f"{line}\n" for line in lines))
     return lines
 
 

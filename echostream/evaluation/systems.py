@@ -6,7 +6,6 @@ A sentence is known by its id in the manifest; a simultaneous run knows its reco
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError
 from echostream.evaluation import run
+from echostream.files import write_json
 from echostream.text_file import read_json, read_json_lines, read_lines
 
 TEXTS = ("asr", "st", "mt", "heard", "asr_ref", "mt_ref")
@@ -92,7 +92,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def keep_heard(path: Path, asr: str, heard: Mapping[str, str]) -> None:
     """Keep what the recogniser ``asr`` heard in the recordings of the results ``path``, by id."""
     value = {"asr": asr, "of": _digest(path), "heard": dict(heard)}
-    _heard_file(path).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(_heard_file(path), value, indent=1, ensure_ascii=False)
 
 
 def read_heard(path: Path) -> tuple[str, dict[str, str]]:

@@ -17,11 +17,11 @@ from typing import Any, Sequence
 import numpy as np
 
 from echostream.errors import CheckpointError, ConfigError
+from echostream.loading import read_mapping
 from echostream.streaming.onnx_runtime import describe_inputs, open_graph
 from echostream.streaming.segmenter import AudioMemory, Ending, SegmenterBase, Spoken
 from echostream.text import WORD_START, Vocabulary
 from echostream.text_file import read_json, read_lines
-from echostream.yaml_file import read_mapping
 
 MODEL_FILES = ("model.onnx", "model.int8.onnx", "model_quant.onnx")
 FULL_STOPS = frozenset("。？！.?!…")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from echostream.audio.io import check_finite
 from echostream.constants import SAMPLE_RATE, UNIT_HOP
 from echostream.errors import AudioError, ManifestError
 from echostream.text_file import iter_lines, table_rows
@@ -99,7 +101,7 @@ def read_samples(item: Utterance, start_frame: int = 0, frames: int | None = Non
     """
     frames = item.frames - start_frame if frames is None else frames
     try:
-        with soundfile.SoundFile(item.audio) as recording:
+        with soundfile.SoundFile(os.fsencode(item.audio)) as recording:  # a name may be anything but text
             if recording.samplerate != SAMPLE_RATE or recording.channels != 1:
                 raise AudioError(
                     f"{item.audio} is {recording.samplerate} Hz with {recording.channels} channels; vocoder training "
@@ -109,6 +111,7 @@ def read_samples(item: Utterance, start_frame: int = 0, frames: int | None = Non
             samples = recording.read(frames * UNIT_HOP, dtype="float32")
     except (soundfile.LibsndfileError, OSError) as error:
         raise AudioError(f"{item.audio} cannot be read: {error}") from None
+    check_finite(samples, str(item.audio), start_frame * UNIT_HOP)
     return np.pad(samples, (0, frames * UNIT_HOP - len(samples)))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 def whisper_source(source: str | Path) -> Path:
     """The directory or file of ``source``.
 
-    ``base`` is multilingual Whisper base (MIT) out of the packages of the extra ``corpus``, unless something of that name
-    lies in the working directory.
+    ``base`` is multilingual Whisper base (MIT) out of the packages of the extra ``corpus``, unless something of that
+    name lies in the working directory.
 
     Raises:
         MissingExtraError: the packages are not installed.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections import Counter
@@ -17,16 +16,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Callable, Iterable
 
-from echostream.constants import SAMPLE_RATE
+from echostream.audio.features import feature_extractor
+from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.data.corpus import catalogues, languages, manifests, sources, speech, target_units, tts, voices
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
-from echostream.errors import EchoStreamError, ManifestError, require
+from echostream.errors import ManifestError, require
 from echostream.evaluation.systems import read_results
+from echostream.files import run_command, write_json
 from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
+from echostream.whisper.source import whisper_source
+from echostream.whisper.tokens import WhisperBPE, write_whisper_subwords
 
 PACKAGES = (
     "echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2", "py-nanotts",
@@ -99,6 +102,10 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-only", action="store_true",
                         help="all of --pairs train; dev and test are another corpus', whose sentences are not in these")
     parser.add_argument("--vocab-size", type=int, default=1000, help="SentencePiece pieces on each side")
+    parser.add_argument("--whisper", metavar="SOURCE",
+                        help="for models that start from Whisper (base, or a model with its tokenizer): the target "
+                        "pieces are those of its tokens that the text needs, --vocab-size of them (8000 to 12000), and "
+                        "the features Whisper's")
     parser.add_argument("--source-vocab-size", type=int,
                         help="pieces on the source side: few (160) let the ASR CTC learn in a tenth of the time")
     parser.add_argument("--vocab-max-words", type=int, default=12,
@@ -198,9 +205,12 @@ def run_text(args: argparse.Namespace) -> None:
         ("src_text", "src", args.source_vocab_size or args.vocab_size), ("tgt_text", "tgt", args.vocab_size)
     ):
         texts = list(dict.fromkeys(getattr(row, side) for row in train))
-        pieces[name] = train_subwords(
-            texts, args.output / f"spm.{name}.model", args.output / f"dict.{name}.txt", size, args.seed
-        )
+        model, dictionary = args.output / f"spm.{name}.model", args.output / f"dict.{name}.txt"
+        if args.whisper and name == "tgt":
+            bpe = WhisperBPE.load(whisper_source(args.whisper))
+            pieces[name] = len(write_whisper_subwords(bpe, texts, model, dictionary, size)) - NUM_SPECIALS
+        else:
+            pieces[name] = train_subwords(texts, model, dictionary, size, args.seed)
     splits = {s: sum(row.split == s for row in rows) for s in ("train", "dev", "test", "rest")}
     note_step(args, "text", pairs=splits, pieces=pieces, skipped=len(skipped))
     print(f"text: {splits}, pieces {pieces}, {len(skipped)} rows skipped")
@@ -357,11 +367,14 @@ def run_manifests(args: argparse.Namespace) -> None:
     write_unit_dictionary(args.output / "dict.unit.txt", units_note["num_units"])
     frames = 0
     train = next((name for name in plan if name == "train" or name.startswith("train")), None)
-    if args.cmvn_utterances and train:
+    features = "whisper" if text["settings"].get("whisper") else "kaldi"
+    if feature_extractor(features).cmvn is not None:
+        feature_extractor(features).cmvn.save(args.output / "gcmvn.npz")
+    elif args.cmvn_utterances and train:
         frames = manifests.write_cmvn(args.output / "gcmvn.npz", args.output / f"{train}.tsv", args.output,
                                       args.cmvn_utterances, args.seed, progress_bar("cmvn"))
     pair = text["settings"]["source_lang"], text["settings"]["target_lang"]
-    manifests.write_config(args.output / "config.yaml", *pair, units_note["num_units"])
+    manifests.write_config(args.output / "config.yaml", *pair, units_note["num_units"], features)
     skipped = [list(line.values()) for path in sorted((args.output / "skipped").glob("*.tsv"))
                for line in read_table(path, Skipped.COLUMNS)]
     write_table(args.output / "skipped.tsv", Skipped.COLUMNS, skipped)
@@ -378,7 +391,7 @@ def run_manifests(args: argparse.Namespace) -> None:
         "steps": {path.stem: read_json(path)
                   for path in sorted((args.output / "steps").glob("*.json"))},
     }
-    (args.output / "corpus.json").write_text(json.dumps(corpus, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(args.output / "corpus.json", corpus, ensure_ascii=False)
     for name, facts in counts.items():
         print(f"{name}: {facts['utterances']} utterances, {facts['source_hours']} h, "
               f"{facts['without_units']} without units")
@@ -501,9 +514,7 @@ def note_step(args: argparse.Namespace, name: str, **facts: object) -> None:
         **facts,
     }
     path = args.output / "steps" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(note, indent=2, ensure_ascii=False, default=lambda file: file.name)  # no path of this machine
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(path, note, ensure_ascii=False, default=lambda file: file.name)  # no path of this machine
 
 
 def progress_bar(title: str, unit: str = "utt") -> Callable[[Iterable], Iterable]:
@@ -514,15 +525,9 @@ def progress_bar(title: str, unit: str = "utt") -> Callable[[Iterable], Iterable
 def main(argv: list[str] | None = None) -> int:
     """Run one step; errors meant for the user come as one line and exit status 1."""
     args = build_parser().parse_args(argv)
-    try:
-        args.run(args)
-    except EchoStreamError as error:
-        print(f"prepare_corpus.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare_corpus.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        lambda: args.run(args), "prepare_corpus.py", "interrupted; the same command goes on from here"
+    )
 
 
 __all__ = ["Row", "build_parser", "main"]

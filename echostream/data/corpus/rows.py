@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from echostream.errors import ManifestError
+from echostream.files import appending, replacing, write_all
 from echostream.text_file import iter_lines
 
 
@@ -37,14 +39,11 @@ class Row:
 
 
 def write_table(path: Path, header: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
-    """Write a tab-separated table in one go; readers never see half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
+    """Write a tab-separated table in one go; readers never see half of it. Raises: OutputError."""
+    with replacing(path, "w") as file:
         file.write("\t".join(header) + "\n")
         for line in lines:
             file.write("\t".join(_cell(value) for value in line) + "\n")
-    temporary.replace(path)
 
 
 def read_table(path: Path, required: Iterable[str] = ()) -> Iterator[dict[str, str]]:
@@ -97,33 +96,53 @@ class Ledger:
         return done
 
     def append(self, lines: Iterable[Iterable[object]]) -> None:
-        """Add finished lines; a line that an interruption cut short is dropped first."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Add finished lines; a line that an interruption cut short is dropped first.
+
+        Raises:
+            OutputError: the file cannot be written, or another process is at work on the same shard.
+        """
+        with appending(self.path, wait=False) as file:
+            self._add(file, lines)
+
+    def _add(self, file: io.FileIO, lines: Iterable[Iterable[object]]) -> None:
         text = "".join("\t".join(_cell(v) for v in line) + "\n" for line in lines)
-        with open(self.path, "a+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0:
-                text = "\t".join(self.columns) + "\n" + text
-            else:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(text.encode("utf-8"))
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            text = "\t".join(self.columns) + "\n" + text
+        else:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(size := file.readall().rfind(b"\n") + 1)
+        try:
+            write_all(file, text.encode("utf-8"))
+        except OSError:
+            file.truncate(size)  # whole lines only
+            raise
 
     @contextmanager
     def batches(self, size: int) -> Iterator[Callable[..., None]]:
-        """Gives a function that takes the cells of one finished line; ``size`` lines are added at a time."""
+        """Gives a function that takes the cells of one finished line; ``size`` lines are added at a time.
+
+        The file is this process's alone until the block ends.
+
+        Raises:
+            OutputError: the file cannot be written, or another process is at work on the same shard.
+        """
         lines: list[tuple[object, ...]] = []
+        with appending(self.path, wait=False) as file:
 
-        def add(*cells: object) -> None:
-            lines.append(cells)
-            if len(lines) == size:
-                self.append(lines)
-                lines.clear()
+            def add(*cells: object) -> None:
+                lines.append(cells)
+                if len(lines) == size:
+                    flush()
 
-        yield add
-        self.append(lines)
+            def flush() -> None:
+                finished, lines[:] = list(lines), []
+                self._add(file, finished)
+
+            yield add
+            flush()
 
 
 class Skipped:

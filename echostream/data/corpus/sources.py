@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Iterator
 
 import numpy as np
 
-from echostream.audio.io import load_audio
-from echostream.audio.resample import Resampler
-from echostream.constants import SAMPLE_RATE
+from echostream.audio.io import decode_audio, load_audio
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
 from echostream.data.corpus.rows import Row, Skipped
 from echostream.data.corpus.split import TEST_SIZE, fixed_test_rows, least_sets, split_pairs
-from echostream.errors import AudioError, ManifestError, require
+from echostream.errors import AudioError, ManifestError
+from echostream.loading import inside
 from echostream.text_file import decode, iter_lines, lines_of, table_rows
 
 
@@ -184,13 +182,8 @@ class ReadySpeech:
         """float32 [N] at 16 kHz. Raises AudioError."""
         name = self.entries[row]["audio"]
         if name not in self._members:
-            return load_audio(self._directory / name)
-        soundfile = require("soundfile", "all")
-        try:
-            samples, rate = soundfile.read(io.BytesIO(self._bytes(name)), dtype="float32", always_2d=True)
-        except RuntimeError as error:
-            raise AudioError(f"{name} of the ready speech cannot be read as audio: {error}") from None
-        return Resampler(rate, SAMPLE_RATE).resample(samples.mean(axis=1))
+            return load_audio(inside(self._directory, name, "audio of the ready speech", AudioError))
+        return decode_audio(self._bytes(name), f"{name} of the ready speech")
 
     def _bytes(self, name: str) -> bytes:
         tar, member = self._members[name]
@@ -252,7 +245,10 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def _first_file(directory: Path, stem: str, suffixes: tuple[str, ...]) -> Path | None:
-    return next((p for s in suffixes if (p := directory / f"{stem}{s}").is_file()), None)
+    if not stem:
+        return None
+    paths = (inside(directory, f"{stem}{suffix}", "recording", ManifestError) for suffix in suffixes)
+    return next((path for path in paths if path.is_file()), None)
 
 
 __all__ = ["ReadySpeech", "rows_of_cvss", "rows_of_text", "with_ranks"]

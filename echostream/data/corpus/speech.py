@@ -15,7 +15,7 @@ from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, hash_int, take_shard
 from echostream.data.corpus.sources import ReadySpeech
 from echostream.data.corpus.tts import TEST_ONLY_VOICES, Engine
-from echostream.errors import EchoStreamError, ManifestError
+from echostream.errors import EchoStreamError, ManifestError, MissingAudioError
 
 SPEECH_COLUMNS = ("id", "row", "split", "audio", "samples", "voice")
 TARGET_COLUMNS = ("target", "audio", "samples")
@@ -173,7 +173,7 @@ def _check_length(samples: np.ndarray, max_seconds: float) -> None:
 def _reason(error: EchoStreamError) -> str:
     if isinstance(error, _TooLong):
         return "too long"
-    return "missing audio" if "does not exist" in str(error) else "unusable audio"
+    return "missing audio" if isinstance(error, MissingAudioError) else "unusable audio"
 
 
 def _speakers(voice: str) -> set[str]:

@@ -50,6 +50,7 @@ class ExportedHearing(Rows):
             "ring": (self.ring, 1),
             "st_ring": (self.st_ring, 1),
         }
+        self.most = {"waiting": waiting - SUBSAMPLING_CONTEXT}
 
     def listen(self, rows: list[int], requests: list[Listen]) -> list[Heard]:
         """Answers ``Listen`` requests of different rows."""
