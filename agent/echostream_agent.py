@@ -34,6 +34,7 @@ from echostream.streaming.exported.model import ExportedModel
 from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options
 from echostream.streaming.session import StreamingSession
 from echostream.text import WORD_START, Vocabulary
+from echostream.text_file import read_lines
 
 register()
 
@@ -50,6 +51,15 @@ SEGMENT_MS = 40  # SimulEval's own default hands out single milliseconds
 def spelled(vocabulary: Vocabulary, tokens: tuple[int, ...]) -> list[str]:
     """Subwords as text; a leading space starts a word."""
     return [vocabulary[token].replace(WORD_START, " ") for token in tokens]
+
+
+def check_languages(path: str | None, bundle: Bundle) -> None:
+    """SimulEval's ``--tgt-lang`` asks for a language for each recording; a model here has one."""
+    own = bundle.target_lang.partition("-")[0]
+    for number, line in enumerate(read_lines(path, EchoStreamError, "list") if path else (), 1):
+        asked = line.strip()
+        if own and asked and asked.partition("-")[0] != own:
+            raise EchoStreamError(f"list {path}, line {number} asks for {asked!r}; this model speaks {own!r} only")
 
 
 class SessionStates(AgentStates):
@@ -142,6 +152,7 @@ class SessionAgent(GenericAgent):
                 f"checkpoint directory {args.checkpoint_dir} has no vocoder, so that it cannot speak; "
                 "take --output-type text or source"
             )
+        check_languages(getattr(args, "tgt_lang", None), self.bundle)
         self.options = session_options(args, self.bundle)
         super().__init__(args)
 

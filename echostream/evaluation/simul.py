@@ -773,6 +773,8 @@ def register() -> None:
         SentenceLevelEvaluator.instance_iterator = property(lambda evaluator: evaluator.iterator)
     if Path(sys.argv[0]).name in ("simuleval", "cli.py") and sys.excepthook is sys.__excepthook__:
         sys.excepthook = _one_line
+        if "--slurm" in sys.argv:
+            raise EchoStreamError("--slurm of simuleval 1.1.4 does not work on the command line; call it from sbatch")
     QUALITY_SCORERS_DICT.update(QUALITY_SCORERS)
     for scorer in LATENCY_SCORERS:
         LATENCY_SCORERS_DICT[scorer.name] = scorer

@@ -24,6 +24,7 @@ import numpy as np
 from echostream.constants import EOS, NUM_SPECIALS
 from echostream.errors import CheckpointError, ManifestError, require
 from echostream.text import WORD_START, Vocabulary
+from echostream.text_file import lines_of
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE = 100_000_000  # bytes of a vocabulary file
@@ -73,7 +74,7 @@ class WhisperBPE:
         elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
             path = directory / "vocab.json"
             vocabulary = specials = _read_json(path)
-            lines = _read(directory / "merges.txt").splitlines()
+            lines = lines_of(_read(directory / "merges.txt"))
             merges = [line for line in lines if line and not line.startswith("#version")]
             if (directory / "added_tokens.json").is_file():
                 specials = {**vocabulary, **_read_json(directory / "added_tokens.json")}
@@ -99,7 +100,7 @@ class WhisperBPE:
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist")
         try:
-            lines = [line.split() for line in _read(path).splitlines() if line]
+            lines = [line.split() for line in lines_of(_read(path)) if line]
             # "=" is how the published file writes its last token, which is empty.
             ids = {b"" if token == "=" else base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except ValueError as error:

@@ -18,6 +18,7 @@ from typing import Callable, Iterable, Iterator
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
 from echostream.data.corpus.rows import hash_int
 from echostream.errors import ManifestError
+from echostream.text_file import iter_lines
 
 MAX_RATIO = 2.0  # words or characters of one side to those of the other; short sentences may be two words apart
 _MAX_SAME = 0.4  # of the longer words; more of them on both sides: not translated
@@ -124,7 +125,7 @@ def held_out(tables: Iterable[Path]) -> set[str]:
     """
     keys = set()
     for path in tables:
-        header, *lines = [line.split("\t") for line in _table_lines(path)]
+        header, *lines = [line.split("\t") for line in iter_lines(path, what="table")] or [[]]
         split = header.index("split") if "split" in header else None
         for cells in lines:
             if split is None or cells[split : split + 1] != ["train"]:
@@ -181,18 +182,6 @@ def write_pairs(
     data = text.encode("utf-8")
     output.write_bytes(gzip.compress(data, mtime=0) if output.suffix == ".gz" else data)
     return counts
-
-
-def _table_lines(path: Path) -> list[str]:
-    """Lines of a table, gzip by its suffix. Raises ManifestError."""
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except OSError as error:
-        raise ManifestError(f"table {path} cannot be read: {error.strerror or error}") from None
-    except (EOFError, UnicodeDecodeError) as error:
-        raise ManifestError(f"table {path} cannot be read as UTF-8 text: {error}") from None
-    return [line.rstrip("\r") for line in text.split("\n")]
 
 
 def _place(path: Path, language: str) -> tuple[tuple[Path, str], str] | None:

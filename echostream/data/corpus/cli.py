@@ -68,8 +68,8 @@ def _catalogue_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR",
                         help="searched for <language>/LC_MESSAGES/*.mo and <language>.po, as in /usr/share/locale")
     parser.add_argument("-o", "--output", type=Path, required=True, help="table to write, .tsv or .tsv.gz")
-    parser.add_argument("--source-lang", metavar="CODE", required=True)
-    parser.add_argument("--target-lang", metavar="CODE", required=True)
+    parser.add_argument("--source-lang", required=True, metavar="CODE")
+    parser.add_argument("--target-lang", required=True, metavar="CODE")
     parser.add_argument("--message-lang", default="en", help="language of the untranslated messages, one of the two")
     parser.add_argument("--exclude", type=Path, nargs="*", default=[], metavar="TABLE",
                         help="no sentence of these tables may occur (rows.tsv: none outside of the split train)")
@@ -194,7 +194,7 @@ def run_text(args: argparse.Namespace) -> None:
         if args.pairs:
             columns = tuple(args.columns) if args.columns else None
             rows = sources.rows_of_text(
-                args.pairs, skipped, args.max_words, args.test_size, columns, not args.train_only, args.train_only
+                args.pairs, skipped, args.max_words, args.test_size, columns, args.train_only, least=True
             )
         else:
             rows = sources.rows_of_cvss(args.common_voice, args.cvss, skipped, args.max_words)
@@ -215,7 +215,7 @@ def run_text(args: argparse.Namespace) -> None:
     splits = {s: sum(row.split == s for row in rows) for s in ("train", "dev", "test", "rest")}
     note_step(args, "text", pairs=splits, pieces=pieces, skipped=len(skipped))
     print(f"text: {splits}, pieces {pieces}, {len(skipped)} rows skipped")
-    for split in ("train", "dev", "test"):
+    for split in ("train",) if args.train_only else ("train", "dev", "test"):
         if not splits[split]:
             print(f"text: no pairs of the split {split}; CVSS has none, or all were skipped", file=sys.stderr)
     if not args.source_lang:

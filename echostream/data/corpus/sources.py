@@ -19,15 +19,15 @@ from echostream.text_file import decode, iter_lines, lines_of, table_rows
 
 
 def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: int | None = None,
-                 columns: tuple[str, str] | None = None, least: bool = False, train_only: bool = False) -> list[Row]:
+                 columns: tuple[str, str] | None = None, train_only: bool = False, least: bool = False) -> list[Row]:
     """Sentence pairs of a parallel text file (tab-separated, gzip by the suffix ``.gz``, one header line).
 
     Args:
         test_size: pairs of the test set at most; None is 1000.
         columns: header names of the source and target side; by default the first two columns.
+        train_only: every pair trains; what tests is elsewhere.
         least: a corpus too small for the split rule gets a test set (of ``test_size``, if that was said) and a dev set
             all the same.
-        train_only: every pair trains; what tests is elsewhere.
 
     Raises:
         ManifestError: the file is missing, is no text, or has not the columns; or it is too small for its sets.
@@ -35,7 +35,7 @@ def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: i
     pairs = list(_read_pairs(path, columns))
     splits = ["train"] * len(pairs) if train_only else split_pairs(pairs)
     test = set(fixed_test_rows(pairs, splits, TEST_SIZE if test_size is None else test_size))
-    if least:
+    if least and not train_only:
         usable = [0 < min(counts) and max(counts) <= max_words
                   for counts in (tuple(count_words(normalize_text(side)) for side in pair) for pair in pairs)]
         try:
