@@ -104,6 +104,57 @@ def test_several_manifests_are_one_split(corpus):
         SpeechToSpeechDataset([corpus / "dev.tsv", corpus / "dev.tsv"], DataConfig.load(corpus))
 
 
+def test_references_are_drawn_anew_in_every_epoch(corpus, tmp_path):
+    """Row 0 has three target and two source texts, row 1 a further one of its own words, the others none."""
+    rows = read_manifest(corpus / "train.tsv")
+    extra = {"tgt_text.1": "", "tgt_text.2": "", "tgt_text.10": "", "src_text.1": "", "voice": "x"}
+    rows = [dataclasses.replace(row, extra=dict(extra)) for row in rows]
+    rows[0].extra.update({"tgt_text.10": "Three three.", "tgt_text.2": "Two two.", "src_text.1": "Seis."})
+    rows[1].extra["tgt_text.1"] = rows[1].tgt_text
+    write_manifest(tmp_path / "train.tsv", rows)
+    assert read_manifest(tmp_path / "train.tsv")[0].references("tgt_text") == [rows[0].tgt_text, "Two two.", "Three three."]
+
+    def load(augmentation):
+        return SpeechToSpeechDataset(tmp_path / "train.tsv", DataConfig.load(corpus), augmentation, seed=3)
+
+    def item_of(items, number):
+        return items[next(i for i, item in enumerate(items.items) if item.utterances == (number,))]
+
+    plain, items, again = load(None), load(Augmentation()), load(Augmentation())
+    config, seen = DataConfig.load(corpus), []
+    for epoch in range(1, 61):
+        for data in (items, plain):
+            data.set_epoch(epoch)
+        item = item_of(items, 0)
+        text = config.target.decode(item["sentences"][0])
+        assert item["tgt_text"] == item["sentences"][0] and items.size(item["id"])[1] == len(item["tgt_text"]) + 1
+        assert len(item["units"][0]) == (len(rows[0].units) if text == rows[0].tgt_text else 0)
+        seen.append((text, config.source.decode(item["src_text"])))
+        for number in range(1, len(rows)):
+            item, own = item_of(items, number), item_of(plain, number)
+            assert (item["tgt_text"], item["src_text"]) == (own["tgt_text"], own["src_text"])
+            assert item["units"][0].tolist() == rows[number].units.tolist()
+        own = item_of(plain, 0)
+        assert own["tgt_text"] == config.target.encode(rows[0].tgt_text) and len(own["units"][0])
+    for texts, count in (({target for target, _ in seen}, 3), ({source for _, source in seen}, 2)):
+        assert len(texts) == count
+    assert len(set(seen)) == 6 and all(seen.count(pair) >= 3 for pair in set(seen))
+    again.set_epoch(60)
+    assert item_of(again, 0)["tgt_text"] == item_of(items, 0)["tgt_text"]
+    epoch = next(e for e in range(1, 61) if seen[e - 1][0] != rows[0].tgt_text)
+    items.set_epoch(epoch)
+    batch = items.collater([items[i] for i in range(len(items))])
+    assert batch["units"] is None and batch["unit_lengths"] is None
+
+
+def test_bad_references_are_told(corpus, tmp_path):
+    rows = [dataclasses.replace(row, extra={"tgt_text.1": "\u200b"}) for row in read_manifest(corpus / "train.tsv")]
+    write_manifest(tmp_path / "train.tsv", rows)
+    SpeechToSpeechDataset(tmp_path / "train.tsv", DataConfig.load(corpus))
+    with pytest.raises(ManifestError, match="row 'train0' has no subwords"):
+        SpeechToSpeechDataset(tmp_path / "train.tsv", DataConfig.load(corpus), Augmentation())
+
+
 # --- the data directory
 
 

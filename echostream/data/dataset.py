@@ -104,6 +104,10 @@ class BucketedDataset(FairseqDataset):
 class SpeechToSpeechDataset(BucketedDataset):
     """Items of one split.
 
+    Of an utterance with several references (see ``manifest``) training draws one source and one target text anew in
+    every epoch; units are those of the manifest's own target text, so that an item with another one has none. Without
+    augmentation there are the manifest's own texts alone.
+
     The epoch's items are planned in ``set_epoch``, so that ``num_tokens`` is the true number of feature frames of what
     ``__getitem__`` gives, joined and speed-perturbed items included. All randomness follows from (seed, epoch, index).
 
@@ -140,16 +144,27 @@ class SpeechToSpeechDataset(BucketedDataset):
                 f"manifest {self.name}: row {self.utterances[int(self.fixed_speed.argmax())].id!r} names ready "
                 f"features, which are Kaldi's; features: {self.extractor.name} are made from recordings"
             )
-        self.src_ids = [config.source.encode(u.src_text) for u in self.utterances]
-        self.tgt_ids = [config.target.encode(u.tgt_text) for u in self.utterances]
-        for u, src, tgt in zip(self.utterances, self.src_ids, self.tgt_ids):
-            if not src or not tgt:
+        several = augmentation is not None
+        self.src_references = [
+            [config.source.encode(text) for text in (u.references("src_text") if several else [u.src_text])]
+            for u in self.utterances
+        ]
+        self.tgt_references = [
+            [config.target.encode(text) for text in (u.references("tgt_text") if several else [u.tgt_text])]
+            for u in self.utterances
+        ]
+        for u, src, tgt in zip(self.utterances, self.src_references, self.tgt_references):
+            if not all(src) or not all(tgt):
                 raise ManifestError(f"manifest {self.name}: row {u.id!r} has no subwords in its source or target text")
             if u.units.max(initial=-1) >= config.num_units:
                 raise ManifestError(
                     f"manifest {self.name}: row {u.id!r} holds unit {u.units.max()}, "
                     f"but num_units is {config.num_units}"
                 )
+        # The texts of the epoch, and whether a target text is the one that has the units.
+        self.src_ids = [texts[0] for texts in self.src_references]
+        self.tgt_ids = [texts[0] for texts in self.tgt_references]
+        self.own_target = np.ones(len(self.utterances), dtype=bool)
         self.epoch = 0
         self.items: list[Item] = []
         self._babble: list[np.ndarray] | None = None
@@ -170,7 +185,17 @@ class SpeechToSpeechDataset(BucketedDataset):
             rng = np.random.default_rng([self.seed, epoch])
             augmentation = self.augmentation
             self.items = plan_epoch(self.frames, self.fixed_speed, augmentation.speeds, augmentation.join, rng)
+            self._draw_references()
         self.sizes = np.array([item.n_frames + self.further_frames for item in self.items], dtype=np.int64)
+
+    def _draw_references(self) -> None:
+        """One source and one target text for every utterance; the generator is no item's and not the plan's."""
+        draws = np.random.default_rng([self.seed, self.epoch, 0, len(self.utterances)]).random((len(self.utterances), 2))
+        for number, (source, target) in enumerate(draws):
+            sources, targets = self.src_references[number], self.tgt_references[number]
+            chosen = int(target * len(targets))
+            self.src_ids[number], self.tgt_ids[number] = sources[int(source * len(sources))], targets[chosen]
+            self.own_target[number] = targets[chosen] == targets[0]
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
@@ -215,7 +240,7 @@ class SpeechToSpeechDataset(BucketedDataset):
             "src_text": [token for u in item.utterances for token in self.src_ids[u]],
             "tgt_text": [token for u in item.utterances for token in self.tgt_ids[u]],
             "sentences": [self.tgt_ids[u] for u in item.utterances],
-            "units": [self.utterances[u].units for u in item.utterances],
+            "units": [self.utterances[u].units[: None if self.own_target[u] else 0] for u in item.utterances],
             "windows": item.windows(rng if jitter else None) if len(item.utterances) > 1 else None,
         }
 

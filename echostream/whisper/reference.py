@@ -73,7 +73,7 @@ class Block(nn.Module):
         self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
         y = self.attn_ln(x)
-        x = x + self.attn(y, y, causal=causal)
+        x = x + self.attn(y, y, mask if memory is None else None, causal)
         if self.cross_attn is not None:
             x = x + self.cross_attn(self.cross_attn_ln(x), memory, mask)
         return x + self.mlp(self.mlp_ln(x))
@@ -91,12 +91,20 @@ class AudioEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, dims.n_audio_head) for _ in range(dims.n_audio_layer))
         self.ln_post = nn.LayerNorm(dim)
 
-    def forward(self, mel: Tensor) -> Tensor:
-        """[B, M, F] -> [B, T, D] with T = ceil(F / 2)."""
-        x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)
+    def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """[B, M, F], of which ``lengths`` [B] count -> [B, T, D] with T = ceil(F / 2)."""
+        mask = None
+        if lengths is not None:
+            inside = (torch.arange(mel.shape[2], device=mel.device) < lengths[:, None])[:, None]
+            mel = mel.masked_fill(~inside, 0.0)
+            mask = inside[:, :, None, ::2]
+        x = F.gelu(self.conv1(mel))
+        if lengths is not None:
+            x = x.masked_fill(~inside, 0.0)  # the padding of a recording on its own is zero in both convolutions
+        x = F.gelu(self.conv2(x)).transpose(1, 2)
         x = x + self.positional_embedding[: x.shape[1]]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask=mask)
         return self.ln_post(x)
 
 
@@ -113,14 +121,17 @@ class TextDecoder(nn.Module):
         )
         self.ln = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens [B, U] -> logits [B, U, V]; mask [B, T], true for the frames that count."""
+    def forward(
+        self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [B, U] -> logits [B, U, V], or of ``chosen`` tokens [N] alone; mask [B, T], true for frames that count."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         if mask is not None:
             mask = mask[:, None, None]
         for block in self.blocks:
             x = block(x, encoded, mask, causal=True)
-        return F.linear(self.ln(x), self.token_embedding.weight)
+        table = self.token_embedding.weight
+        return F.linear(self.ln(x), table if chosen is None else table[chosen])
 
 
 class WhisperReference(nn.Module):
@@ -146,10 +157,11 @@ class WhisperReference(nn.Module):
         """See ``read_whisper``."""
         return cls.from_weights(read_whisper(source))
 
-    def encode(self, mel: Tensor) -> Tensor:
+    def encode(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Features [B, M, F] (``log_mel``) -> frames [B, T, D] with T = ceil(F / 2).
 
-        Every frame sees all others: Whisper expects 30 s, silence behind the speech included.
+        Every frame sees all others: Whisper expects 30 s, silence behind the speech included. With ``lengths`` [B] the
+        first ceil(length / 2) frames of a row are what its first ``length`` features give alone; the others mean nothing.
 
         Raises:
             EchoStreamError: the features are of another model, or longer than its window.
@@ -159,22 +171,25 @@ class WhisperReference(nn.Module):
             raise EchoStreamError(
                 f"features {list(mel.shape)}: this Whisper reads [B, {self.dims.n_mels}, F] with F from 1 to {longest}"
             )
-        return self.encoder(mel)
+        return self.encoder(mel, lengths)
 
-    def decode(self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None) -> Tensor:
+    def decode(
+        self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
         """Logits of the token behind each of ``tokens``.
 
         Args:
             tokens: [B, U], from ``<|startoftranscript|>`` on.
             encoded: [B, T, D].
             mask: [B, T], true for the frames that count, one at least; None: all.
+            chosen: [N], tokens whose logits are wanted; None: all.
 
         Returns:
-            [B, U, V].
+            [B, U, V], or [B, U, N].
 
         Raises:
             EchoStreamError: there are more tokens than positions.
         """
         if not 0 < tokens.shape[1] <= self.dims.n_text_ctx:
             raise EchoStreamError(f"{tokens.shape[1]} tokens; this Whisper takes 1 to {self.dims.n_text_ctx}")
-        return self.decoder(tokens, encoded, mask)
+        return self.decoder(tokens, encoded, mask, chosen)
