@@ -34,6 +34,7 @@ LANGUAGES = (
     "af oc ka be tg sd gu am yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue"
 ).split()
 TASKS = ("translate", "transcribe")
+ENGLISH_ALONE = 50256  # where the text ends for models that know nothing else (tiny.en ...)
 TIMESTAMPS = 1501  # Whisper's last tokens
 # GPT-2's pattern on the classes of the characters: letters, numbers, spaces, other white space, the rest.
 _WORD = re.compile(r" ?L+| ?N+| ?P+|[ S]+(?![LNP])|[ S]+")
@@ -175,10 +176,12 @@ def prompt(n_vocab: int, end_of_text: int, language: str, task: str = "translate
         ConfigError: the model has no such language, or only English.
     """
     start, no_timestamps = end_of_text + 1, n_vocab - TIMESTAMPS - 1
-    known = LANGUAGES[: no_timestamps - 5 - (start + 1)] if no_timestamps - 5 > start else []
+    known = LANGUAGES[: max(0, no_timestamps - 5 - (start + 1))]
+    if end_of_text == ENGLISH_ALONE:
+        known = []  # it has the tokens, but has never learnt what they mean
     if language not in known:
-        what = f"knows {len(known)} languages" if len(known) > 1 else "knows only English"
-        raise ConfigError(f"source_lang is {language!r}; this Whisper {what}, by codes such as es")
+        what = f"{len(known)} languages, by codes such as es" if known else "no language but English"
+        raise ConfigError(f"source_lang is {language!r}; this Whisper knows {what}")
     return start, start + 1 + known.index(language), no_timestamps - 5 + TASKS.index(task), no_timestamps
 
 
