@@ -112,7 +112,8 @@ def test_references_are_drawn_anew_in_every_epoch(corpus, tmp_path):
     rows[0].extra.update({"tgt_text.10": "Three three.", "tgt_text.2": "Two two.", "src_text.1": "Seis."})
     rows[1].extra["tgt_text.1"] = rows[1].tgt_text
     write_manifest(tmp_path / "train.tsv", rows)
-    assert read_manifest(tmp_path / "train.tsv")[0].references("tgt_text") == [rows[0].tgt_text, "Two two.", "Three three."]
+    (row, *_) = read_manifest(tmp_path / "train.tsv")
+    assert row.references("tgt_text") == [rows[0].tgt_text, "Two two.", "Three three."]
 
     def load(augmentation):
         return SpeechToSpeechDataset(tmp_path / "train.tsv", DataConfig.load(corpus), augmentation, seed=3)

@@ -50,7 +50,7 @@ class WhisperTeacher:
         silence: feature frames (10 ms).
 
     Raises:
-        CheckpointError: the source cannot be used. ConfigError: the task's features, languages or dictionary do not fit.
+        CheckpointError: the source cannot be used. ConfigError: the task's features or languages do not fit.
     """
 
     def __init__(self, source: str, targets: str, task: Any, silence: int = SILENCE):
@@ -70,7 +70,7 @@ class WhisperTeacher:
             self.origins: TokenOrigins = piece_origins(bpe, config.target.vocabulary)
             single = torch.from_numpy(self.origins.single)
             if int(single.max()) >= n_vocab:
-                raise CheckpointError(f"{source}: its tokenizer has token {int(single.max())}, the model {n_vocab} tokens")
+                raise CheckpointError(f"{source}: the tokenizer has token {int(single.max())}, the model {n_vocab}")
             self.entries = (single >= 0).nonzero()[:, 0]  # [K] of the dictionary
             self.tokens = single[self.entries]  # [K] of Whisper's vocabulary
 
@@ -96,7 +96,7 @@ class WhisperTeacher:
 
     @torch.no_grad()
     def distributions(self, lesson: Lesson, row: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher forcing along the sentences ``target`` [S, U] (dictionary indices, end symbol last) of rows ``row`` [S].
+        """Teacher forcing along the sentences ``target`` [S, U] (dictionary indices, end symbol last) of ``row`` [S].
 
         An entry of several tokens stands for them in what the teacher has read; where an entry has none (``<unk>``) and
         where the teacher's positions end, it has nothing to say of the rest.

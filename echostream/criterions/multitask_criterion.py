@@ -71,7 +71,7 @@ class MultitaskCriterionConfig(FairseqDataclass):
     distill_target: ChoiceEnum(TARGETS) = field(
         default="frames",
         metadata={
-            "help": "frames: its encoder's output, for the frames of ours before pairs are merged; tokens: its decoder's "
+            "help": "frames: its encoder's output, for ours before pairs are merged; tokens: its decoder's "
             "distributions, for the MT decoder; both"
         },
     )

@@ -190,7 +190,8 @@ class SpeechToSpeechDataset(BucketedDataset):
 
     def _draw_references(self) -> None:
         """One source and one target text for every utterance; the generator is no item's and not the plan's."""
-        draws = np.random.default_rng([self.seed, self.epoch, 0, len(self.utterances)]).random((len(self.utterances), 2))
+        rng = np.random.default_rng([self.seed, self.epoch, 0, len(self.utterances)])
+        draws = rng.random((len(self.utterances), 2))
         for number, (source, target) in enumerate(draws):
             sources, targets = self.src_references[number], self.tgt_references[number]
             chosen = int(target * len(targets))

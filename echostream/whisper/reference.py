@@ -124,7 +124,7 @@ class TextDecoder(nn.Module):
     def forward(
         self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
     ) -> Tensor:
-        """Tokens [B, U] -> logits [B, U, V], or of ``chosen`` tokens [N] alone; mask [B, T], true for frames that count."""
+        """Tokens [B, U] -> logits [B, U, V], or of ``chosen`` tokens [N] alone; mask [B, T], true for what counts."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         if mask is not None:
             mask = mask[:, None, None]
@@ -161,7 +161,7 @@ class WhisperReference(nn.Module):
         """Features [B, M, F] (``log_mel``) -> frames [B, T, D] with T = ceil(F / 2).
 
         Every frame sees all others: Whisper expects 30 s, silence behind the speech included. With ``lengths`` [B] the
-        first ceil(length / 2) frames of a row are what its first ``length`` features give alone; the others mean nothing.
+        first ceil(length / 2) frames of a row are what its first ``length`` features give alone; others mean nothing.
 
         Raises:
             EchoStreamError: the features are of another model, or longer than its window.
