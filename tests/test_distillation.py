@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,9 @@ from echostream.text import Vocabulary  # noqa: E402
 from echostream.whisper.reference import WhisperReference  # noqa: E402
 from echostream.whisper.tokens import LANGUAGES, TIMESTAMPS, prompt  # noqa: E402
 from echostream.whisper.weights import WhisperWeights  # noqa: E402
+from tests.test_training import fairseq_train, weights  # noqa: E402
 from tests.test_whisper_tokens import MERGES, write_tokenizer  # noqa: E402
+from tests.training_data import NUM_UNITS, make_corpus  # noqa: E402
 from tests.whisper_models import DIMS, ctranslate2_variables, random_parameters, write_ctranslate2  # noqa: E402
 
 compat.register_with_fairseq()
@@ -104,7 +108,7 @@ def test_a_student_that_is_the_teacher_loses_nothing(source: Path) -> None:
     model.encoder.load_state_dict({**model.encoder.state_dict(), **found})
     loss = criterion(source, sentence_avg=True)
     # Behind an item Whisper hears nothing here, as the student does; and the frames come out even.
-    loss._teacher = teacher(source, "frames", silence=0)
+    loss._teacher = teacher(source, "frames", silence=0, stride=0)
     sample = batch([39], [[THE, A]])
     value, size, log = loss(model, sample)
     assert value.item() == pytest.approx(0, abs=1e-8) and size == 1 and log["_distill_frames"] == 20
@@ -155,8 +159,7 @@ def test_distributions_are_whispers_over_the_pruned_vocabulary(source: Path) -> 
     # Behind <unk> the teacher cannot know what has been said; what stands there still has a prediction.
     assert known.tolist() == [[True] * 4, [True, True, False, False]]
     read = [*prompt(DIMS.n_vocab, END, "es"), *inn, ids["the"], *cab]
-    frames = lesson.frames[1:, : int(lesson.lengths[1])]
-    logits = whisper.decode(torch.tensor([read]), frames)[0]
+    logits = whisper.decode(torch.tensor([read]), lesson.frames[1:], lesson.mask[1:])[0]
     at = [3, 3 + len(inn), 4 + len(inn), 4 + len(inn) + len(cab)]
     expected = logits[at][:, taught.tokens].log_softmax(-1)
     torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=1e-4)
@@ -171,7 +174,7 @@ def test_distributions_are_whispers_over_the_pruned_vocabulary(source: Path) -> 
 def test_what_the_teacher_cannot_follow_is_left_out(source: Path) -> None:
     taught = teacher(source)
     lesson = taught.hear(torch.randn(2, 300, 8), torch.tensor([300, 50]))
-    assert lesson.frames.shape[1] == DIMS.n_audio_ctx and lesson.lengths.tolist() == [80, 80]
+    assert lesson.frames.shape[1] == DIMS.n_audio_ctx and lesson.lengths.tolist() == [80, 36]
     error, counts = frame_loss(lesson, torch.randn(2, 150, 16), torch.tensor([150, 26]))
     assert counts.tolist() == [80, 26] and torch.isfinite(error).all()
     target = torch.tensor([[THE] * 30 + [EOS], [A, EOS] + [PAD] * 29])
@@ -236,6 +239,29 @@ def test_bad_teachers_are_told(source: Path, tmp_path: Path) -> None:
     small = student(encoder_embed_dim=8, encoder_attention_heads=2, encoder_ffn_embed_dim=16)
     with pytest.raises(CheckpointError, match="encoder_embed_dim is 8, but the teacher's frames have 16"):
         criterion(source)(small, batch([40], [[THE]]))
+
+
+def test_a_whole_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """fairseq-train in bf16 with both lessons, joined items among the others: nothing of the teacher is kept."""
+    data = make_corpus(tmp_path / "data")
+    (data / "config.yaml").write_text(f"num_units: {NUM_UNITS}\nsource_lang: es\ntarget_lang: en\nfeatures: whisper\n")
+    dims = replace(DIMS, n_mels=80, n_audio_state=32, n_text_state=32, n_audio_ctx=1500, n_text_ctx=64)
+    parameters = {name: 0.2 * value for name, value in random_parameters(dims).items()}
+    source = write_ctranslate2(tmp_path / "whisper", ctranslate2_variables(parameters, dims))
+    (source / "config.json").write_text('{"alignment_heads": []}')
+    write_tokenizer(source)
+    options = dict(encoder_stem="whisper", encoder_normalize_before=True, encoder_final_norm=True, memory_size=0,
+                   distill_weight=1.0, distill_teacher=f"whisper:{source}", distill_target="both",
+                   autocast="bfloat16", max_update=2)  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        fairseq_train(data, tmp_path / "run", **options)
+    assert re.search(r"distill_error=?[\"\s:|]*[0-9.]+", caplog.text) and "distill_kl" in caplog.text
+    kept = weights(tmp_path / "run/checkpoint_last.pt")
+    assert {name.split(".")[0] for name in kept} == {"encoder", "asr_head", "st_decoder", "mt_decoder", "unit_decoder"}
+    state = torch.load(tmp_path / "run/checkpoint_last.pt", weights_only=False)
+    assert not state.get("criterion") and all(torch.isfinite(value).all() for value in kept.values())
+    with pytest.raises(CheckpointError, match="encoder_embed_dim is 16, but the teacher's frames have 32"):
+        fairseq_train(data, tmp_path / "narrow", encoder_embed_dim=16, encoder_ffn_embed_dim=32, **options)
 
 
 def test_prompts_are_whispers() -> None:

@@ -18,7 +18,10 @@ from echostream.whisper.reference import WhisperReference
 from echostream.whisper.tokens import TokenOrigins, WhisperBPE, piece_origins, prompt
 
 TARGETS = ("frames", "tokens", "both")
-SILENCE = 200
+# On ten sentences of synthetic speech, against 30 s of silence, with Whisper base: this gives an error of 0.014 of the
+# frames' variance and 0.006 nats a token, for the price of 3.8 s. Silence of 2, 5 and 10 s and nothing behind it has
+# errors of 0.11, 0.07 and 0.035, and 0.16, 0.06 and 0.026 nats.
+SILENCE, STRIDE = 20, 8
 # A dimension that hardly moves within an item counts as one that moves half as much as most.
 LEAST_DEVIATION = 0.5
 
@@ -29,38 +32,41 @@ class Lesson:
 
     Attributes:
         frames: float32 [B, N', D] behind its encoder's last norm.
-        lengths: [B], frames of each row, the silence behind it included.
+        lengths: [B], frames of each row with the silence just behind it.
+        mask: float [B, N'], what attention adds to its scores over them (see ``WhisperReference.encode_padded``).
     """
 
     frames: Tensor
     lengths: Tensor
+    mask: Tensor
 
 
 class WhisperTeacher:
     """A Whisper model that is never trained and no part of any other: it is no module, so that nobody saves it.
 
     It hears what the student hears, augmentation and masks included, behind one frame of silence (see ``WhisperStem``)
-    and with ``silence`` frames of it behind: without, its decoder invents. Of an item longer than its window (30 s) it
+    and with silence behind up to the end of its window: without, its decoder invents. Of an item longer than its window (30 s) it
     hears the beginning.
 
     Args:
         source: see ``read_whisper``; a directory with its tokenizer where distributions are wanted.
         targets: ``frames``, ``tokens`` or ``both``.
         task: whose dictionary and languages count.
-        silence: feature frames (10 ms).
+        silence: feature frames (10 ms) behind an item that are computed one by one.
+        stride: of the frames of silence behind those, one in so many is computed; 0: there is no more silence.
 
     Raises:
         CheckpointError: the source cannot be used. ConfigError: the task's features or languages do not fit.
     """
 
-    def __init__(self, source: str, targets: str, task: Any, silence: int = SILENCE):
+    def __init__(self, source: str, targets: str, task: Any, silence: int = SILENCE, stride: int = STRIDE):
         config = task.config
         if getattr(task, "reads_text", False):
             raise ConfigError("--distill-weight: a teacher hears speech, but --source is text")
         if config.features != "whisper":
             raise ConfigError(f"--distill-teacher hears whisper features, but the data's are {config.features}")
         self.model = WhisperReference.load(source)
-        self.source, self.silence = source, silence
+        self.source, self.silence, self.stride = source, silence, stride
         self.prompt: tuple[int, ...] = ()
         if targets != "frames":
             if config.target_lang not in ("", "en"):
@@ -92,7 +98,8 @@ class WhisperTeacher:
         valid = torch.arange(heard.shape[1], device=features.device) < lengths[:, None]
         mel[:, 1 : 1 + heard.shape[1]] = torch.where(valid[:, :, None], heard, WHISPER_SILENCE)
         counts = (1 + lengths + self.silence).clamp(max=limit)
-        return Lesson(self.model.encode(mel.transpose(1, 2), counts).float(), -(-counts // 2))
+        frames, mask = self.model.encode_padded(mel.transpose(1, 2), counts, self.stride)
+        return Lesson(frames.float(), -(-counts // 2), mask)
 
     @torch.no_grad()
     def distributions(self, lesson: Lesson, row: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,8 +129,9 @@ class WhisperTeacher:
         prompted = torch.zeros(len(read), max(map(len, read)), dtype=torch.long)
         for s, ids in enumerate(read):
             prompted[s, : len(ids)] = torch.tensor(ids)
-        mask = torch.arange(lesson.frames.shape[1], device=device) < lesson.lengths[row][:, None]
-        logits = self.model.decode(prompted.to(device), lesson.frames[row], mask, self.tokens.to(device)).float()
+        logits = self.model.decode(
+            prompted.to(device), lesson.frames[row], lesson.mask[row], self.tokens.to(device)
+        ).float()
         index = places.to(device)[:, :, None].expand(-1, -1, logits.shape[2])
         return logits.gather(1, index).log_softmax(-1), known.to(device)
 

@@ -127,8 +127,8 @@ class EchoStreamModel(nn.Module):
             ``mt_logits`` [S, U, vocab], ``mt_hidden`` [S, U, D]; ``unit_logits`` [S, L, num_units + 4] and
             ``unit_lengths`` [S]; with a vocoder, in eval mode: ``units`` [S, N], ``units_lengths`` [S], ``waveform``
             [S, T_wav] in [-1, 1] and ``waveform_lengths`` [S]; with ``frames`` in ``parts``: ``frames`` [B, T' k, D] as
-            the encoder's ``inner_frames`` gives them, ``frame_lengths`` [B]. A unit decoder that reads MT states needs a
-            translation: without ``prev_output_tokens`` it is decoded greedily in eval mode (``mt_tokens`` [S, U]).
+            the encoder's ``inner_frames`` gives them, ``frame_lengths`` [B]. A unit decoder that reads MT states needs
+            a translation: without ``prev_output_tokens`` it is decoded greedily in eval mode (``mt_tokens`` [S, U]).
             Streaming, the same keys hold what is new; see ``step``.
 
         Raises:

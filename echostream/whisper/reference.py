@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echostream.constants import SAMPLE_RATE
+from echostream.constants import SAMPLE_RATE, WHISPER_SILENCE
 from echostream.errors import EchoStreamError
 from echostream.models.attention import attention
 from echostream.units.features import whisper_log_mel, whisper_mel_filters
@@ -54,6 +54,8 @@ class Attention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.query(x), self.key(memory), self.value(memory))
         )
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
         return self.out(attention(q, k, v, mask, causal).transpose(1, 2).flatten(2))
 
 
@@ -91,18 +93,36 @@ class AudioEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, dims.n_audio_head) for _ in range(dims.n_audio_layer))
         self.ln_post = nn.LayerNorm(dim)
 
-    def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """[B, M, F], of which ``lengths`` [B] count -> [B, T, D] with T = ceil(F / 2)."""
-        mask = None
-        if lengths is not None:
-            inside = (torch.arange(mel.shape[2], device=mel.device) < lengths[:, None])[:, None]
-            mel = mel.masked_fill(~inside, 0.0)
-            mask = inside[:, :, None, ::2]
-        x = F.gelu(self.conv1(mel))
-        if lengths is not None:
-            x = x.masked_fill(~inside, 0.0)  # the padding of a recording on its own is zero in both convolutions
-        x = F.gelu(self.conv2(x)).transpose(1, 2)
-        x = x + self.positional_embedding[: x.shape[1]]
+    def forward(self, mel: Tensor) -> Tensor:
+        """[B, M, F] -> [B, T, D] with T = ceil(F / 2)."""
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)
+        return self._attend(x + self.positional_embedding[: x.shape[1]], None)
+
+    def padded(self, mel: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        """See ``WhisperReference.encode_padded``."""
+        batch, bins, size = mel.shape
+        dense = -(-lengths // 2)[:, None]
+        inside = (torch.arange(size, device=mel.device) < lengths[:, None])[:, None]
+        if stride:
+            mel = F.pad(torch.where(inside, mel, WHISPER_SILENCE), (0, 4), value=WHISPER_SILENCE)
+            x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))
+            quiet = F.gelu(self.conv2(F.gelu(self.conv1(mel.new_full((1, bins, 9), WHISPER_SILENCE)))))[:, :, 2]
+        else:  # the padding of a recording on its own is zero in both convolutions
+            x = F.gelu(self.conv1(mel.masked_fill(~inside, 0.0))).masked_fill(~inside, 0.0)
+            x, quiet = F.gelu(self.conv2(x)), x.new_zeros(1, x.shape[1])
+        context, most = len(self.positional_embedding), int(dense.max())
+        slots = torch.arange(most + (-(-(context - most) // stride) if stride else 0), device=mel.device)
+        far = (slots - dense).clamp(min=0)
+        first = torch.where(slots < dense, slots, dense + far * stride)
+        width = torch.where(slots < dense, 1, (context - first).clamp(0, stride))
+        x = F.pad(x.transpose(1, 2)[:, :most], (0, 0, 0, len(slots) - most))
+        x = torch.where((slots < dense)[:, :, None], x, quiet.to(x.dtype)[:, None])
+        bias = width.float().log()
+        x = x + self.positional_embedding[(first + width // 2).clamp(max=context - 1)]
+        return self._attend(x, bias), bias
+
+    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        mask = None if bias is None else bias[:, None, None]
         for block in self.blocks:
             x = block(x, mask=mask)
         return self.ln_post(x)
@@ -124,7 +144,7 @@ class TextDecoder(nn.Module):
     def forward(
         self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
     ) -> Tensor:
-        """Tokens [B, U] -> logits [B, U, V], or of ``chosen`` tokens [N] alone; mask [B, T], true for what counts."""
+        """Tokens [B, U] -> logits [B, U, V], or of ``chosen`` tokens [N] alone; mask [B, T] as in ``decode``."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         if mask is not None:
             mask = mask[:, None, None]
@@ -157,21 +177,45 @@ class WhisperReference(nn.Module):
         """See ``read_whisper``."""
         return cls.from_weights(read_whisper(source))
 
-    def encode(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def encode(self, mel: Tensor) -> Tensor:
         """Features [B, M, F] (``log_mel``) -> frames [B, T, D] with T = ceil(F / 2).
 
-        Every frame sees all others: Whisper expects 30 s, silence behind the speech included. With ``lengths`` [B] the
-        first ceil(length / 2) frames of a row are what its first ``length`` features give alone; others mean nothing.
+        Every frame sees all others: Whisper expects 30 s, silence behind the speech included.
 
         Raises:
             EchoStreamError: the features are of another model, or longer than its window.
         """
+        self._check(mel)
+        return self.encoder(mel)
+
+    def encode_padded(self, mel: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        """Recordings of different ``lengths`` [B] (features), each behind as much silence as fills the window, cheaply.
+
+        Frames of silence far from speech differ in little but their positions. So one in ``stride`` is computed, and its
+        attention scores are raised by the logarithm of how many it stands for, as if all of them had been there. With a
+        stride of 0 there is no silence: a row's frames are those of its recording alone. Rows never see each other.
+
+        Args:
+            mel: [B, M, F], normalised; what stands behind a row's length is not read. The silence that is computed
+                frame by frame belongs to it.
+
+        Returns:
+            (frames [B, T, D], of which the first ceil(length / 2) are the recording's, silence behind them;
+            float [B, T], what to add to attention scores over them, minus infinity in the padding: a mask for
+            ``decode``).
+
+        Raises:
+            EchoStreamError: the features are of another model, or longer than its window.
+        """
+        self._check(mel)
+        return self.encoder.padded(mel, lengths, stride)
+
+    def _check(self, mel: Tensor) -> None:
         longest = 2 * self.dims.n_audio_ctx
         if mel.dim() != 3 or mel.shape[1] != self.dims.n_mels or not 0 < mel.shape[2] <= longest:
             raise EchoStreamError(
                 f"features {list(mel.shape)}: this Whisper reads [B, {self.dims.n_mels}, F] with F from 1 to {longest}"
             )
-        return self.encoder(mel, lengths)
 
     def decode(
         self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
@@ -181,7 +225,7 @@ class WhisperReference(nn.Module):
         Args:
             tokens: [B, U], from ``<|startoftranscript|>`` on.
             encoded: [B, T, D].
-            mask: [B, T], true for the frames that count, one at least; None: all.
+            mask: [B, T], true for the frames that count, one at least, or what to add to scores over them; None: all.
             chosen: [N], tokens whose logits are wanted; None: all.
 
         Returns:
