@@ -191,9 +191,9 @@ class WhisperReference(nn.Module):
     def encode_padded(self, mel: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:
         """Recordings of different ``lengths`` [B] (features), each behind as much silence as fills the window, cheaply.
 
-        Frames of silence far from speech differ in little but their positions. So one in ``stride`` is computed, and its
-        attention scores are raised by the logarithm of how many it stands for, as if all of them had been there. With a
-        stride of 0 there is no silence: a row's frames are those of its recording alone. Rows never see each other.
+        Frames of silence far from speech differ in little but their positions. So one in ``stride`` is computed, and
+        attention scores over it are raised by the logarithm of how many it stands for, as if all had been there. With
+        a stride of 0 there is no silence: a row's frames are those of its recording alone. Rows never see each other.
 
         Args:
             mel: [B, M, F], normalised; what stands behind a row's length is not read. The silence that is computed
