@@ -15,6 +15,7 @@ from echostream.audio.fbank import fbank
 from echostream.audio.io import load_audio, write_audio
 from echostream.constants import EOS, NUM_SPECIALS, PAD
 from echostream.data.augment import SpecAugment, change_speed, parse_speeds, perturbed_frames
+from echostream.data.augmentation import SpeechAugment
 from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
 from echostream.data.joining import Item, JoinPolicy, plan_epoch
@@ -345,6 +346,23 @@ def test_items_depend_on_seed_epoch_and_index_only(corpus):
     assert all((first[i]["source"] == again[i]["source"]).all() for i in range(len(first)))
     again.set_epoch(3)
     assert first.items != again.items
+
+
+@pytest.mark.parametrize("join", [None, JoinPolicy(max_frames=600)], ids=["single", "joined"])
+def test_items_have_a_clean_side(corpus, join):
+    """Disguised as ever, and beside it what would have been heard without: as long, at the same speed."""
+    loud = dict(noise_db=-20.0, gain_db=6.0, spec_augment=SpecAugment(), speech=SpeechAugment.parse("people"))
+    both = dataset(corpus, join=join, speeds=(0.9, 1.1), clean=True, **loud)
+    without = dataset(corpus, join=join, speeds=(0.9, 1.1), **loud)
+    plain = dataset(corpus, join=join, speeds=(0.9, 1.1))
+    for i in range(len(both)):
+        item = both[i]
+        np.testing.assert_array_equal(item["source"], without[i]["source"])
+        np.testing.assert_array_equal(item["clean"], plain[i]["source"])
+        assert np.abs(item["clean"] - item["source"]).mean() > 0.05 and without[i]["clean"] is None
+    batch = both.collater([both[i] for i in range(3)])
+    assert batch["clean"].shape == batch["net_input"]["src_tokens"].shape
+    assert "clean" not in without.collater([without[0]])
 
 
 def test_ready_features_join_too(corpus, tmp_path):

@@ -186,6 +186,16 @@ def test_what_the_teacher_cannot_follow_is_left_out(source: Path) -> None:
         taught.hear(torch.randn(1, 30, 80), torch.tensor([30]))
 
 
+def test_the_teacher_hears_the_clean_side(source: Path) -> None:
+    model, loss = student(), criterion(source, distill_target="both")
+    sample, other = batch([40, 30], [[THE], [A]]), batch([39, 29], [[THE], [A]])
+    plain = loss(model, sample)[0].item()
+    sample["clean"] = sample["net_input"]["src_tokens"].clone()
+    assert loss(model, sample)[0].item() == plain
+    sample["clean"][:, :39] = other["net_input"]["src_tokens"]
+    assert loss(model, sample)[0].item() != plain
+
+
 def test_joined_items_teach_frames_alone(source: Path) -> None:
     model, loss = student(), criterion(source, distill_target="both")
     joined = batch([70, 30], [[THE, A], [INN], [AND]], rows=[0, 0, 1])
@@ -252,7 +262,7 @@ def test_a_whole_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     write_tokenizer(source)
     options = dict(encoder_stem="whisper", encoder_normalize_before=True, encoder_final_norm=True, memory_size=0,
                    distill_weight=1.0, distill_teacher=f"whisper:{source}", distill_target="both",
-                   autocast="bfloat16", max_update=2)  # fmt: skip
+                   distill_clean=True, noise_db=-30.0, autocast="bfloat16", max_update=2)  # fmt: skip
     with caplog.at_level(logging.INFO):
         fairseq_train(data, tmp_path / "run", **options)
     assert re.search(r"distill_error=?[\"\s:|]*[0-9.]+", caplog.text) and "distill_kl" in caplog.text

@@ -44,9 +44,9 @@ class Lesson:
 class WhisperTeacher:
     """A Whisper model that is never trained and no part of any other: it is no module, so that nobody saves it.
 
-    It hears what the student hears, augmentation and masks included, behind one frame of silence (see ``WhisperStem``)
-    and with silence behind up to the end of its window: without, its decoder invents. Of an item longer than its window
-    (30 s) it hears the beginning.
+    It hears what the student hears, augmentation and masks included unless the batch has it clean, behind one frame of
+    silence (see ``WhisperStem``) and with silence behind up to the end of its window: without, its decoder invents. Of
+    an item longer than its window (30 s) it hears the beginning.
 
     Args:
         source: see ``read_whisper``; a directory with its tokenizer where distributions are wanted.

@@ -277,7 +277,8 @@ class MultitaskCriterion(FairseqCriterion):
         if self._teacher is None:
             self._teacher = WhisperTeacher(self.distill_source, self.distill_target, self.task)
         teacher, row_of = self._teacher, sample["sentence_row"]
-        lesson = teacher.hear(sample["net_input"]["src_tokens"], sample["net_input"]["src_lengths"])
+        heard = sample.get("clean", sample["net_input"]["src_tokens"])
+        lesson = teacher.hear(heard, sample["net_input"]["src_lengths"])
         loss = row.new_zeros(())
         if "frames" in out:
             error, counts = frame_loss(lesson, out["frames"], out["frame_lengths"])
