@@ -216,7 +216,7 @@ class Engine:
             (heard.target, stream.target_symbol, target),
         ):
             for frame, symbol in enumerate(symbols.tolist(), stream.frames):
-                if symbol != last and symbol >= NUM_SPECIALS:
+                if symbol != last and symbol >= NUM_SPECIALS and self.segmenter.voiced(frame, stream.audio):
                     found.append(Spoken(symbol, frame))
                 last = symbol
         if len(heard.frames):
