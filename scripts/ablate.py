@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -179,18 +180,19 @@ class Ablations:
                 self.groups[title] = {name: self._trainings(name, group) for name in names}
 
     def _data_directory(self) -> Path:
-        """The data directory once more, by links, with the manifests of ``subsets`` and the one to be decoded."""
+        """The data directory's files once more, with the manifests of ``subsets`` and the one to be decoded.
+
+        They are copied: links that lead out of a data directory are not followed. The recordings stay where they are.
+        """
         config, folder = DataConfig.load(self.args.data), self.args.save_dir / "data"
         folder.mkdir(parents=True, exist_ok=True)
 
         def manifest(name: str, rows: list[Utterance]) -> None:
-            (folder / f"{name}.tsv").unlink(missing_ok=True)  # it may be a link
             write_manifest(folder / f"{name}.tsv", rows)
 
         for path in self.args.data.iterdir():
-            link = folder / path.name
-            if path.name != "config.yaml" and not link.exists():
-                link.symlink_to(path.resolve())
+            if path.is_file() and path.name != "config.yaml":
+                shutil.copyfile(path, folder / path.name)
         values = {**read_mapping(self.args.data / "config.yaml"), "audio_root": str(config.root.resolve())}
         write_text(folder / "config.yaml", yaml.safe_dump(values))
         manifest(TEST, read_manifest(self.args.data / f"{self.args.subset}.tsv")[: self.args.test_limit])
