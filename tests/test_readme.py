@@ -29,6 +29,7 @@ pytest.importorskip("simuleval")
 
 from tests.test_catalogues import write_mo  # noqa: E402
 from tests.test_corpus import Tones, Whistler, pairs, tone  # noqa: E402
+from tests.test_whisper_init import write_tiny_whisper  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +61,7 @@ BEHIND = {
 INSTEAD = [
     (r"--vocab-size \d+", "--vocab-size 40"),
     (r"--source-vocab-size \d+", "--source-vocab-size 40"),
+    (r"--whisper base --vocab-size \d+", "--whisper base --vocab-size 300"),
     (r"--output data/es-en --cvss", "--output data/cvss --cvss"),  # not over the corpus of the command before
     (r"^echostream export echostream/assets/es-en", "echostream export bundles/es-en"),
     (r"^(echostream translate (?!.*--checkpoint-dir).*)", r"\1 --checkpoint-dir bundles/es-en"),
@@ -123,6 +125,7 @@ def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     rows = [row for split in lines.values() for row in split]
     (common_voice / "validated.tsv").write_text("path\tsentence\n" + "".join(f"{c}\t{s}\n" for c, s, _ in rows))
     shutil.copytree(tiny_bundle, folder / "bundles" / "es-en")
+    write_tiny_whisper(folder / "whisper")
     (folder / "runs" / "vocoder").mkdir(parents=True)
     for name in ("vocoder.pt", "vocoder.json"):
         shutil.copy(tiny_bundle / name, folder / "runs" / "vocoder")

@@ -112,14 +112,17 @@ def tokenizer(directory: Path) -> None:
     (directory / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tiny_whisper(directory: Path) -> Path:
+    """A CTranslate2 directory with a tokenizer, that hears 80 mel bands."""
     dims = replace(SIZES, n_mels=80, n_text_ctx=300)
-    directory = write_ctranslate2(
-        tmp_path_factory.mktemp("whisper"), ctranslate2_variables(random_parameters(dims), dims), kind="float16"
-    )
+    write_ctranslate2(directory, ctranslate2_variables(random_parameters(dims), dims), kind="float16")
     tokenizer(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_whisper(tmp_path_factory.mktemp("whisper"))
 
 
 def test_import_whisper_makes_a_checkpoint_that_streams(
