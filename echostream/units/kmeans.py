@@ -125,8 +125,8 @@ def load_kmeans(path: Path) -> KMeans:
             check_array(arrays[name], f"k-means file {path}: {name}", CheckpointError, shape=shape)
         if not len(arrays["centroids"]) or not (arrays["scale"] > 0).all():
             raise CheckpointError(f"k-means file {path} has no centroids, or scales that are not above 0")
-        projection = Projection(arrays["mean"], arrays["scale"], arrays["remove"])
-        return KMeans(arrays["centroids"], projection, str(arrays["features"]))
+        centroids, *parts = (arrays[name].astype(np.float32) for name in ("centroids", "mean", "scale", "remove"))
+        return KMeans(centroids, Projection(*parts), str(arrays["features"]))
     centroids = read_joblib_centroids(path)
     return KMeans(centroids, Projection.identity(centroids.shape[1]))
 
