@@ -82,7 +82,7 @@ def test_impossible_talks(rows: tuple[Path, list[Utterance]], tmp_path: Path, ch
     ("name", "text", "message"),
     [
         ("segments.yaml", "- {wav: a.wav, offset: 1}\n", "segment 1: .* lacks wav, offset or duration"),
-        ("segments.yaml", "wav: [", "cannot be read"),
+        ("segments.yaml", "wav: [", "is not YAML in line 1"),
         ("segments.yaml", "wav: 1", "no list of segments"),
         ("references.txt", "one\ntwo\n", "1 segments, 2 references"),
         ("references.txt", None, "references.txt does not exist"),

@@ -137,7 +137,7 @@ def test_offline_table(tmp_path: Path) -> None:
     assert "| units" in done.stdout
 
     results.write_text("not json\n")
-    assert run_script("evaluate", "offline", results).stderr.startswith(f"error: {results} is not a file of JSON lines")
+    assert run_script("evaluate", "offline", results).stderr.startswith(f"error: file {results}, line 1 is not JSON")
     missing = run_script("evaluate", "offline", tmp_path / "none.jsonl")
     assert missing.returncode == 1 and missing.stderr.splitlines() == [
         f"error: {tmp_path / 'none.jsonl'} does not exist; fairseq-generate --results-path writes it"
