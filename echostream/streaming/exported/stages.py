@@ -8,7 +8,7 @@ import numpy as np
 
 from echostream.streaming.exported.decoder import ExportedDecoder
 from echostream.streaming.exported.hearing import ExportedHearing
-from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, ExportedModel, Rows, pad
+from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, Rows, pad
 from echostream.streaming.exported.voice import ExportedSpeaker
 from echostream.streaming.search import Step
 from echostream.streaming.stages import (
@@ -39,7 +39,6 @@ class ExportedStages(Answering):
 
     def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True):
         config, model = bundle.config, bundle.model
-        assert isinstance(model, ExportedModel)
         voice = bundle.vocoder if speech else None
         model.check(TEXT_GRAPHS + (SPEECH_GRAPHS if speech else ()) + (VOICE_GRAPHS if voice is not None else ()))
         self.rows = rows
