@@ -60,9 +60,9 @@ EXTRAS = {
         "scikit-learn>=1.3",
     ],
     # running what `echostream export` wrote: no torch
-    "onnx": ["onnxruntime>=1.20"],
+    "onnx": ["onnxruntime>=1.22"],
     # echostream export
-    "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
+    "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     # sentences that end where the speaker pauses
     "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
     "test": [
@@ -71,7 +71,7 @@ EXTRAS = {
         "ruff>=0.6",
         "onnx>=1.18",
         "onnxscript>=0.5",
-        "onnxruntime>=1.20",
+        "onnxruntime>=1.22",
         "silero-vad==6.2.3",
     ],
 }

@@ -35,14 +35,14 @@ from echostream.models.decoders.vocoder_config import VocoderConfig  # noqa: E40
 from echostream.models.echostream_model import build_echostream_model  # noqa: E402
 from echostream.models.graphs import EncoderGraph, StepGraph  # noqa: E402
 from echostream.models.subsampler import Subsampler  # noqa: E402
-from echostream.streaming import SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
+from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
 from echostream.streaming.exported.hearing import ring_ages, segment_mask, turn, write_ring  # noqa: E402
 from echostream.streaming.exported.model import ExportedModel  # noqa: E402
 from echostream.streaming.exported.stages import ExportedStages  # noqa: E402
 from echostream.streaming.exported.subsampling import patches, windows  # noqa: E402
 from echostream.streaming.exported.torch_model import TorchModel  # noqa: E402
 from echostream.streaming.exported.voice import ExportedSpeaker  # noqa: E402
-from echostream.streaming.stages import Extend, Listen, NewSentence, Speak, Write  # noqa: E402
+from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Speak, Write  # noqa: E402
 from tests.conftest import tiny_config, tiny_voice  # noqa: E402
 from tests.test_streaming import speech  # noqa: E402
 
@@ -224,8 +224,9 @@ def test_a_session_says_the_same(tiny_bundle: Path, exported: Path, beam: int) -
         session.reset()
 
 
-def test_batches_of_all_ages_say_what_each_says_alone(exported: Path) -> None:
-    bundle = load_bundle(exported)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_batches_of_all_ages_say_what_each_says_alone(exported: Path, int8: Path, precision: str) -> None:
+    bundle = load_bundle(exported if precision == "fp32" else int8)
     streams = {i: speech(2.0 + 0.7 * i, seed=20 + i) for i in range(3)}
     batch = SessionBatch(bundle, capacity=3)
     events: dict[int, list] = {}
@@ -252,6 +253,8 @@ def test_batches_of_all_ages_say_what_each_says_alone(exported: Path) -> None:
         assert [type(e) for e in events[number]] == [type(e) for e in expected]
         tokens = [[e.tokens for e in found if isinstance(e, TargetText)] for found in (events[number], expected)]
         assert tokens[0] == tokens[1]
+        units = [[e.units for e in found if isinstance(e, SentenceEnd)] for found in (events[number], expected)]
+        assert units[0] == units[1] and any(units[0])
         waves = [
             np.concatenate([np.zeros(0), *(e.samples for e in found if isinstance(e, Waveform))])
             for found in (events[number], expected)
@@ -291,6 +294,54 @@ def test_int8_is_smaller_and_near(exported: Path, int8: Path) -> None:
         heard.append(stages.run([(0, Listen(features, True))])[0].frames)
     error = np.abs(heard[0] - heard[1]).mean() / np.abs(heard[0]).mean()
     assert 0 < error < 0.1  # rounded, and not wrong
+
+
+def life(config: EchoStreamConfig, seed: int) -> Iterator[list]:
+    """What a stream asks for in its life, a list of requests at a time: two sentences of its own lengths."""
+    rng = np.random.default_rng(seed)
+
+    def noise(count: int, width: int) -> np.ndarray:
+        return rng.standard_normal((count, width)).astype(np.float32)
+
+    for _ in range(2):
+        yield NewSentence()
+        for _ in range(int(rng.integers(2, 5))):
+            yield Listen(noise(int(rng.integers(1, 90)), 80), False)
+            yield Extend(noise(int(rng.integers(1, 40)), config.encoder_embed_dim))
+            for _ in range(int(rng.integers(0, 7))):
+                yield Write(int(rng.integers(4, config.mt_vocab_size)), ((1, 1),))
+            yield ReadUnits(noise(int(rng.integers(1, 4)), config.mt_decoder_embed_dim))
+    yield Listen(noise(7, 80), True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_stream_gets_bit_for_bit_what_it_gets_alone(exported: Path, int8: Path, precision: str) -> None:
+    """Whoever else is in the batch, and however old."""
+    bundle = load_bundle(exported if precision == "fp32" else int8)
+    count = 4
+
+    def answers(lives: dict[int, list]) -> dict[int, list]:
+        stages, found = ExportedStages(bundle, rows=count), {row: [] for row in lives}
+        for at in range(max(map(len, lives.values()))):
+            due = [(row, requests[at]) for row, requests in lives.items() if at < len(requests)]
+            kinds = sorted({type(request) for _, request in due}, key=str)
+            for kind in kinds:
+                some = [(row, request) for row, request in due if isinstance(request, kind)]
+                for (row, _), answer in zip(some, stages.run(some)):
+                    found[row].append(answer)
+        return found
+
+    lives = {row: list(life(bundle.config, 40 + row)) for row in range(count)}
+    together = answers(lives)
+    for row, mine in lives.items():
+        for request, expected, answer in zip(mine, answers({row: mine})[row], together[row], strict=True):
+            if answer is not None:
+                for before, now in zip(as_arrays(expected), as_arrays(answer), strict=True):
+                    np.testing.assert_array_equal(before, now, err_msg=f"stream {row}, {type(request).__name__}")
+
+
+def as_arrays(answer: Any) -> list[np.ndarray]:
+    return [answer] if isinstance(answer, np.ndarray) else list(answer)
 
 
 # ---------------------------------------------------------------------------------------------------- without torch

@@ -157,9 +157,9 @@ class Comparison:
             written = [None if tokens is None else tokens[at : at + n] for n in counts]
             padded = None if tokens is None else _padded(written)
             scores, lengths, state = decoder.step(_padded(read), torch.tensor(counts), state, tokens=padded)
-            self.stages.run([(row, ReadUnits(*part)) for row, part in enumerate(zip(read, written))])
             for row, n in enumerate(lengths.tolist()):
-                self._note("unit decoder", scores[row, :n], self.recorded.last["units"]["scores"][row, :n])
+                self.stages.run([(row, ReadUnits(read[row], written[row]))])
+                self._note("unit decoder", scores[row, :n], self.recorded.last["units"]["scores"][0])
             at += max(counts)
 
     def _speak(self) -> None:

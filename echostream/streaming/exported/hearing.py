@@ -78,12 +78,15 @@ class ExportedHearing(Rows):
                 ready[row] = max(0, waiting // SUBSAMPLING - self.right) // segment
         found: dict[int, list[Heard]] = {row: [] for row in rows}
         while any(ready.values()):
-            due = [row for row in rows if ready[row]]
-            count = min(MAX_SEGMENTS, *(ready[row] for row in due))
-            for row, heard in zip(due, self._encode(due, held, count)):
-                found[row].append(heard)
-                held[row] = held[row][SUBSAMPLING * segment * count :]
-                ready[row] -= count
+            # Only streams with as many segments go together: each is computed in the blocks in which it would be alone,
+            # whose sums differ in the last bit from those of other blocks.
+            counts = {row: min(MAX_SEGMENTS, ready[row]) for row in rows if ready[row]}
+            for count in sorted(set(counts.values())):
+                due = [row for row in counts if counts[row] == count]
+                for row, heard in zip(due, self._encode(due, held, count)):
+                    found[row].append(heard)
+                    held[row] = held[row][SUBSAMPLING * segment * count :]
+                    ready[row] -= count
         for row, request in zip(rows, requests):
             if request.finished:
                 self.reset(row)
