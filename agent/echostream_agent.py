@@ -23,17 +23,18 @@ import numpy as np
 from simuleval.agents import GenericAgent
 from simuleval.agents.actions import Action, ReadAction, WriteAction
 from simuleval.agents.states import AgentStates
-from simuleval.data.segments import EmptySegment, Segment, SpeechSegment, TextSegment
+from simuleval.data.segments import EmptySegment, Segment, TextSegment
 from simuleval.utils import entrypoint
 
 from echostream.checkpoint import BACKENDS, DEFAULT_BUNDLE, Bundle, load_bundle
 from echostream.errors import EchoStreamError
-from echostream.evaluation.simul import register
+from echostream.evaluation.simul import SpeechPiece, add_recogniser_arguments, register
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
 from echostream.streaming.exported.model import ExportedModel
 from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options
 from echostream.streaming.session import StreamingSession
 from echostream.text import WORD_START, Vocabulary
+from echostream.text_file import read_lines
 
 register()
 
@@ -50,6 +51,15 @@ SEGMENT_MS = 40  # SimulEval's own default hands out single milliseconds
 def spelled(vocabulary: Vocabulary, tokens: tuple[int, ...]) -> list[str]:
     """Subwords as text; a leading space starts a word."""
     return [vocabulary[token].replace(WORD_START, " ") for token in tokens]
+
+
+def check_languages(path: str | None, bundle: Bundle) -> None:
+    """SimulEval's ``--tgt-lang`` asks for a language for each recording; a model here has one."""
+    own = bundle.target_lang.partition("-")[0]
+    for number, line in enumerate(read_lines(path, EchoStreamError, "list") if path else (), 1):
+        asked = line.strip()
+        if own and asked and asked.partition("-")[0] != own:
+            raise EchoStreamError(f"list {path}, line {number} asks for {asked!r}; this model speaks {own!r} only")
 
 
 class SessionStates(AgentStates):
@@ -130,12 +140,19 @@ class SessionAgent(GenericAgent):
             raise EchoStreamError(f"--threads is {args.threads}; it must be at least 1")
         self.output = self.output or args.output_type
         self.target_type = "speech" if OUTPUTS[self.output]["speech"] else "text"
+        for side in ("source", "target"):
+            asked, given = getattr(args, f"{side}_type", None), getattr(self, f"{side}_type")
+            if asked not in (None, given):
+                raise EchoStreamError(
+                    f"--{side}-type {asked}, but this agent's is {given}; what comes out is chosen by --output-type"
+                )
         self.bundle = load_bundle(args.checkpoint_dir, args.device, args.backend, args.threads)
         if self.bundle.vocoder is None and self.target_type == "speech":
             raise EchoStreamError(
                 f"checkpoint directory {args.checkpoint_dir} has no vocoder, so that it cannot speak; "
                 "take --output-type text or source"
             )
+        check_languages(getattr(args, "tgt_lang", None), self.bundle)
         self.options = session_options(args, self.bundle)
         super().__init__(args)
 
@@ -160,7 +177,7 @@ class SessionAgent(GenericAgent):
         waves = [event for event in events if isinstance(event, Waveform)]
         if waves:
             samples = np.concatenate([wave.samples for wave in waves])
-            segment: Segment = SpeechSegment(content=samples, sample_rate=waves[-1].sample_rate, **common)
+            segment: Segment = SpeechPiece(content=samples, sample_rate=waves[-1].sample_rate, **common)
         elif self.target_type == "text" and (pieces or states.source_finished):
             segment = TextSegment(content="".join(pieces), **common)
         elif pieces or written or states.source_finished:
@@ -189,6 +206,7 @@ class SessionAgent(GenericAgent):
         add_segmenter_arguments(parser)
         # Steps this small leave a second thread nothing but waiting; on a busy machine two were 20 times slower.
         parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: 1)")
+        add_recogniser_arguments(parser)  # SimulEval, without --user-dir, knows only its own scorers' options
         parser.set_defaults(source_segment_size=SEGMENT_MS)
 
     @classmethod

@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from echostream.audio.cmvn import GlobalCMVN
+from echostream.audio.features import feature_extractor
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
-from echostream.errors import CheckpointError, ManifestError, require
+from echostream.errors import CheckpointError, ConfigError, ManifestError, require
+from echostream.files import replacing_directory, write_text
+from echostream.loading import Rule, check, inside, pieces_of, read_subwords, read_yaml, shown
+from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS
 from echostream.text import Vocabulary
-from echostream.weights import read_weights
+from echostream.weights import check_tensors, read_weights, uninitialised
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +48,21 @@ FILES = {
     "vocoder": "vocoder.pt",
     "vocoder_config": "vocoder.json",
 }
+GRAPHS = (*TEXT_GRAPHS, *SPEECH_GRAPHS, *VOICE_GRAPHS)  # in the order in which an export's digest takes them
+CONFIG = "config.yaml"
+CARD = "MODEL_CARD.md"
+MAX_STREAM_BYTES = 300_000_000  # of a stream's buffers and masks
+_SHA256, _LANGUAGE = Rule(str, 64, 64), Rule(str, 0, 35)
+_RULES = {
+    "source_lang": _LANGUAGE, "target_lang": _LANGUAGE, "sample_rate": Rule(int, choices=(SAMPLE_RATE,)),
+    "policy": Rule(dict), "files": Rule(dict, of=Rule(str, 1, 255)), "digests": Rule(dict, of=_SHA256),
+    "model": Rule(dict, needed=True),
+}  # fmt: skip
+_EXPORTED_RULES = {
+    **_RULES, "precision": Rule(str, choices=("fp32", "int8"), needed=True), "vocoder": Rule(bool, needed=True),
+    "digest": Rule(str, 64, 64, needed=True), "exported_from": _SHA256, "parameters": Rule(dict, of=Rule(int, 0)),
+}  # fmt: skip
+COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")  # from the corpus as they are
 DEFAULT_BUNDLE = Path(__file__).parent / "assets" / "es-en"
 
 
@@ -98,14 +117,23 @@ def load_bundle(
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint directory {directory} does not exist")
-    values = _read_config(directory / "config.yaml")
+    values = read_config(directory)
     exported = values["format"] == EXPORTED_FORMAT
     if backend == "torch" and exported:
         raise CheckpointError(f"{directory} holds exported graphs; they run on the backend onnx")
     if backend == "onnx" and not exported:
         raise CheckpointError(f"{directory} holds a torch model; first: echostream export {directory} -o DIRECTORY")
-    config = EchoStreamConfig.from_dict(values["model"])
-    paths = {name: directory / file for name, file in {**FILES, **values.get("files", {})}.items()}
+    try:
+        config = EchoStreamConfig.from_dict(values["model"])
+    except ConfigError as error:
+        raise ConfigError(f"{directory / CONFIG}: model: {error}") from None
+    size = config.stream_bytes
+    if size > MAX_STREAM_BYTES:
+        raise ConfigError(
+            f"{directory / CONFIG}: model: a stream of this model would take {size / 1e6:,.0f} MB, at most "
+            f"{MAX_STREAM_BYTES / 1e6:.0f} are allowed; lower max_sentence_frames, max_target_tokens or the contexts"
+        )
+    paths = files_of(directory, values)
 
     source_dict, target_dict, unit_dict = (
         Vocabulary.load(paths[name]) for name in ("source_dict", "target_dict", "unit_dict")
@@ -114,8 +142,17 @@ def load_bundle(
     check_vocabulary(paths["target_dict"], target_dict, config.st_vocab_size, "st_vocab_size")
     check_vocabulary(paths["target_dict"], target_dict, config.mt_vocab_size, "mt_vocab_size")
     check_vocabulary(paths["unit_dict"], unit_dict, config.num_units + NUM_SPECIALS, "num_units (4 specials more)")
+    check_subwords(paths["source_spm"], paths["source_dict"], source_dict)
+    check_subwords(paths["target_spm"], paths["target_dict"], target_dict)
+    cmvn = GlobalCMVN.load(paths["cmvn"])
     load = _load_exported if exported else _load_torch
     model, vocoder, digest = load(directory, values, config, paths, device, threads)
+    if vocoder is not None and vocoder.config.num_embeddings < config.num_units:
+        raise CheckpointError(
+            f"{paths['vocoder_config']}: num_embeddings is {vocoder.config.num_embeddings}, but the model has "
+            f"{config.num_units} units; take the vocoder that was trained on the same units"
+        )
+    check_digests(directory, values.get("digests") or {})
     return Bundle(
         directory=directory,
         config=config,
@@ -123,13 +160,76 @@ def load_bundle(
         source_dict=source_dict,
         target_dict=target_dict,
         unit_count=config.num_units,
-        cmvn=GlobalCMVN.load(paths["cmvn"]),
+        cmvn=cmvn,
         vocoder=vocoder,
-        policy=values.get("policy", {}),
-        source_lang=values.get("source_lang", ""),
-        target_lang=values.get("target_lang", ""),
+        policy=values.get("policy") or {},
+        source_lang=values.get("source_lang") or "",
+        target_lang=values.get("target_lang") or "",
         digest=digest,
     )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.yaml`` of a checkpoint directory, all that we know in it checked but the model's own values.
+
+    Raises:
+        CheckpointError: it is missing, no YAML, of another format, or a value cannot be used.
+    """
+    from echostream.streaming.resolve import check_preferences
+
+    path = directory / CONFIG
+    inside(directory, CONFIG, "configuration", CheckpointError)
+    values = read_yaml(path, "configuration", CheckpointError, f"; is {directory} a checkpoint directory?")
+    if values.get("format") not in (FORMAT, EXPORTED_FORMAT):
+        raise CheckpointError(
+            f"{path} is of format {shown(values.get('format'))}; this EchoStream reads {FORMAT!r} and "
+            f"{EXPORTED_FORMAT!r}"
+        )
+    check(values, _EXPORTED_RULES if values["format"] == EXPORTED_FORMAT else _RULES, str(path), CheckpointError)
+    check(values.get("files") or {}, dict.fromkeys(FILES, Rule(str)), f"{path}: files", CheckpointError, others=False)
+    values["policy"] = check_preferences(values.get("policy") or {}, f"{path}: policy")
+    return values
+
+
+def files_of(directory: Path, values: Mapping[str, Any]) -> dict[str, Path]:
+    """The paths of a checkpoint directory's files, by what they are.
+
+    Raises:
+        CheckpointError: one leads out of the directory, by its name or by a symbolic link.
+    """
+    names = {**FILES, **{key: name for key, name in (values.get("files") or {}).items() if name is not None}}
+    where = f"{directory / CONFIG}: files"
+    return {key: inside(directory, name, f"{where}.{key}", CheckpointError) for key, name in names.items()}
+
+
+def sha256(*paths: Path) -> str:
+    """Of the files one after the other, hexadecimal. Raises CheckpointError: one cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path.parent} lacks {path.name}; fetch or export it again") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def check_digests(directory: Path, digests: Mapping[str, str]) -> None:
+    """Compare files with the sha256 that ``config.yaml`` gives of them.
+
+    Raises:
+        CheckpointError: a file is missing, or another.
+    """
+    for name, expected in digests.items():
+        found = sha256(inside(directory, name, f"{directory / CONFIG}: digests", CheckpointError))
+        if found != expected:
+            raise CheckpointError(
+                f"{directory / name} is not the file that {CONFIG} names: its sha256 begins with {found[:12]}, not "
+                f"{shown(expected[:12])}; fetch or export it again"
+            )
 
 
 def _load_torch(
@@ -138,20 +238,24 @@ def _load_torch(
 ) -> tuple[EchoStreamModel, CodeHiFiGAN | None, str]:  # fmt: skip
     """Model, vocoder and digest of a checkpoint directory."""
     torch = require("torch", "simuleval")
-    from echostream.models.echostream_model import build_echostream_model
+    from echostream.models.echostream_model import build_echostream_model, check_weights
 
     if threads is not None:
         torch.set_num_threads(threads)
     weights = read_weights(paths["model"])
-    if not isinstance(weights, Mapping) or weights.get("format") != FORMAT or not isinstance(weights["model"], Mapping):
-        found = weights.get("format") if isinstance(weights, Mapping) else type(weights).__name__
+    found = weights.get("format") if isinstance(weights, Mapping) else type(weights).__name__
+    if not isinstance(weights, Mapping) or found != FORMAT or "model" not in weights:
         raise CheckpointError(
-            f"{paths['model']} is not an EchoStream model (format {found!r}, expected {FORMAT!r}); "
+            f"{paths['model']} is not an EchoStream model (format {shown(found)}, expected {FORMAT!r}); "
             "make one with scripts/export_checkpoint.py"
         )
-    model = build_echostream_model(config)
+    state = check_tensors(weights["model"], str(paths["model"]))
     try:
-        model.load_state_dict(weights["model"])
+        with uninitialised(shapes_only=True):  # a configuration of another size than the weights stops here
+            check_weights(build_echostream_model(config).state_dict(), state)
+        with uninitialised():
+            model = build_echostream_model(config)
+        model.load_state_dict(state)
     except CheckpointError as error:
         raise CheckpointError(f"{paths['model']}: {error}") from None
     model = model.float().eval().to(_device(device))
@@ -161,7 +265,7 @@ def _load_torch(
         from echostream.models.decoders.vocoder_checkpoint import load_vocoder
 
         vocoder = load_vocoder(paths["vocoder"], paths["vocoder_config"], device).eval()
-    return model, vocoder, hashlib.sha256(paths["model"].read_bytes()).hexdigest()
+    return model, vocoder, sha256(paths["model"])
 
 
 def _load_exported(
@@ -171,13 +275,21 @@ def _load_exported(
     """The same of an exported directory."""
     from echostream.models.decoders.vocoder_config import VocoderConfig
     from echostream.streaming.exported.model import ExportedModel, ExportedVoice
+    from echostream.streaming.exported.names import graph_names
 
     require("onnxruntime", "onnx")
     if device != "cpu":
         raise CheckpointError(f"exported graphs run on the CPU, not on {device!r}; leave the device out")
-    voice = ExportedVoice(VocoderConfig.from_json(paths["vocoder_config"])) if values.get("vocoder") else None
-    model = ExportedModel(directory, values.get("precision", "fp32"), threads or 1, values.get("parameters", {}))
-    return model, voice, values.get("digest", "")
+    voice = ExportedVoice(VocoderConfig.from_json(paths["vocoder_config"])) if values["vocoder"] else None
+    graphs = GRAPHS if voice is not None else (*TEXT_GRAPHS, *SPEECH_GRAPHS)
+    files = [inside(directory, f"{name}.onnx", "exported graph", CheckpointError) for name in graphs]
+    if sha256(*files) != values["digest"]:
+        raise CheckpointError(
+            f"the graphs in {directory} are not those that its {CONFIG} names (digest); export the checkpoint again"
+        )
+    names = graph_names(config, voice.config if voice is not None else None)
+    model = ExportedModel(directory, values["precision"], threads or 1, values.get("parameters") or {}, names)
+    return model, voice, values["digest"]
 
 
 def check_vocabulary(path: str | Path, vocabulary: Vocabulary, expected: int, name: str) -> None:
@@ -193,6 +305,20 @@ def check_vocabulary(path: str | Path, vocabulary: Vocabulary, expected: int, na
         )
 
 
+def check_subwords(model: Path, dictionary: Path, vocabulary: Vocabulary) -> None:
+    """Refuse a SentencePiece model that is none, or whose pieces the dictionary lacks.
+
+    Raises:
+        ManifestError: see above.
+    """
+    missing = [piece for piece in pieces_of(read_subwords(model)) if piece not in vocabulary.index]
+    if missing:
+        raise ManifestError(
+            f"{model} has {len(missing)} pieces that {dictionary.name} lacks, the first {shown(missing[0])}; "
+            "they are not of one model"
+        )
+
+
 def read_fairseq_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], EchoStreamConfig | None]:
     """Weights and, where the file tells it, configuration of a checkpoint written by fairseq-train.
 
@@ -202,11 +328,15 @@ def read_fairseq_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], 
     checkpoint = read_weights(path)
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("model"), Mapping):
         raise CheckpointError(f"{path} is not a fairseq checkpoint: it has no 'model'")
-    arguments = (checkpoint.get("cfg") or {}).get("model") or checkpoint.get("args")
+    tree = checkpoint.get("cfg")
+    arguments = (tree.get("model") if isinstance(tree, Mapping) else None) or checkpoint.get("args")
     if isinstance(arguments, Mapping):
-        arguments = argparse.Namespace(**arguments)
-    config = EchoStreamConfig.from_args(arguments) if arguments is not None else None
-    return dict(checkpoint["model"]), config
+        arguments = argparse.Namespace(**{str(name): value for name, value in arguments.items()})
+    try:
+        config = EchoStreamConfig.from_args(arguments) if arguments is not None else None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return check_tensors(checkpoint["model"], str(path)), config
 
 
 def average_checkpoints(paths: Iterable[str | Path]) -> tuple[dict[str, torch.Tensor], EchoStreamConfig | None]:
@@ -248,72 +378,59 @@ def save_bundle(
 
     Raises:
         CheckpointError, ManifestError: a file is missing, or a dictionary does not fit the model.
+        OutputError: the directory cannot be written; what was there is as before.
     """
     import torch
 
     directory, data = Path(directory), Path(data)
-    corpus = _yaml(data / "config.yaml") if (data / "config.yaml").exists() else {}
+    corpus = read_yaml(data / CONFIG, "configuration", CheckpointError) if (data / CONFIG).exists() else {}
+    check(corpus, {"source_lang": _LANGUAGE, "target_lang": _LANGUAGE}, str(data / CONFIG), CheckpointError)
     source_dict, target_dict, unit_dict = (
         Vocabulary.load(data / FILES[name]) for name in ("source_dict", "target_dict", "unit_dict")
     )
     check_vocabulary(data / FILES["source_dict"], source_dict, config.asr_vocab_size, "asr_vocab_size")
     check_vocabulary(data / FILES["target_dict"], target_dict, config.mt_vocab_size, "mt_vocab_size")
     check_vocabulary(data / FILES["unit_dict"], unit_dict, config.num_units + NUM_SPECIALS, "num_units")
-    GlobalCMVN.load(data / FILES["cmvn"])
+    cmvn = feature_extractor(config.features).cmvn or GlobalCMVN.load(data / FILES["cmvn"])
+    for name, vocabulary in (("source", source_dict), ("target", target_dict)):
+        model, dictionary = data / FILES[f"{name}_spm"], data / FILES[f"{name}_dict"]
+        if not model.exists():
+            raise ManifestError(f"{model} does not exist; make it with scripts/prepare_corpus.py")
+        check_subwords(model, dictionary, vocabulary)
 
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn"):
-        if not (data / FILES[name]).exists():
-            raise ManifestError(f"{data / FILES[name]} does not exist; make it with scripts/prepare_corpus.py")
-        shutil.copyfile(data / FILES[name], directory / FILES[name])
-    weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
-    torch.save({"format": FORMAT, "model": weights}, directory / FILES["model"])
+    voice = None
     if vocoder is not None:
         from echostream.models.decoders.vocoder_checkpoint import load_vocoder, save_vocoder
 
         voice = load_vocoder(*vocoder)
-        save_vocoder(voice, directory / FILES["vocoder"], directory / FILES["vocoder_config"], half=True)
-    values = {
-        "format": FORMAT,
-        "source_lang": corpus.get("source_lang", ""),
-        "target_lang": corpus.get("target_lang", ""),
-        "sample_rate": SAMPLE_RATE,
-        "policy": dict(policy or {}),
-        "files": FILES,
-        "model": config.to_dict(),
-    }
-    (directory / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    if card:
-        (directory / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+    weights = {name: _half(tensor) for name, tensor in state.items() if not name.startswith("vocoder.")}
+    with replacing_directory(directory, lambda name: name in (CONFIG, CARD, *FILES.values())) as new:
+        for name in COPIED:
+            if name != "cmvn":
+                shutil.copyfile(data / FILES[name], new / FILES[name])
+        cmvn.save(new / FILES["cmvn"])
+        torch.save({"format": FORMAT, "model": weights}, new / FILES["model"])
+        if voice is not None:
+            save_vocoder(voice, new / FILES["vocoder"], new / FILES["vocoder_config"], half=True)
+        values = {
+            "format": FORMAT,
+            "source_lang": corpus.get("source_lang") or "",
+            "target_lang": corpus.get("target_lang") or "",
+            "sample_rate": SAMPLE_RATE,
+            "policy": dict(policy or {}),
+            "files": FILES,
+            "digests": {file.name: sha256(file) for file in sorted(new.iterdir())},
+            "model": config.to_dict(),
+        }
+        write_text(new / CONFIG, yaml.safe_dump(values, sort_keys=False))
+        if card:
+            write_text(new / CARD, card)
     return directory
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
     # clone: a view would drag its whole storage into the file
     return (tensor.half() if tensor.is_floating_point() else tensor).clone().contiguous()
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {path.parent} a checkpoint directory?") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, not key: value lines")
-    return values
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    values = _yaml(path)
-    if values.get("format") not in (FORMAT, EXPORTED_FORMAT):
-        raise CheckpointError(
-            f"{path} is of format {values.get('format')!r}; this EchoStream reads {FORMAT!r} and {EXPORTED_FORMAT!r}"
-        )
-    if not isinstance(values.get("model"), dict):
-        raise CheckpointError(f"{path} lacks the section 'model'")
-    return values
 
 
 def _device(name: str) -> torch.device:

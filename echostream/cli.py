@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-from echostream import __version__, vocode
-from echostream.errors import CheckpointError, EchoStreamError
+from echostream import __version__, import_whisper, vocode
+from echostream.errors import CheckpointError
+from echostream.files import run_command
 
 EXAMPLES = """examples:
   echostream translate talk.wav -o english.wav
@@ -24,10 +24,11 @@ TRANSLATE = """Translate speech while it is heard.
 
 The text of the sentence in the making is shown on the terminal (standard error); -o takes the speech. Nothing that
 was written or said is taken back. Ctrl-C ends the source: what was heard is translated and all files are completed;
-a second Ctrl-C stops at once.
+a second Ctrl-C stops at once. An output that is the input, or another output, is refused.
 """
 PIPES = """standard input and output:
-  Input '-' is raw PCM, signed 16-bit little-endian, at --input-rate, or a WAV stream, which says its own format.
+  Input '-' is raw PCM, signed 16-bit little-endian, at --input-rate, unless it starts as a format that says its own
+  (WAV, MP3, FLAC, Ogg, AU, AIFF, sox -p ...; m4a, WebM and others by ffmpeg, where that is installed).
   Output '-' is 16-bit mono at the vocoder's rate (16000 Hz): raw PCM if the input is raw, with a WAV header otherwise;
   --output-format decides differently. With input '-' and standard output in a pipe, '-o -' need not be said.
 """
@@ -36,13 +37,7 @@ PIPES = """standard input and output:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (0; 1 after an error; 130 after Ctrl-C)."""
     args = build_parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except EchoStreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command(lambda: args.run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     translate.set_defaults(run=run_translate)
-    translate.add_argument("input", help="recording (wav, flac, ogg, mp3 ...; any rate and channels), or - for a pipe")
+    translate.add_argument(
+        "input", help="recording (wav, flac, ogg, mp3 ...; any rate and channels), or - for a pipe"
+    )
     out = translate.add_argument_group("output")
     out.add_argument("-o", "--output", metavar="FILE", help="translated speech: .wav, .flac, .ogg, or - for a pipe")
     out.add_argument("--subtitles", type=Path, metavar="FILE", help="translation as .srt or .vtt, timed by the source")
@@ -79,10 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-gaps", action="store_true", help="in a file: no silences that keep the speech on the source's clock"
     )
     out.add_argument("--output-format", choices=("raw", "wav"), help="of -o - (default: as the input came)")
-    out.add_argument("-q", "--quiet", action="store_true", help="no text on the terminal, errors only")
+    out.add_argument("-q", "--quiet", action="store_true", help="no text on the terminal, errors and warnings only")
     source = translate.add_argument_group("input")
     source.add_argument("--input-rate", type=int, default=16000, metavar="HZ", help="of raw PCM (default: 16000)")
     source.add_argument("--input-channels", type=int, default=1, metavar="N", help="of raw PCM, averaged (default: 1)")
+    source.add_argument("--input-raw", action="store_true", help="it is raw PCM, whatever its first bytes look like")
     source.add_argument("--realtime", action="store_true", help="read a recording no faster than it was spoken")
     model = translate.add_argument_group("model")
     model.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="default: the model shipped with EchoStream")
@@ -117,6 +115,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     speak.set_defaults(run=vocode.vocode)
     vocode.add_arguments(speak)
+
+    whisper = commands.add_parser(
+        "import-whisper",
+        help="make a checkpoint directory from a Whisper model, to train on from",
+        description=import_whisper.DESCRIPTION,
+        formatter_class=raw,
+    )
+    whisper.set_defaults(run=run_import_whisper)
+    import_whisper.add_arguments(whisper)
 
     info = commands.add_parser(
         "info",
@@ -158,15 +165,18 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_import_whisper(args: argparse.Namespace) -> int:
+    directory = import_whisper.import_whisper(args)
+    print(f"{sum(path.stat().st_size for path in directory.iterdir()) / 1e6:8.2f} MB  {directory}")
+    return 0
+
+
 def run_info(args: argparse.Namespace) -> int:
     from echostream.info import describe, show
 
     path = args.checkpoint if args.checkpoint is not None and args.checkpoint.is_file() else None
     described = describe(path or checkpoint_directory(args.checkpoint))
-    try:
-        print(json.dumps(described, indent=2) if args.json else show(described), flush=True)
-    except BrokenPipeError:  # `echostream info | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(json.dumps(described, indent=2) if args.json else show(described), flush=True)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from echostream.errors import ConfigError
-from echostream.yaml_file import read_mapping
+from echostream.loading import read_mapping, shown
 
 ACTIVATIONS = ("relu", "gelu")
 DECODER_FORMS = ("vaswani", "whisper")
@@ -19,6 +20,20 @@ DECODER_FORMS = ("vaswani", "whisper")
 
 def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+# The most that a value may be, so that no file makes a model of any size; a key that is not here: ``MOST``.
+MOST = 1 << 20
+LIMITS: dict[str, int] = {
+    "input_feat_per_channel": 1024, "input_channels": 16, "conv_channels": 8192,
+    "encoder_embed_dim": 8192, "encoder_layers": 128, "encoder_attention_heads": 256, "encoder_ffn_embed_dim": 65536,
+    "segment_length": 512, "left_context_length": 4096, "right_context_length": 512, "memory_size": 1024,
+    "st_decoder_layers": 64, "st_decoder_heads": 256, "st_left_context": 8192,
+    "mt_decoder_layers": 64, "mt_decoder_heads": 256, "mt_decoder_embed_dim": 8192, "mt_decoder_ffn_dim": 65536,
+    "unit_decoder_layers": 64, "unit_decoder_heads": 256, "unit_decoder_embed_dim": 8192, "unit_decoder_ffn_dim": 65536,
+    "encoder_position_period": 1_000_000, "encoder_conv_kernel": 1024, "st_decoder_embed_dim": 8192,
+    "st_decoder_ffn_dim": 65536, "ctc_upsample_ratio": 128, "max_sentence_frames": 16384, "max_target_tokens": 4096,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,14 +138,18 @@ class EchoStreamConfig:
             value = getattr(self, f.name)
             choices = f.metadata.get("choices")
             if choices and value not in choices:
-                raise ConfigError(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}")
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be one of {', '.join(choices)}")
             if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ConfigError(f"{f.name} is {value!r}; it must be a whole number")
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be a whole number")
             least = 0 if f.name in _MAY_BE_ZERO else 1
             if f.type == "int" and value < least:
-                raise ConfigError(f"{f.name} is {value}; it must be at least {least}")
-            if f.type == "float" and not 0 <= value < 1:
-                raise ConfigError(f"{f.name} is {value}; it must lie in [0, 1)")
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be at least {least}")
+            if f.type == "int" and value > LIMITS.get(f.name, MOST):
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be at most {LIMITS.get(f.name, MOST)}")
+            if f.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be true or false")
+            if f.type == "float" and not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be a number in [0, 1)")
         for width, heads in (
             ("encoder_embed_dim", "encoder_attention_heads"),
             ("st_dim", "st_decoder_heads"),
@@ -192,6 +211,22 @@ class EchoStreamConfig:
         lacking = self.frame_rate_factor * (self.segment_length + self.right_context_length) - 1
         return self.frame_rate_factor * self.left_context_length + (lacking if self.shift_context else 0)
 
+    @property
+    def stream_bytes(self) -> int:
+        """About how much one stream takes: keys and values of all layers, and the attention masks that are kept."""
+        frames, left = self.max_sentence_frames + 1, self.left_frames
+        inputs = self.max_target_tokens if self.units_read_text else self.max_sentence_frames
+        places = (
+            self.encoder_layers * self.encoder_embed_dim * (self.memory_size + left)
+            + self.st_decoder_layers * self.st_dim * self.st_left_context
+            + self.mt_decoder_layers * self.mt_decoder_embed_dim * (self.max_target_tokens + frames)
+            + self.unit_decoder_layers * self.unit_decoder_embed_dim * (inputs * self.ctc_upsample_ratio + frames)
+        )
+        # Eight segments at once; a mask for each age of a stream until the rings are full and come round.
+        queries = self.frame_rate_factor * (self.segment_length + self.right_context_length)
+        masks = 8 * queries * (9 * queries + self.memory_size + left + 8) * min(512, self.memory_size + left + 2)
+        return 8 * places + 4 * masks
+
     @classmethod
     def small(cls, **changes: Any) -> "EchoStreamConfig":
         """About a quarter of the default's compute: what a CPU can train (arch ``echostream_small``)."""
@@ -201,15 +236,20 @@ class EchoStreamConfig:
     def from_dict(cls, values: dict[str, Any]) -> "EchoStreamConfig":
         """Build a configuration from plain values, refusing keys that do not exist."""
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
-            raise ConfigError(f"unknown configuration key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(unknown[0], sorted(known)) or sorted(known)[:3] + ["..."]
+            raise ConfigError(f"unknown configuration key {shown(unknown[0])}; known keys: {', '.join(near)}")
         return cls(**values)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "EchoStreamConfig":
         """Read a YAML file of ``key: value`` lines; keys left out keep their defaults."""
-        return cls.from_dict(read_mapping(path))
+        values = read_mapping(path)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -18,6 +18,22 @@ class AudioError(EchoStreamError):
     """A recording cannot be read, or its samples cannot be used (empty, NaN, wrong rate)."""
 
 
+class MissingAudioError(AudioError):
+    """A recording does not exist."""
+
+
+class LongAudioError(AudioError):
+    """A recording is longer than what may be read at once."""
+
+
+class AudioWarning(UserWarning):
+    """Sound that can be used but cannot be speech at full scale 1: far too loud, or as good as silent."""
+
+
+class OutputError(EchoStreamError):
+    """Something cannot be written: no room, no permission, the place is taken, or it is one of the inputs."""
+
+
 class ManifestError(EchoStreamError):
     """A manifest or dictionary is missing, incomplete, or does not fit the model."""
 

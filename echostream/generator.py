@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from echostream.constants import BOS, EOS, PAD
 from echostream.errors import ConfigError
+from echostream.files import add, growing, reported
 from echostream.models.decoders.unit_decoder import greedy_units
 from echostream.text import collapse_ctc
 
@@ -51,8 +52,7 @@ class EchoStreamGenerator:
         self.eos = search.eos
         self.symbols_to_strip_from_output = search.symbols_to_strip_from_output
         if results is not None:
-            results.mkdir(parents=True, exist_ok=True)
-            self._file = (results / f"generate-{subset}.jsonl").open("w", encoding="utf-8")
+            self._file = growing(results / f"generate-{subset}.jsonl")
 
     @torch.no_grad()
     def generate(
@@ -138,8 +138,8 @@ class EchoStreamGenerator:
                 # An id may hold a slash (it is often a path); the file must not leave the folder for it.
                 row["wav"] = f"wav/{utterance.id.replace('/', '_')}.wav"
                 write_audio(self.results / row["wav"], hypothesis.pop("waveform"))
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+            with reported(self.results):
+                add(self._file, json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def build_generator(task: Any, models: Sequence[nn.Module], args: Any, **kwargs: Any) -> EchoStreamGenerator:

@@ -39,7 +39,7 @@ def _describe_directory(path: Path) -> dict[str, Any]:
         backend, parameters = f"onnx, {bundle.model.precision}", bundle.model.parameters
     else:
         backend, parameters = "torch", count_parameters(bundle)
-    session = StreamingSession(bundle, segmenter="punctuation")
+    session = StreamingSession(bundle, segmenter="none")  # the bundle's own may need packages that are not here
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
     return {
         "checkpoint": str(path),
@@ -54,6 +54,7 @@ def _describe_directory(path: Path) -> dict[str, Any]:
         "look-ahead (ms)": _lookahead(bundle.config, bundle.vocoder),
         "streaming": {
             "policy": repr(session.engine.policy),
+            "segmenter": bundle.policy.get("segmenter", "punctuation"),
             "chunk (ms)": session.settings.chunk_ms,
             "longest sentence (s)": session.engine.max_frames * ENCODER_FRAME_MS / 1000,
             "unit decoder reads": UNIT_INPUTS[bundle.config.unit_decoder_input],

@@ -7,8 +7,12 @@ from typing import Iterable, Sequence
 
 from echostream.constants import BLANK, BOS, EOS, NUM_SPECIALS, PAD, UNK
 from echostream.errors import ManifestError
+from echostream.loading import MAX_DICTIONARY, read_text, shown
+from echostream.text_file import lines_of
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+OVERWRITE = " #fairseq:overwrite"  # a line's end that lets it repeat a symbol
+SENTENCE_ENDS = ".!?…。！？؟।"  # Latin, Chinese and Japanese, Arabic, Devanagari
 WORD_START = "\u2581"  # SentencePiece's mark of a space before the piece
 
 
@@ -28,16 +32,20 @@ class Vocabulary:
         """Read ``symbol count`` lines.
 
         Raises:
-            ManifestError: the file is missing, or a line is not of that form.
+            ManifestError: the file is missing, too large, not UTF-8, or a line is not of that form or repeats a symbol
+                (without fairseq's mark that it does so on purpose).
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ManifestError(f"dictionary {path} does not exist")
-        symbols = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            symbol, _, count = line.rstrip().removesuffix(" #fairseq:overwrite").rpartition(" ")
-            if not symbol or not count.isdigit():
-                raise ManifestError(f"dictionary {path}, line {number}: {line!r} is not 'symbol count'")
+        symbols: list[str] = []
+        seen = set(SPECIALS)
+        text = read_text(path, "dictionary", ManifestError, MAX_DICTIONARY)
+        for number, line in enumerate(lines_of(text), 1):
+            entry = line.rstrip(" ").removesuffix(OVERWRITE)
+            symbol, _, count = entry.rpartition(" ")
+            if not symbol or not (count.isascii() and count.isdigit()):
+                raise ManifestError(f"dictionary {path}, line {number}: {shown(line)} is not 'symbol count'")
+            if symbol in seen and not line.rstrip(" ").endswith(OVERWRITE):
+                raise ManifestError(f"dictionary {path}, line {number}: {shown(symbol)} has been there before")
+            seen.add(symbol)
             symbols.append(symbol)
         return cls(symbols)
 
@@ -59,8 +67,8 @@ class Vocabulary:
         return self.symbols[index].startswith(WORD_START)
 
     def ends_sentence(self, index: int) -> bool:
-        """Does this subword close a sentence (``.``, ``!``, ``?``, ``…`` as its last letter)?"""
-        return index >= NUM_SPECIALS and self.symbols[index][-1] in ".!?…"
+        """Does this subword close a sentence (``.``, ``!``, ``?``, ``…`` as its last letter, or their like)?"""
+        return index >= NUM_SPECIALS and self.symbols[index][-1] in SENTENCE_ENDS
 
 
 def collapse_ctc(ids: Sequence[int], previous: int = BLANK, blank: int = BLANK) -> list[int]:

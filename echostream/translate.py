@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import warnings
 from argparse import Namespace
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Iterator
 
@@ -15,7 +17,8 @@ import numpy as np
 from echostream.audio.io import check_finite
 from echostream.audio.stream import AudioSource, open_file, open_pipe
 from echostream.checkpoint import load_bundle
-from echostream.errors import CheckpointError, ConfigError, EchoStreamError
+from echostream.errors import AudioError, AudioWarning, CheckpointError, ConfigError, EchoStreamError
+from echostream.files import complain, keep_apart
 from echostream.output.speech import SpeechFile, SpeechPipe
 from echostream.output.subtitles import SubtitleFile
 from echostream.output.terminal import LiveText, clock
@@ -38,13 +41,16 @@ def translate(args: Namespace) -> int:
         EchoStreamError: something cannot be read, written or loaded; before anything was written, as far as possible.
     """
     with ExitStack() as stack:
-        source = open_source(args)
-        stack.callback(source.close)
         output = args.output
-        if output is None and args.input == "-" and not sys.stdout.isatty():
+        if output is None and args.input == "-" and sys.stdout is not None and not sys.stdout.isatty():
             output = "-"
+        if output == "-" and sys.stdout is None:
+            raise EchoStreamError("standard output is closed; name a file")
         if output == "-" and sys.stdout.isatty():
             raise EchoStreamError("standard output is a terminal; pipe the speech on (| aplay) or name a file")
+        check_apart(args, output)
+        source = open_source(args)
+        stack.callback(source.close)
         if args.threads < 1:
             raise ConfigError(f"--threads is {args.threads}; it must be at least 1")
         bundle = load_bundle(args.checkpoint_dir, args.device, args.backend, args.threads)
@@ -70,11 +76,19 @@ def translate(args: Namespace) -> int:
             picture = opened(timeline_output(args, bundle, source.rate))
         if not args.quiet:
             text = opened(LiveText(sys.stderr, bundle.source_lang, bundle.target_lang, source.seconds))
+        stack.enter_context(warnings_as_lines(text))
 
         run = Run(session, outputs, text, picture, args.realtime and args.input != "-")
         with Interrupt() as interrupt:
-            for samples in interrupt.guard(source.blocks):
-                run.hear(samples, source)
+            try:
+                for samples in interrupt.guard(source.blocks):
+                    run.hear(samples, source)
+            except AudioError:  # of the source: what was heard before is translated all the same
+                if not run.broken:
+                    run.finish()
+                raise
+            if not run.heard and not interrupt.asked:
+                raise AudioError(f"{source.name} holds no samples")
             run.finish()
         if text is not None:
             text.message(run.summary())
@@ -93,11 +107,13 @@ class Run:
         realtime: bool,
     ):
         self.session, self.outputs, self.text, self.picture, self.realtime = session, outputs, text, picture, realtime
-        self.sentences = 0
+        self.sentences = self.heard = 0
+        self.broken = False  # an output is
         self.started = time.monotonic()
 
     def hear(self, samples: np.ndarray, source: AudioSource) -> None:
-        check_finite(samples, source.name)
+        check_finite(samples, source.name, self.heard)
+        self.heard += len(samples)
         if self.picture is not None:
             self.picture.hear(samples)
         self._give_out(self.session.push(samples, source.rate))
@@ -111,7 +127,11 @@ class Run:
         for event in events:
             self.sentences += isinstance(event, SentenceEnd)
             for output in self.outputs:
-                output.take(event)
+                try:
+                    output.take(event)
+                except EchoStreamError:
+                    self.broken = True
+                    raise
         if self.text is not None:
             self.text.show(self.session.source_time_s)
 
@@ -123,7 +143,7 @@ class Run:
 
 
 class Interrupt:
-    """Ctrl-C (and SIGTERM) as a wish: the first ends the source at the next piece, the second everything, at once.
+    """Ctrl-C (SIGTERM, SIGHUP) as a wish: the first ends the source at the next piece, the second everything, at once.
 
     Computing is never torn apart, because a session does not survive that; waiting for the source is.
     """
@@ -132,7 +152,10 @@ class Interrupt:
         self.asked = self.waiting = False
 
     def __enter__(self) -> Interrupt:
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,12 +182,62 @@ class Interrupt:
             yield samples
 
 
+@contextmanager
+def warnings_as_lines(text: LiveText | None) -> Iterator[None]:
+    """What a session warns of, as a line beside its text."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if text is not None:
+            text.message(f"warning: {message}")
+        else:
+            complain(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AudioWarning)
+        before = warnings.showwarning
+        warnings.showwarning = lambda message, category, *rest, **more: (
+            show(message) if issubclass(category, AudioWarning) else before(message, category, *rest, **more)
+        )
+        yield
+
+
+def check_apart(args: Namespace, output: str | None) -> None:
+    """Refuse outputs that are inputs or each other.
+
+    Raises:
+        OutputError: naming both.
+    """
+    directory = args.checkpoint_dir
+    inputs = {"the input": _number(sys.stdin) if args.input == "-" else args.input, "the model": directory}
+    if directory is not None and Path(directory).is_dir():
+        inputs |= {f"the model's {path.name}": path for path in Path(directory).iterdir()}
+    for name in ("punctuation_model", "vad_model"):
+        inputs[f"--{name.replace('_', '-')}"] = getattr(args, name, None)
+    keep_apart(
+        {
+            "-o": _number(sys.stdout) if output == "-" else output,
+            "--subtitles": args.subtitles,
+            "--timeline": args.timeline,
+        },
+        inputs,
+    )
+
+
+def _number(stream: Any) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def open_source(args: Namespace) -> AudioSource:
     if args.input == "-":
+        if sys.stdin is None:
+            raise EchoStreamError("standard input is closed; pipe speech into it (arecord | …)")
         if sys.stdin.isatty():
             raise EchoStreamError("standard input is a terminal; pipe speech into it (arecord | …)")
-        return open_pipe(sys.stdin.buffer, args.input_rate, args.input_channels)
-    return open_file(args.input)
+        return open_pipe(sys.stdin.buffer, args.input_rate, args.input_channels, raw=getattr(args, "input_raw", False))
+    return open_file(args.input, rate=args.input_rate, channels=args.input_channels)
 
 
 def speech_output(args: Namespace, output: str, rate: int, wav: bool) -> SpeechFile | SpeechPipe:

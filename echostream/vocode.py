@@ -11,6 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from echostream.errors import CheckpointError, UnitError, require
+from echostream.files import keep_apart
+from echostream.text_file import read_text
 
 DESCRIPTION = """Speak units: one sequence of unit ids a line, separated by spaces.
 
@@ -53,12 +55,16 @@ def vocode(args: argparse.Namespace) -> int:
         UnitError: a line is empty, holds no numbers or a unit that the vocoder does not know; durations do not fit.
         ConfigError, CheckpointError: the vocoder cannot be loaded, or its rate is not 16 kHz.
         AudioError: the output cannot be written.
+        OutputError: it is one of the inputs.
     """
     torch = require("torch", "simuleval")
     from echostream.output.speech import SpeechFile
     from echostream.streaming.events import Waveform
 
     torch.set_num_threads(args.threads)
+    inputs = {"the units": None if args.units == "-" else args.units, "--durations": args.durations}
+    inputs |= {"--vocoder": args.vocoder, "--config": args.config}
+    keep_apart({"-o": args.output}, inputs)
     if args.pause < 0:
         raise UnitError(f"--pause is {args.pause:g}; it must be 0 s or more")
     units = read_sequences(args.units)
@@ -112,12 +118,9 @@ def read_sequences(path: str) -> list[list[int]]:
     Raises:
         UnitError: the file cannot be read or is empty, or a line holds nothing, or something else.
     """
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UnitError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UnitError(f"{path} is no text file; it must hold unit ids separated by spaces") from None
+    if path != "-" and not Path(path).is_file():
+        raise UnitError(f"{path} cannot be read: there is no such file")
+    text = sys.stdin.read().removeprefix("\ufeff") if path == "-" else read_text(path, UnitError)
     if not text.strip():
         raise UnitError(f"{path} is empty; it must hold unit ids separated by spaces")
     rows = []

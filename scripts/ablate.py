@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -55,7 +56,9 @@ from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
 from echostream.evaluation import ablation  # noqa: E402
 from echostream.evaluation.run import environment  # noqa: E402
 from echostream.evaluation.systems import read_results  # noqa: E402
-from echostream.yaml_file import read_mapping  # noqa: E402
+from echostream.files import run_command, write_json, write_text  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
+from echostream.text_file import read_json, read_lines  # noqa: E402
 
 TEST = "ablation_test"  # the first rows of the manifest to decode
 TIMED_UPDATES = 12
@@ -79,7 +82,7 @@ class Training:
     def record(self) -> dict[str, Any]:
         """``wall_s``, ``cpu_s``; and, once the training is done, ``validation``, its last figures."""
         path = self.folder / "record.json"
-        return json.loads(path.read_text()) if path.is_file() else {"wall_s": 0.0, "cpu_s": 0.0}
+        return read_json(path, EchoStreamError) if path.is_file() else {"wall_s": 0.0, "cpu_s": 0.0}
 
     @property
     def done(self) -> bool:
@@ -139,8 +142,8 @@ def work(args: argparse.Namespace) -> None:
     text = "\n".join(f"### {title}\n\n{ablation.table(arms)}\n" for title, arms in figures.items())
     print(f"\n{text}")
     if args.table:
-        args.table.write_text(text, encoding="utf-8")
-        args.table.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_text(args.table, text)
+        write_json(args.table.with_suffix(".json"), figures)
     if failed:
         raise EchoStreamError(f"not finished: {', '.join(failed)}; the same command goes on with them")
 
@@ -177,20 +180,21 @@ class Ablations:
                 self.groups[title] = {name: self._trainings(name, group) for name in names}
 
     def _data_directory(self) -> Path:
-        """The data directory once more, by links, with the manifests of ``subsets`` and the one to be decoded."""
+        """The data directory's files once more, with the manifests of ``subsets`` and the one to be decoded.
+
+        They are copied: links that lead out of a data directory are not followed. The recordings stay where they are.
+        """
         config, folder = DataConfig.load(self.args.data), self.args.save_dir / "data"
         folder.mkdir(parents=True, exist_ok=True)
 
         def manifest(name: str, rows: list[Utterance]) -> None:
-            (folder / f"{name}.tsv").unlink(missing_ok=True)  # it may be a link
             write_manifest(folder / f"{name}.tsv", rows)
 
         for path in self.args.data.iterdir():
-            link = folder / path.name
-            if path.name != "config.yaml" and not link.exists():
-                link.symlink_to(path.resolve())
+            if path.is_file() and path.name != "config.yaml":
+                shutil.copyfile(path, folder / path.name)
         values = {**read_mapping(self.args.data / "config.yaml"), "audio_root": str(config.root.resolve())}
-        (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        write_text(folder / "config.yaml", yaml.safe_dump(values))
         manifest(TEST, read_manifest(self.args.data / f"{self.args.subset}.tsv")[: self.args.test_limit])
         for name, cut in (self.config.get("subsets") or {}).items():
             rows = read_manifest(self.args.data / f"{cut['from']}.tsv")
@@ -229,7 +233,7 @@ class Ablations:
         if self.args.updates:
             return self.args.updates
         path = self.args.save_dir / "seconds_per_update.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = read_json(path, EchoStreamError) if path.is_file() else {}
         if title not in known:
             flags, folder = self._step(title)[1], self.args.save_dir / "timing" / title
             flags |= {**schedule(flags, TIMED_UPDATES, folder), "no-save": True, "disable-validation": True}
@@ -242,7 +246,7 @@ class Ablations:
             print(f"timing {TIMED_UPDATES} updates of step {title}", file=sys.stderr)
             launch(fairseq("train", flags, self.data), folder / "train.log", watch)
             known[title] = (times[-1] - times[1]) / (len(times) - 2)  # the first ones warm up
-            path.write_text(json.dumps(known, indent=2) + "\n")
+            write_json(path, known)
         return 60 * self.args.minutes / known[title]
 
     def show(self) -> None:
@@ -340,7 +344,7 @@ def train(training: Training, data: Path, bar: tqdm) -> None:
                 path.unlink()
         record["validation"] = validation
     finally:
-        (training.folder / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_json(training.folder / "record.json", record)
 
 
 def schedule(flags: dict[str, Any], updates: int, folder: Path) -> dict[str, Any]:
@@ -385,7 +389,7 @@ def launch(
         cost["wall_s"] = round(cost["wall_s"] + time.monotonic() - begin, 2)
         cost["cpu_s"] = round(cost["cpu_s"] + usage.ru_utime + usage.ru_stime, 2)
     if process.returncode:
-        last = log.read_text(encoding="utf-8").splitlines()[-1:]
+        last = read_lines(log, EchoStreamError)[-1:]
         raise EchoStreamError(f"{Path(words[2]).name} ended with status {process.returncode} ({log}): {''.join(last)}")
 
 
@@ -403,4 +407,4 @@ def _digest(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

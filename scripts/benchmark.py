@@ -20,7 +20,6 @@ What each of them measures is described in ``echostream/benchmarks/<name>.py``.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from echostream.benchmarks import encoder, report, stream, train, vocoder  # noqa: E402
 from echostream.errors import EchoStreamError  # noqa: E402
+from echostream.files import run_command, write_json  # noqa: E402
 
 BENCHMARKS = {
     "encoder": (encoder, "cost of 160 ms of speech in the encoder, next to torchaudio's and StreamSpeech's kind"),
@@ -75,8 +75,8 @@ def main() -> None:
     except EchoStreamError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

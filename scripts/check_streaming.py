@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from echostream.benchmarks import parity  # noqa: E402
 from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle  # noqa: E402
 from echostream.data.manifest import read_manifest  # noqa: E402
 from echostream.errors import EchoStreamError  # noqa: E402
+from echostream.files import run_command, write_json  # noqa: E402
 from echostream.streaming import SentenceEnd, make_policy  # noqa: E402
 from echostream.streaming.policy import POLICIES  # noqa: E402
 
@@ -114,7 +114,7 @@ def main() -> None:
     try:
         if args.manifest:
             root = args.audio_root or args.manifest.parent
-            paths = [root / utterance.audio for utterance in read_manifest(args.manifest)]
+            paths = [root / utterance.audio for utterance in read_manifest(args.manifest, need=("id", "src_audio"))]
         else:
             paths = sorted(DEMO.glob("*.ogg"))
         paths = paths[:: max(1, len(paths) // args.count)][: args.count]
@@ -129,9 +129,9 @@ def main() -> None:
         figures = f"{row.runs} | {row.sentences} | {row.tokens} | {row.units} | {row.differing} | {row.largest:.1e}"
         print(f"| {row.name} | {figures} | {'kept' if row.kept else row.first or 'too much'} |")
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2), encoding="utf-8")
+        write_json(args.json, [asdict(row) for row in rows])
     sys.exit(not all(row.kept for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

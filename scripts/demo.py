@@ -8,7 +8,6 @@ the figures of all sentences together, and leaves translated speech and a timeli
 from __future__ import annotations
 
 import argparse
-import csv
 import shutil
 import sys
 import time
@@ -25,6 +24,8 @@ from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
 from echostream.evaluation import run  # noqa: E402
 from echostream.evaluation.asr import RECOGNISERS  # noqa: E402
 from echostream.evaluation.timeline import draw_timeline  # noqa: E402
+from echostream.files import run_command  # noqa: E402
+from echostream.text_file import iter_lines, read_lines, table_rows  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = ROOT / "echostream" / "assets" / "demo" / "sentences.tsv"
@@ -59,7 +60,7 @@ def demonstrate(args: argparse.Namespace) -> None:
         {"checkpoint_dir": args.checkpoint_dir, "chunk_ms": args.chunk_ms, "device": args.device},
     )
     figures = run.score(args.output / "simuleval", args.asr, voice=True)
-    heard = (args.output / "simuleval" / "asr_transcripts.txt").read_text(encoding="utf-8").split("\n")
+    heard = read_lines(args.output / "simuleval" / "asr_transcripts.txt", EchoStreamError)
     listener = run.recogniser_name(args.output / "simuleval")
     for row, line in tqdm(list(zip(sentences, log, strict=True)), desc="drawing"):
         shutil.copyfile(line["prediction"], args.output / f"{row['id']}.wav")
@@ -76,12 +77,9 @@ def read_sentences(path: Path) -> list[dict[str, str]]:
     Raises:
         ManifestError: the file or a column is missing.
     """
-    if not path.is_file():
-        raise ManifestError(f"table of sentences {path} does not exist")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = list(table_rows(iter_lines(path, what="table of sentences")))
     for column in COLUMNS:
-        if not rows or rows[0].get(column) is None:
+        if not rows or column not in rows[0]:
             raise ManifestError(f"{path} has no column {column!r}, or no rows")
     return rows
 
@@ -116,4 +114,4 @@ def print_figures(figures: dict[str, float], listener: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -21,6 +21,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from echostream.audio.io import load_audio  # noqa: E402
 from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle  # noqa: E402
-from echostream.data.manifest import read_manifest  # noqa: E402
+from echostream.data.manifest import RECORDING, read_manifest  # noqa: E402
 from echostream.errors import EchoStreamError, MissingExtraError, require  # noqa: E402
 from echostream.evaluation import longform, quality, run, sweep  # noqa: E402
-from echostream.evaluation.asr import RECOGNISERS, load_recogniser  # noqa: E402
+from echostream.evaluation.asr import RECOGNISERS, Recogniser, load_recogniser  # noqa: E402
 from echostream.evaluation.streams import stream  # noqa: E402
 from echostream.evaluation.systems import keep_heard, read_results, read_systems  # noqa: E402
 from echostream.evaluation.table import markdown  # noqa: E402
+from echostream.files import keep_apart, run_command, write_json, write_text  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
 from echostream.streaming.options import (  # noqa: E402
     add_beam_argument,
     add_chunk_argument,
@@ -46,6 +49,7 @@ from echostream.streaming.options import (  # noqa: E402
     session_options,
 )
 from echostream.streaming.policy import POLICIES  # noqa: E402
+from echostream.text_file import read_lines  # noqa: E402
 from echostream.vocode import add_vocoder_arguments  # noqa: E402
 from echostream.vocode import load as load_voice  # noqa: E402
 
@@ -59,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     offline = commands.add_parser("offline", help="WER, BLEU, chrF, unit error rate, ASR-BLEU of fairseq-generate")
     offline.add_argument("results", type=Path, nargs="+", help="generate-<subset>.jsonl")
     offline.add_argument("--asr", default="auto", choices=("auto", "none", *RECOGNISERS), help="listens to the wavs")
+    offline.add_argument("--target-lang", default="en", metavar="CODE", help="what is heard (default: %(default)s)")
+    add_tokenizer(offline)
     offline.add_argument("--output", type=Path, help="write the figures as JSON too")
 
     simul = commands.add_parser("simul", help="quality and latency of the simultaneous agent, by SimulEval")
@@ -70,6 +76,11 @@ def main(argv: list[str] | None = None) -> None:
     add_segmenter_arguments(simul)
     simul.add_argument("--jobs", type=int, default=1, help="processes; more than one falsifies computation-aware times")
     simul.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS))
+    simul.add_argument("--asr-model", metavar="DIR", help="another Whisper for it, in CTranslate2's form")
+    add_tokenizer(simul)
+    simul.add_argument(
+        "--eval-latency-unit", choices=("word", "char"), default="word", help="what AL and its like count (word)"
+    )
     simul.add_argument("--output", type=Path, required=True, help="a folder for each chunk size, and results.json")
 
     sweeping = commands.add_parser("sweep", help="quality against latency of every policy: table and picture")
@@ -129,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         "--whisper", type=Path, metavar="DIR",
         help="multilingual Whisper for CTranslate2 (default: Whisper base of the extra corpus)",
     )  # fmt: skip
-    cascading.add_argument("--source-lang", default="es", help="as Whisper calls it (default: %(default)s)")
+    cascading.add_argument("--source-lang", help="as Whisper calls it (default: that of config.yaml by the manifest)")
     cascading.add_argument("--beam", type=int, default=5, help="of Whisper (default: %(default)s)")
     cascading.add_argument("--no-voice", action="store_true", help="text alone")
     cascading.add_argument("--output", type=Path, required=True, help="folder for generate-<manifest>.jsonl and wav/")
@@ -180,6 +191,24 @@ def add_recordings(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
 
 
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sacrebleu-tokenizer", default=quality.TOKENIZER, metavar="NAME",
+        help="of BLEU: 13a (default), zh, ja-mecab, char ...",
+    )  # fmt: skip
+
+
+def language_of(directory: Path, side: str) -> str:
+    """The ``source`` or ``target`` language of a data or checkpoint directory, without its region; empty if unknown."""
+    path = directory / "config.yaml"
+    return str(read_mapping(path).get(f"{side}_lang") or "").partition("-")[0] if path.is_file() else ""
+
+
+def listener(asr: str, language: str) -> Recogniser:
+    """The recogniser for a target language."""
+    return load_recogniser(asr) if language == "en" else load_recogniser(asr, None, language)
+
+
 def add_batch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, default=8, help="recordings translated together, and lost together (default: 8)"
@@ -189,21 +218,25 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
 
 def offline_tables(args: argparse.Namespace) -> None:
     figures = {}
+    keep_apart({"--output": args.output}, {f"the results {path}": path for path in args.results})
     for path in args.results:
         rows = read_results(path)
-        figures[path.stem] = score_offline(rows, path, args.asr)
+        figures[path.stem] = score_offline(rows, path, args.asr, args.target_lang, args.sacrebleu_tokenizer)
         print(f"\n{path} ({len(rows)} utterances)\n")
         rows = [[part, name, f"{value:.2f}"] for part, name, value in figures[path.stem]]
         print(markdown(["part", "measure", "value"], rows))
     if args.output:
-        args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, figures)
 
 
-def score_offline(rows: list[dict[str, Any]], path: Path, asr: str = "auto") -> list[tuple[str, str, float]]:
+def score_offline(
+    rows: list[dict[str, Any]], path: Path, asr: str = "auto", language: str = "en", tokenizer: str = quality.TOKENIZER
+) -> list[tuple[str, str, float]]:
     """(part, measure, value) for every part whose hypotheses and references are there. Rates are in percent.
 
     What was heard in the recordings is kept beside ``path``, the rows' file, for the report.
     """
+    english = language == "en"
     figures: list[tuple[str, str, float]] = []
 
     def column(name: str) -> list[str] | None:
@@ -218,19 +251,21 @@ def score_offline(rows: list[dict[str, Any]], path: Path, asr: str = "auto") -> 
             figures.append((part, name, measure(hypotheses, references)))
 
     add("ASR (source text)", "WER", lambda h, r: quality.word_error_rate(h, r, numbers=False), "asr", "asr_ref")
-    add("ST CTC (target text)", "BLEU", quality.bleu, "st", "mt_ref")
+    add("ST CTC (target text)", "BLEU", partial(quality.bleu, tokenizer=tokenizer), "st", "mt_ref")
     add("ST CTC (target text)", "chrF", quality.chrf, "st", "mt_ref")
-    add("MT (target text)", "BLEU", quality.bleu, "mt", "mt_ref")
+    add("MT (target text)", "BLEU", partial(quality.bleu, tokenizer=tokenizer), "mt", "mt_ref")
     add("MT (target text)", "chrF", quality.chrf, "mt", "mt_ref")
     add("units", "unit error rate", quality.unit_error_rate, "units", "units_ref")
     wavs = column("wav")
     if wavs is not None and asr != "none":
-        engine = load_recogniser(asr)
+        engine = listener(asr, language)
         for row in tqdm(rows, desc=f"listening ({engine.name})"):
             row["heard"] = engine.transcribe_file(path.parent / row["wav"])
         keep_heard(path, engine.name, {str(row["id"]): row["heard"] for row in rows})
-        add(f"speech ({engine.name})", "ASR-BLEU", quality.asr_bleu, "heard", "mt_ref")
-        add(f"speech ({engine.name})", "WER against MT", quality.word_error_rate, "heard", "mt")
+        asr_bleu = partial(quality.asr_bleu, tokenizer=tokenizer, numbers=english)
+        add(f"speech ({engine.name})", "ASR-BLEU", asr_bleu, "heard", "mt_ref")
+        error_rate = partial(quality.word_error_rate, numbers=english)
+        add(f"speech ({engine.name})", "WER against MT", error_rate, "heard", "mt")
     if not figures:
         raise EchoStreamError("the results hold no hypothesis with its reference (asr, st, mt, units with *_ref)")
     return figures
@@ -239,13 +274,15 @@ def score_offline(rows: list[dict[str, Any]], path: Path, asr: str = "auto") -> 
 def simultaneous_table(args: argparse.Namespace) -> None:
     sources, references = read_pairs(args, "src_text" if args.output_type == "source" else "tgt_text")
     results = {}
+    scoring = {"unit": args.eval_latency_unit, "tokenizer": args.sacrebleu_tokenizer, "model": args.asr_model}
+    scoring["language"] = language_of(args.checkpoint_dir, "target") or "en"
     for chunk in args.chunk_ms:
         folder = args.output / f"chunk{chunk}"
         print(f"chunk {chunk} ms: {len(sources)} recordings", file=sys.stderr)
         options = {"checkpoint_dir": args.checkpoint_dir, "chunk_ms": chunk, "device": args.device}
         options |= {"output_type": args.output_type, **said_options(args)}
         run.simulate(sources, references, folder, ROOT / "agent" / "echostream_agent.py", options, args.jobs)
-        results[chunk] = run.score(folder, args.asr, args.output_type)
+        results[chunk] = run.score(folder, args.asr, args.output_type, **scoring)
     listener = run.recogniser_name(args.output / f"chunk{args.chunk_ms[-1]}")
     about = {"recordings": len(sources), "asr": listener, "output_type": args.output_type}
     about["options"] = {name: str(value) for name, value in said_options(args).items()}
@@ -268,7 +305,7 @@ def policy_sweep(args: argparse.Namespace) -> None:
     points = sweep.plan(args.policies, sweep.parse_grid(args.grid), args.chunk_ms)
     sources, references = read_pairs(args)
     bundle = load(args)
-    recogniser = load_recogniser(args.asr) if args.speech else None
+    recogniser = listener(args.asr, bundle.target_lang.partition("-")[0] or "en") if args.speech else None
     of = {
         "model": bundle.digest,
         "recordings": len(sources),
@@ -298,7 +335,7 @@ def policy_sweep(args: argparse.Namespace) -> None:
 
 
 def join_talks(args: argparse.Namespace) -> None:
-    rows = read_manifest(args.manifest)
+    rows = read_manifest(args.manifest, need=RECORDING)
     root = args.audio_root or args.manifest.parent
     talks = longform.make_talks(
         rows, root, args.output, args.count, args.minutes, args.sentences, tuple(args.pause), args.seed
@@ -346,7 +383,7 @@ def longform_table(args: argparse.Namespace) -> None:
         for talk, result in zip(talks, results)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (args.output / "hypothesis.jsonl").write_text(text, encoding="utf-8")
+    write_text(args.output / "hypothesis.jsonl", text)
     figures = longform.score(
         talks,
         [longform.Spoken(**result["spoken"]) for result in results],
@@ -368,8 +405,14 @@ def cascade_results(args: argparse.Namespace) -> None:
     from echostream.units.features import packaged_whisper
 
     require("faster_whisper", "simuleval")
-    rows = read_manifest(args.manifest)[: args.limit]
-    translator = Whisper(args.whisper or packaged_whisper(), args.source_lang, "translate", args.beam)
+    rows = read_manifest(args.manifest, need=RECORDING)[: args.limit]
+    source = args.source_lang or language_of(args.manifest.parent, "source")
+    target = language_of(args.manifest.parent, "target") or "en"
+    if target != "en":
+        raise EchoStreamError(f"the cascade translates into English only (Whisper does), not into {target!r}")
+    translator = Whisper(args.whisper or packaged_whisper(), source or "en", "translate", args.beam)
+    if not source:
+        raise EchoStreamError(f"{args.manifest.parent} has no config.yaml that tells the language; say --source-lang")
     voice = None if args.no_voice else Hibari()
     results = args.output / f"generate-{args.manifest.stem}.jsonl"
     print(run_cascade(rows, args.audio_root or args.manifest.parent, results, translator, voice))
@@ -382,10 +425,12 @@ def write_report(args: argparse.Namespace) -> None:
     wrong = [text for text, (name, path) in zip(args.system, named) if not name or not path]
     if wrong:
         raise EchoStreamError(f"--system {wrong[0]!r} is not NAME=PATH")
-    rows = read_manifest(args.manifest) if args.manifest else []
+    rows = read_manifest(args.manifest, need=RECORDING) if args.manifest else []
     if len({name for name, _ in named}) < len(named):
         raise EchoStreamError("two systems have one name; give each its own: --system NAME=PATH")
     systems = read_systems({name: Path(path) for name, path in named}, rows)
+    inputs = {"--manifest": args.manifest, **{f"--system {name}": path for name, path in named}}
+    keep_apart({"--output": args.output}, inputs)
     options = report.Options(args.seed, args.samples, args.examples, args.ceiling)
     report.write(args.output, systems, rows, args.sweep, args.longform, options)
     print(args.output)
@@ -405,7 +450,9 @@ def resynthesis_table(args: argparse.Namespace) -> None:
         mos = None
         print(f"without DNSMOS: {error}", file=sys.stderr)
     model = load_voice(args.vocoder, args.config, args.device)
-    report = resynthesis.measure(model, items, load_recogniser(args.asr), mos)
+    data = args.data if args.data.is_dir() else args.data.parent
+    recogniser = listener(args.asr, language_of(data, "target") or "en")
+    report = resynthesis.measure(model, items, recogniser, mos)
     print(f"\n{len(items)} recordings; heard by {report['recogniser']}\n")
     print(markdown(["measure", "original", "resynthesis", "bar", "reached"], resynthesis.table(report)))
     if args.json:
@@ -421,16 +468,11 @@ def load(args: argparse.Namespace) -> Bundle:
     return load_bundle(args.checkpoint_dir, args.device)
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def read_pairs(args: argparse.Namespace, column: str = "tgt_text") -> tuple[list[Path], list[str]]:
     """Recordings and references, from a manifest (its ``column``) or from two lists."""
     if args.manifest is not None:
         root = args.audio_root or args.manifest.parent
-        rows = read_manifest(args.manifest)[: args.limit]
+        rows = read_manifest(args.manifest, need=("id", "src_audio", column))[: args.limit]
         packed = [row.id for row in rows if ".zip:" in row.audio or row.audio.endswith(".npy")]
         if packed:
             raise EchoStreamError(f"row {packed[0]!r} of {args.manifest} holds features; the agent needs recordings")
@@ -439,9 +481,7 @@ def read_pairs(args: argparse.Namespace, column: str = "tgt_text") -> tuple[list
         raise EchoStreamError("--source needs --target, the list of reference translations")
     lists = []
     for path in (args.source, args.target):
-        if not path.is_file():
-            raise EchoStreamError(f"list {path} does not exist")
-        lists.append([line.strip() for line in path.read_text(encoding="utf-8").splitlines()][: args.limit])
+        lists.append([line.strip() for line in read_lines(path, what="list")][: args.limit])
     return [Path(line) for line in lists[0]], lists[1]
 
 
@@ -457,4 +497,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

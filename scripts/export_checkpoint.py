@@ -19,7 +19,9 @@ from echostream.checkpoint import FILES, average_checkpoints, load_bundle, save_
 from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.constants import NUM_SPECIALS  # noqa: E402
 from echostream.errors import EchoStreamError  # noqa: E402
+from echostream.files import run_command  # noqa: E402
 from echostream.text import Vocabulary  # noqa: E402
+from echostream.text_file import read_text  # noqa: E402
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def export(args: argparse.Namespace) -> None:
         beside = args.vocoder.with_suffix(".json")  # ours; the field calls it config.json
         beside = beside if beside.exists() else args.vocoder.with_name("config.json")
         vocoder = (args.vocoder, args.vocoder_config or beside)
-    card = args.card.read_text(encoding="utf-8") if args.card else ""
+    card = read_text(args.card) if args.card else ""
     save_bundle(args.output, state, config, args.data, vocoder, dict(map(parse_setting, args.policy)), card)
     load_bundle(args.output)  # what cannot be read back must not be shipped
     for path in sorted(args.output.iterdir()):
@@ -88,4 +90,4 @@ def parse_setting(text: str) -> tuple[str, int | float | str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

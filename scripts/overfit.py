@@ -12,7 +12,6 @@ fairseq-train.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -31,6 +30,8 @@ from echostream.data.manifest import Utterance, read_manifest, write_manifest  #
 from echostream.data.source import is_features  # noqa: E402
 from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
 from echostream.evaluation.run import environment  # noqa: E402
+from echostream.files import run_command, write_text  # noqa: E402
+from echostream.text_file import read_json_lines  # noqa: E402
 
 # Training flags: nothing that keeps a model from memorising. The training mask lets it translate unfinished speech too.
 FLAGS: dict[str, Any] = {
@@ -134,7 +135,7 @@ def copy_data(source: Path, target: Path, utterances: Sequence[Utterance]) -> No
     config = DataConfig.load(source)
     values = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8")) or {}
     values["audio_root"] = str(config.root.resolve())
-    (target / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    write_text(target / "config.yaml", yaml.safe_dump(values))
     for name in ("spm_src", "spm_tgt", "dict_src", "dict_tgt", "dict_unit", "gcmvn"):
         (target / getattr(config, name)).write_bytes(config.path(name).read_bytes())
     for split in ("train", "dev"):
@@ -148,7 +149,7 @@ def train(args: argparse.Namespace, data: Path, further: Sequence[str]) -> dict[
     flags = {**FLAGS, "save-dir": str(args.work / "checkpoints")}
     if not torch.cuda.is_available():
         flags["cpu"] = True
-    (args.work / "train.yaml").write_text(yaml.safe_dump(flags), encoding="utf-8")
+    write_text(args.work / "train.yaml", yaml.safe_dump(flags))
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(args.work / "train.yaml")]
     figures: dict[str, float] = {}
     with tqdm(total=args.max_update, desc="training", unit="update") as bar:
@@ -201,8 +202,7 @@ def generate(args: argparse.Namespace, data: Path) -> dict[str, str]:
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
         raise EchoStreamError(f"fairseq-generate ended with status {done.returncode}; its last words are above")
-    lines = (results / "generate-dev.jsonl").read_text(encoding="utf-8").splitlines()
-    return {row["id"]: row["mt"] for row in map(json.loads, lines)}
+    return {row["id"]: row["mt"] for row in read_json_lines(results / "generate-dev.jsonl", EchoStreamError)}
 
 
 def stream(args: argparse.Namespace, data: Path, utterances: Sequence[Utterance]) -> dict[str, str]:
@@ -230,4 +230,4 @@ def stream(args: argparse.Namespace, data: Path, utterances: Sequence[Utterance]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -23,7 +23,8 @@ from typing import Any, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
-from echostream.yaml_file import read_mapping  # noqa: E402
+from echostream.files import run_command  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parents[1] / "echostream"
 ALWAYS = {"task": "echostream_s2st", "criterion": "echostream_multitask"}
@@ -132,4 +133,4 @@ def run_fairseq(tool: str, arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

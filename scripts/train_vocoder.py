@@ -14,7 +14,6 @@ EchoStream speaks with), training.pt (what resuming needs) and curve.tsv (one li
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import signal
 import sys
@@ -27,10 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from echostream.compat import keep_freed_memory  # noqa: E402
 from echostream.data.corpus.rows import read_rows  # noqa: E402
-from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
+from echostream.errors import ConfigError  # noqa: E402
 from echostream.evaluation.asr import load_recogniser  # noqa: E402
 from echostream.evaluation.quality import word_error_rate  # noqa: E402
+from echostream.files import add, appending, run_command  # noqa: E402
 from echostream.models.decoders.vocoder import PRESETS, VocoderConfig  # noqa: E402
+from echostream.text_file import iter_lines, read_text  # noqa: E402
 from echostream.vocoder.dataset import Utterance, hold_out, read_units  # noqa: E402
 from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS  # noqa: E402
 from echostream.vocoder.durations import DURATION_OPTIONS, DurationTrainer  # noqa: E402
@@ -88,8 +89,7 @@ def read_texts(path: Path | None) -> dict[str, str]:
     """id -> text of a tab-separated file with a header (columns id and text or tgt_text) or without (id, text)."""
     if path is None:
         return {}
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = [line.split("\t") for line in iter_lines(path)]
     header = rows[0] if rows else []
     for name in ("text", "tgt_text"):
         if "id" in header and name in header:
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"left out {len(items) - len(usable)} of {len(items)} rows: no recording, or under 8 frames (160 ms)")
     usable, ids = without_test(usable, path.parent.parent / "rows.tsv")
     if args.held_out_ids:
-        named = set(args.held_out_ids.read_text(encoding="utf-8").split())
+        named = set(read_text(args.held_out_ids).split())
         usable = [item for item in usable if item.id in named or item.id not in (ids or ())]
         ids = named
     train, held_out = hold_out(usable, min(args.held_out, len(usable) // 2), ids)
@@ -192,13 +192,12 @@ def main(arguments: list[str] | None = None) -> None:
                 figures["wer"] = word_error_rate(heard, [text for text, _ in known]) / 100
         print(json.dumps({"validation": run.step, "minutes": round(run.minutes, 1), **figures}), flush=True)
         curve = args.save_dir / "curve.tsv"
-        args.save_dir.mkdir(parents=True, exist_ok=True)
         names = ("mel", "duration_error_frames", "duration_ratio", "wer")
-        if not curve.exists():
-            curve.write_text("\t".join(("step", "minutes", *names)) + "\n", encoding="utf-8")
-        with curve.open("a", encoding="utf-8") as lines:
-            values = (f"{figures[name]:.4f}" if name in figures else "" for name in names)
-            lines.write("\t".join((str(run.step), f"{run.minutes:.1f}", *values)) + "\n")
+        values = (f"{figures[name]:.4f}" if name in figures else "" for name in names)
+        line = "\t".join((str(run.step), f"{run.minutes:.1f}", *values)) + "\n"
+        with appending(curve) as lines:
+            head = "" if lines.tell() else "\t".join(("step", "minutes", *names)) + "\n"
+            add(lines, head + line)
         if writer is not None:
             for name, value in figures.items():
                 writer.add_scalar(f"validation/{name}", value, run.step)
@@ -223,7 +222,4 @@ def _interrupt(*_: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill saves the run, like Ctrl-C
-    try:
-        main()
-    except EchoStreamError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

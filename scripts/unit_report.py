@@ -11,7 +11,6 @@ Phones are espeak-ng's for the target texts; when each is spoken is found on MFC
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -22,9 +21,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from echostream.audio.io import load_audio  # noqa: E402
+from echostream.data.corpus import voices  # noqa: E402
 from echostream.data.corpus.rows import hash_int  # noqa: E402
 from echostream.data.corpus.tts import phonemes  # noqa: E402
-from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
+from echostream.errors import (
+    ManifestError,  # noqa: E402
+)
+from echostream.files import run_command  # noqa: E402
+from echostream.loading import read_mapping  # noqa: E402
+from echostream.text_file import iter_lines, table_rows  # noqa: E402
 from echostream.units.align import align, phone_states  # noqa: E402
 from echostream.units.dedup import expand  # noqa: E402
 from echostream.units.features import build_features  # noqa: E402
@@ -43,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data", type=Path, help="corpus directory of scripts/prepare_corpus.py")
     p.add_argument("--limit", type=int, default=1000, metavar="N", help="recordings, by hash (default: 1000)")
-    p.add_argument("--language", default="en-us", help="espeak-ng's voice for the phones (default: en-us)")
+    p.add_argument("--language", help="espeak-ng's voice for the phones "
+                   "(default: the corpus's target language, en-us where config.yaml does not tell it)")
     p.add_argument("--compare", type=int, nargs="+", metavar="K", help="fit so many clusters instead")
     p.add_argument("--features", nargs="+", default=["whisper"], choices=("whisper", "hubert", "mfcc"))
     p.add_argument("--features-model", type=Path, metavar="PATH", help="Whisper directory or HuBERT checkpoint")
@@ -57,13 +63,19 @@ def read_texts(data: Path) -> dict[str, str]:
     """Target recording -> its text, from the manifests."""
     texts: dict[str, str] = {}
     for path in sorted(data.glob("*.tsv")):
-        with path.open(encoding="utf-8", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if {"id", "tgt_text"} <= set(reader.fieldnames or ()):
-                texts.update({row.get("target") or row["id"]: row["tgt_text"] for row in reader})
+        for row in table_rows(iter_lines(path)):
+            if {"id", "tgt_text"} <= set(row):
+                texts[row.get("target") or row["id"]] = row["tgt_text"]
     if not texts:
         raise ManifestError(f"{data} has no manifest with the column tgt_text")
     return texts
+
+
+def target_language(data: Path) -> str:
+    """espeak-ng's name of what the corpus is translated into."""
+    path = data / "config.yaml"
+    language = str(read_mapping(path).get("target_lang") or "") if path.is_file() else ""
+    return "en-us" if language in ("", "en") else voices.espeak_accents(language)[0]
 
 
 def labels_of(items: list[Utterance], texts: dict[str, str], language: str) -> list[np.ndarray | None]:
@@ -105,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     items = sorted(items, key=lambda item: hash_int(1, "report", item.id))[: args.limit]
     if not items:
         raise ManifestError(f"{args.data} has no recording with units and a text")
-    labels = labels_of(items, texts, args.language)
+    labels = labels_of(items, texts, args.language or target_language(args.data))
     if args.compare:
         report = compared(args, items, labels)
     else:
@@ -128,7 +140,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except EchoStreamError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

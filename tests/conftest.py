@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any, Iterator
 
 import numpy as np
 import pytest
@@ -66,12 +68,10 @@ def tiny_config(**changes: object) -> EchoStreamConfig:
     return EchoStreamConfig(**{**values, **changes})
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus directory without recordings: SentencePiece models, dictionaries, CMVN, config.yaml."""
+def make_tiny_data(folder: Path) -> Path:
+    """Write a corpus directory without recordings: SentencePiece models, dictionaries, CMVN, config.yaml."""
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("data")
     for side, sentences in SENTENCES.items():
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences * 4),
@@ -96,17 +96,16 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint directory with an untrained model and an untrained voice; ``load_bundle`` reads it."""
-    torch = pytest.importorskip("torch")
+def make_tiny_bundle(data: Path, folder: Path) -> Path:
+    """Write a checkpoint directory with an untrained model and an untrained voice; ``load_bundle`` reads it."""
+    import torch
+
     from echostream.checkpoint import save_bundle
     from echostream.models.decoders.vocoder import CodeHiFiGAN
     from echostream.models.decoders.vocoder_checkpoint import save_vocoder
     from echostream.models.echostream_model import build_echostream_model
 
     torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("bundle")
     voice = tiny_voice()
     save_vocoder(CodeHiFiGAN(voice), folder / "voice.pt", folder / "voice.json")
     config = tiny_config()
@@ -114,8 +113,45 @@ def tiny_bundle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         folder / "es-en",
         build_echostream_model(config).state_dict(),
         config,
-        tiny_data,
+        data,
         vocoder=(folder / "voice.pt", folder / "voice.json"),
         policy={"chunk_ms": 320},
         card="An untrained model for tests.\n",
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus directory without recordings: SentencePiece models, dictionaries, CMVN, config.yaml."""
+    return make_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def traced_once() -> Iterator[None]:
+    """Tracing a graph takes seconds: of all tests that ask for this, one traces a step with the same weights."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("torch")
+    from echostream.export import directory
+
+    make_graph, known = directory.make_graph, {}
+
+    def remembered(step: Any) -> Any:
+        digest = hashlib.sha256(f"{type(step).__name__} {step.inputs}".encode())
+        for name, value in [*step.named_parameters(), *step.named_buffers()]:
+            digest.update(name.encode() + value.detach().numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in known:
+            known[key] = make_graph(step).SerializeToString()
+        return onnx.ModelProto.FromString(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory, "make_graph", remembered)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory with an untrained model and an untrained voice; ``load_bundle`` reads it."""
+    pytest.importorskip("torch")
+    return make_tiny_bundle(tiny_data, tmp_path_factory.mktemp("bundle"))

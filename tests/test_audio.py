@@ -231,7 +231,7 @@ def test_cmvn_round_trip(tmp_path):
         ({"mean": np.zeros(80)}, "lacks"),
         ({"mean": np.zeros(40), "std": np.ones(40)}, "not 80"),
         ({"mean": np.full(80, np.nan), "std": np.ones(80)}, "NaN"),
-        ({"mean": np.array([{"run": "me"}]), "std": np.ones(80)}, "not a npz archive"),
+        ({"mean": np.array([{"run": "me"}]), "std": np.ones(80)}, "holds object, no numbers"),
     ],
     ids=["missing", "text", "key", "width", "nan", "pickle"],
 )

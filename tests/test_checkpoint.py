@@ -102,7 +102,8 @@ def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
             edit("dict.src.txt", "madeupword0000 0\n", ""), ManifestError, "has 38 symbols", id="short-source-dict"
         ),
         pytest.param(
-            edit("dict.tgt.txt", "madeupword0000 0\n", "a 1\nb 0\n"), ManifestError, "has 40 symbols", id="long-dict"
+            edit("dict.tgt.txt", "madeupword0000 0\n", "foo 1\nbar 0\n"),
+            ManifestError, "has 40 symbols", id="long-dict",
         ),
         pytest.param(write("dict.unit.txt", "0 1\n1 1\n"), ManifestError, "dict.unit.txt has 6 symbols", id="units"),
     ],

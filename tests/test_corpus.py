@@ -18,8 +18,9 @@ from echostream.constants import SAMPLE_RATE
 from echostream.data.corpus import sources, speech, tts
 from echostream.data.corpus.cli import main
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
-from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, take_shard
+from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, take_shard, write_rows
 from echostream.data.corpus.split import fixed_test_rows, split_of_key, split_pairs
+from echostream.data.corpus.subwords import train_subwords
 from echostream.errors import EchoStreamError, ManifestError
 
 NOUNS = ["gato", "perro", "libro", "coche", "árbol", "río", "pan", "vino", "tren", "barco"]
@@ -333,6 +334,67 @@ def test_espeak_speaks_and_phonemes_keep_punctuation() -> None:
     assert text.startswith("¿k") and text.count("?") == 1 and "," in text and "ʧ" in text and "^" not in text
 
 
+def test_pico_disguises_its_voice_and_refuses_other_languages() -> None:
+    pytest.importorskip("py_nanotts")
+    engine = tts.Pico("es")
+    voices = [engine.plan(f"{row:06d}", 1) for row in range(300)]
+    assert voices[7] == tts.Pico("es").plan("000007", 1) != engine.plan("000007", 2)
+    for name, (low, high) in (("pitch", engine.PITCHES), ("speed", engine.SPEEDS), ("formant", engine.FORMANTS)):
+        values = [getattr(voice, name) for voice in voices]
+        assert low <= min(values) < low + 0.03 and high - 0.03 < max(values) <= high
+    assert str(tts.Voice("es-ES", 0.9, 1.2, formant=0.86)) == "es-ES s0.9 p1.2 f0.86"
+    assert tts.Pico("en").voices == ("en-US", "en-GB") and tts.Pico("en_gb").voices == ("en-GB",)
+    assert tts.Pico("es-MX").voices == ("es-ES",)
+    with pytest.raises(EchoStreamError, match="does not speak 'pl', only es, en, de, fr, it"):
+        tts.Pico("pl")
+    with pytest.raises(EchoStreamError, match="'fr-FR' does not speak 'es'; choose from es-ES"):
+        tts.Pico("es", ["fr-FR"])
+
+
+def test_pico_speaks_at_the_voice_s_speed_and_formants() -> None:
+    pytest.importorskip("py_nanotts")
+    engine = tts.Pico("es")
+
+    def spoken(text: str = "Mañana iremos a la estación de trenes.", **settings: float) -> np.ndarray:
+        return engine.speak(text, tts.Voice("es-ES", **settings))
+
+    plain = spoken()
+    assert np.allclose(plain, spoken(), atol=1e-3)  # the engine's noise differs a little from call to call
+    assert 1.5 < len(plain) / SAMPLE_RATE < 4.0 and np.abs(plain).max() < 0.99
+    assert len(spoken(speed=0.8)) > 1.15 * len(plain)
+    assert not np.allclose(plain[:8000], spoken(pitch=1.3)[:8000], atol=1e-2)
+    margins = (0.15 + 0.2) * SAMPLE_RATE  # of silence; they stay as they are
+    assert len(spoken(formant=0.8)) - margins == pytest.approx((len(plain) - margins) / 0.8, rel=0.02)
+    quiet, read = spoken("Hola <volume level='0'> amigo."), spoken("Hola  volume level='0'  amigo.")
+    assert np.allclose(quiet, read, atol=1e-3)  # what looks like a command is read out
+    for text in ("", "...", "漢字"):
+        with pytest.raises(EchoStreamError, match="Pico gave no sound"):
+            spoken(text)
+    with pytest.raises(EchoStreamError, match="a word of 150 characters, Pico takes at most 100"):  # it would hang
+        spoken("Hola " + "a" * 150)
+
+
+def test_missing_pico_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "py_nanotts", None)
+    with pytest.raises(EchoStreamError, match=r"echostream\[corpus\]"):
+        tts.Pico("es")
+
+
+@pytest.mark.parametrize("language, status", [("es", 0), ("pl", 1)])
+def test_speech_step_with_pico(language: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("py_nanotts")
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "text.json").write_text(json.dumps({"settings": {"source_lang": language}}))
+    write_rows(tmp_path / "rows.tsv", [Row("000000", "train", "Buenos días, amigo.", "Good morning.", "000000")])
+    assert main(["speech", "--output", str(tmp_path), "--set", "p", "--engine", "pico"]) == status
+    if status:
+        assert "Pico does not speak 'pl'" in capsys.readouterr().err
+        return
+    line = Ledger(tmp_path / "speech", "p", speech.SPEECH_COLUMNS).read()["p-000000"]
+    assert line["voice"] == str(tts.Pico("es").plan("000000", 1))
+    assert len(load_audio(tmp_path / line["audio"])) == int(line["samples"])
+
+
 # --- CVSS and Common Voice ---------------------------------------------------------------------------------------
 
 
@@ -380,7 +442,7 @@ def test_cvss_without_tables(tmp_path: Path) -> None:
 # --- the whole chain ---------------------------------------------------------------------------------------------
 
 
-def ready_corpus(directory: Path) -> Path:
+def ready_corpus(directory: Path, *options: str) -> Path:
     """All steps on forty recorded pairs in CVSS's layout, with MFCC units: the corpus."""
     common_voice, cvss = directory / "cv", directory / "cvss"
     (common_voice / "clips").mkdir(parents=True)
@@ -397,7 +459,7 @@ def ready_corpus(directory: Path) -> Path:
         (cvss / f"{split}.tsv").write_text("\n".join(content) + "\n")
     output = directory / "out"
     assert main(["all", "--output", str(output), "--cvss", str(cvss), "--common-voice", str(common_voice),
-                 "--vocab-size", "40", "--features", "mfcc", "--num-units", "20", "--positions", "0"]) == 0
+                 "--vocab-size", "40", "--features", "mfcc", "--num-units", "20", "--positions", "0", *options]) == 0
     return output
 
 
@@ -434,6 +496,24 @@ def test_all_steps_from_ready_recordings(tmp_path: Path) -> None:
     assert main(["units", "--output", str(output), "--features", "mfcc", "--num-units", "20"]) == 0
     assert main(["manifests", "--output", str(output)]) == 0
     assert before == ((output / "train.tsv").read_bytes(), (output / "units" / "kmeans.npz").read_bytes())
+
+
+def test_manifests_without_units(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "c"
+    write_rows(output / "rows.tsv", rows_for("train", 3))
+    (output / "steps").mkdir()
+    (output / "steps" / "text.json").write_text(json.dumps(
+        {"settings": {"source_lang": "es", "target_lang": "en"}, "pairs": {}}))
+    for side in ("src", "tgt"):
+        texts = [f"{source} {target}" for source, target in pairs(40)]
+        train_subwords(texts, output / f"spm.{side}.model", output / f"dict.{side}.txt", 50)
+    speech.speech_set(output, "s", rows_for("train", 3), speech.Selection("train"), Tones(), None)
+    assert main(["manifests", "--output", str(output)]) == 1
+    assert "run the step 'units' first" in capsys.readouterr().err
+    assert main(["manifests", "--output", str(output), "--without-units", "--cmvn-utterances", "0"]) == 0
+    lines = list(read_table(output / "train.tsv"))
+    assert len(lines) == 3 and {(line["tgt_audio"], line["tgt_n_frames"]) for line in lines} == {("", "0")}
+    assert len((output / "dict.unit.txt").read_text().splitlines()) == 1000
 
 
 class Whistler:

@@ -15,6 +15,7 @@ from echostream.audio.fbank import fbank
 from echostream.audio.io import load_audio, write_audio
 from echostream.constants import EOS, NUM_SPECIALS, PAD
 from echostream.data.augment import SpecAugment, change_speed, parse_speeds, perturbed_frames
+from echostream.data.augmentation import SpeechAugment
 from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
 from echostream.data.joining import Item, JoinPolicy, plan_epoch
@@ -102,6 +103,58 @@ def test_several_manifests_are_one_split(corpus):
     np.testing.assert_array_equal(both[len(parts[0])]["source"], parts[1][0]["source"])
     with pytest.raises(ManifestError, match="dev.tsv, line 2: id .* appears twice"):
         SpeechToSpeechDataset([corpus / "dev.tsv", corpus / "dev.tsv"], DataConfig.load(corpus))
+
+
+def test_references_are_drawn_anew_in_every_epoch(corpus, tmp_path):
+    """Row 0 has three target and two source texts, row 1 a further one of its own words, the others none."""
+    rows = read_manifest(corpus / "train.tsv")
+    extra = {"tgt_text.1": "", "tgt_text.2": "", "tgt_text.10": "", "src_text.1": "", "voice": "x"}
+    rows = [dataclasses.replace(row, extra=dict(extra)) for row in rows]
+    rows[0].extra.update({"tgt_text.10": "Three three.", "tgt_text.2": "Two two.", "src_text.1": "Seis."})
+    rows[1].extra["tgt_text.1"] = rows[1].tgt_text
+    write_manifest(tmp_path / "train.tsv", rows)
+    (row, *_) = read_manifest(tmp_path / "train.tsv")
+    assert row.references("tgt_text") == [rows[0].tgt_text, "Two two.", "Three three."]
+
+    def load(augmentation):
+        return SpeechToSpeechDataset(tmp_path / "train.tsv", DataConfig.load(corpus), augmentation, seed=3)
+
+    def item_of(items, number):
+        return items[next(i for i, item in enumerate(items.items) if item.utterances == (number,))]
+
+    plain, items, again = load(None), load(Augmentation()), load(Augmentation())
+    config, seen = DataConfig.load(corpus), []
+    for epoch in range(1, 61):
+        for data in (items, plain):
+            data.set_epoch(epoch)
+        item = item_of(items, 0)
+        text = config.target.decode(item["sentences"][0])
+        assert item["tgt_text"] == item["sentences"][0] and items.size(item["id"])[1] == len(item["tgt_text"]) + 1
+        assert len(item["units"][0]) == (len(rows[0].units) if text == rows[0].tgt_text else 0)
+        seen.append((text, config.source.decode(item["src_text"])))
+        for number in range(1, len(rows)):
+            item, own = item_of(items, number), item_of(plain, number)
+            assert (item["tgt_text"], item["src_text"]) == (own["tgt_text"], own["src_text"])
+            assert item["units"][0].tolist() == rows[number].units.tolist()
+        own = item_of(plain, 0)
+        assert own["tgt_text"] == config.target.encode(rows[0].tgt_text) and len(own["units"][0])
+    for texts, count in (({target for target, _ in seen}, 3), ({source for _, source in seen}, 2)):
+        assert len(texts) == count
+    assert len(set(seen)) == 6 and all(seen.count(pair) >= 3 for pair in set(seen))
+    again.set_epoch(60)
+    assert item_of(again, 0)["tgt_text"] == item_of(items, 0)["tgt_text"]
+    epoch = next(e for e in range(1, 61) if seen[e - 1][0] != rows[0].tgt_text)
+    items.set_epoch(epoch)
+    batch = items.collater([items[i] for i in range(len(items))])
+    assert batch["units"] is None and batch["unit_lengths"] is None
+
+
+def test_bad_references_are_told(corpus, tmp_path):
+    rows = [dataclasses.replace(row, extra={"tgt_text.1": "\u200b"}) for row in read_manifest(corpus / "train.tsv")]
+    write_manifest(tmp_path / "train.tsv", rows)
+    SpeechToSpeechDataset(tmp_path / "train.tsv", DataConfig.load(corpus))
+    with pytest.raises(ManifestError, match="row 'train0' has no subwords"):
+        SpeechToSpeechDataset(tmp_path / "train.tsv", DataConfig.load(corpus), Augmentation())
 
 
 # --- the data directory
@@ -293,6 +346,23 @@ def test_items_depend_on_seed_epoch_and_index_only(corpus):
     assert all((first[i]["source"] == again[i]["source"]).all() for i in range(len(first)))
     again.set_epoch(3)
     assert first.items != again.items
+
+
+@pytest.mark.parametrize("join", [None, JoinPolicy(max_frames=600)], ids=["single", "joined"])
+def test_items_have_a_clean_side(corpus, join):
+    """Disguised as ever, and beside it what would have been heard without: as long, at the same speed."""
+    loud = dict(noise_db=-20.0, gain_db=6.0, spec_augment=SpecAugment(), speech=SpeechAugment.parse("people"))
+    both = dataset(corpus, join=join, speeds=(0.9, 1.1), clean=True, **loud)
+    without = dataset(corpus, join=join, speeds=(0.9, 1.1), **loud)
+    plain = dataset(corpus, join=join, speeds=(0.9, 1.1))
+    for i in range(len(both)):
+        item = both[i]
+        np.testing.assert_array_equal(item["source"], without[i]["source"])
+        np.testing.assert_array_equal(item["clean"], plain[i]["source"])
+        assert np.abs(item["clean"] - item["source"]).mean() > 0.05 and without[i]["clean"] is None
+    batch = both.collater([both[i] for i in range(3)])
+    assert batch["clean"].shape == batch["net_input"]["src_tokens"].shape
+    assert "clean" not in without.collater([without[0]])
 
 
 def test_ready_features_join_too(corpus, tmp_path):

@@ -182,6 +182,18 @@ def test_st_forward_is_linear():
     assert seconds(16_384) < 12 * seconds(4_096)  # 4 times the work; 16 times if it were quadratic
 
 
+@pytest.mark.parametrize("frames", [0, 1, 23])
+def test_narrow_st_layers_stream(frames):
+    decoder = make(STDecoder, st_decoder_embed_dim=8, st_decoder_ffn_dim=10)
+    assert decoder.input.out_features == 8 and decoder.layers[0].ffn.inner.out_features == 10
+    x, state, parts = random(2, frames, D), decoder.init_state(2), []
+    for size in splits(frames, torch.Generator().manual_seed(1)):
+        at = sum(part.shape[1] for part in parts)
+        logits, _, state = decoder.step(x[:, at : at + size], torch.tensor([size, size]), state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat([random(2, 0, 11), *parts], dim=1), decoder(x), **EXACT)
+
+
 def test_st_without_layers_is_a_linear_head():
     decoder = make(STDecoder, st_decoder_layers=0)
     x = random(1, 3, D)
@@ -190,6 +202,11 @@ def test_st_without_layers_is_a_linear_head():
 
 
 # ---- MT ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["vaswani", "whisper"])
+def form(request):
+    return request.param
 
 
 def sentences(lengths: list[int], vocab: int = 13, seed: int = 0) -> torch.Tensor:
@@ -201,8 +218,8 @@ def sentences(lengths: list[int], vocab: int = 13, seed: int = 0) -> torch.Tenso
     return tokens
 
 
-def test_mt_is_causal_and_reads_the_visible_frames_only():
-    decoder = make(MTDecoder)
+def test_mt_is_causal_and_reads_the_visible_frames_only(form):
+    decoder = make(MTDecoder, mt_decoder_form=form)
     tokens, memory = sentences([6]), random(1, 9, D)
     visible = torch.tensor([[0, 2, 2, 5, 9, 9]])
     base, _ = decoder(tokens, memory, torch.tensor([9]), visible)
@@ -220,8 +237,8 @@ def test_mt_is_causal_and_reads_the_visible_frames_only():
 
 
 @pytest.mark.parametrize("visible", [None, torch.zeros(2, 3, dtype=torch.long)], ids=["no frames", "nothing visible"])
-def test_mt_that_sees_nothing_is_finite_and_blind(visible):
-    decoder = make(MTDecoder)
+def test_mt_that_sees_nothing_is_finite_and_blind(visible, form):
+    decoder = make(MTDecoder, mt_decoder_form=form)
     tokens = sentences([3, 2])
     lengths = torch.tensor([0, 0]) if visible is None else torch.tensor([4, 4])
     with torch.enable_grad():
@@ -235,8 +252,8 @@ def test_mt_that_sees_nothing_is_finite_and_blind(visible):
     torch.testing.assert_close(stepped[:, 0], logits[:, 0], **EXACT)
 
 
-def test_mt_neighbours_change_nothing():
-    decoder = make(MTDecoder)
+def test_mt_neighbours_change_nothing(form):
+    decoder = make(MTDecoder, mt_decoder_form=form)
     lengths, frames = [5, 3], [7, 4]
     tokens, memory = sentences(lengths), random(2, 7, D)
     together, _ = decoder(tokens, memory, torch.tensor(frames))
@@ -249,10 +266,10 @@ def test_mt_neighbours_change_nothing():
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_mt_masked_forward_reproduces_the_stream(seed, in_place):
+def test_mt_masked_forward_reproduces_the_stream(seed, in_place, form):
     """Rows write at different times; the recorded g(i) give the streamed scores back."""
     generator = torch.Generator().manual_seed(seed)
-    decoder = make(MTDecoder, seed)
+    decoder = make(MTDecoder, seed, mt_decoder_form=form)
     lengths, frames = torch.tensor([8, 3, 6]), torch.tensor([30, 12, 0])
     tokens, memory = sentences(lengths.tolist(), seed=seed), random(3, 30, D)
     visible = torch.zeros_like(tokens)
@@ -283,8 +300,8 @@ def test_mt_masked_forward_reproduces_the_stream(seed, in_place):
     assert state.nbytes == decoder.init_state(3).nbytes
 
 
-def test_mt_prefix_at_once_equals_one_by_one():
-    decoder = make(MTDecoder)
+def test_mt_prefix_at_once_equals_one_by_one(form):
+    decoder = make(MTDecoder, mt_decoder_form=form)
     tokens, memory = sentences([6, 3]), random(2, 5, D)
     state = decoder.extend(memory, torch.tensor([5, 4]), decoder.init_state(2))
     logits, _, state = decoder.step(tokens[:, :4], torch.tensor([4, 3]), state)
@@ -295,8 +312,8 @@ def test_mt_prefix_at_once_equals_one_by_one():
     torch.testing.assert_close(last[0, 0], expected[0, 4], **EXACT)
 
 
-def test_mt_states_stack_part_reorder_and_restart():
-    decoder = make(MTDecoder)
+def test_mt_states_stack_part_reorder_and_restart(form):
+    decoder = make(MTDecoder, mt_decoder_form=form)
     tokens, memory = sentences([3, 3]), random(2, 5, D)
     parts = []
     for row in range(2):
@@ -319,8 +336,8 @@ def test_mt_states_stack_part_reorder_and_restart():
     torch.testing.assert_close(first[1, 0], decoder(tokens, memory, torch.tensor([5, 5]))[0][1, 0], **EXACT)
 
 
-def test_too_long_a_sentence_names_the_limit():
-    decoder = make(MTDecoder)
+def test_too_long_a_sentence_names_the_limit(form):
+    decoder = make(MTDecoder, mt_decoder_form=form)
     state = decoder.init_state(1)
     for _ in range(12):
         _, _, state = decoder.step(torch.tensor([[4]]), None, state)
@@ -333,8 +350,8 @@ def test_too_long_a_sentence_names_the_limit():
         units.step(random(1, 41, D), torch.tensor([41]), units.init_state(1))
 
 
-def test_mt_greedy_is_the_best_token_of_the_forward():
-    decoder = make(MTDecoder)
+def test_mt_greedy_is_the_best_token_of_the_forward(form):
+    decoder = make(MTDecoder, mt_decoder_form=form)
     memory, lengths = random(3, 6, D), torch.tensor([6, 2, 4])
     tokens, hidden, counts = decoder.greedy(memory, lengths)
     previous = torch.cat([torch.full((3, 1), EOS), tokens[:, :-1]], dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 import yaml
 
 torch = pytest.importorskip("torch")
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
@@ -38,6 +37,7 @@ from echostream.models.subsampler import Subsampler  # noqa: E402
 from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
 from echostream.streaming.exported.hearing import ring_ages, segment_mask, turn, write_ring  # noqa: E402
 from echostream.streaming.exported.model import ExportedModel  # noqa: E402
+from echostream.streaming.exported.names import graph_names  # noqa: E402
 from echostream.streaming.exported.stages import ExportedStages  # noqa: E402
 from echostream.streaming.exported.subsampling import patches, windows  # noqa: E402
 from echostream.streaming.exported.torch_model import TorchModel  # noqa: E402
@@ -46,35 +46,16 @@ from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, 
 from tests.conftest import tiny_config, tiny_voice  # noqa: E402
 from tests.test_streaming import speech  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Tracing takes seconds: the same step with the same weights is traced once."""
-    make_graph, known = directory.make_graph, {}
-
-    def remembered(step: StepGraph) -> Any:
-        digest = hashlib.sha256(f"{type(step).__name__} {step.inputs}".encode())
-        for name, value in [*step.named_parameters(), *step.named_buffers()]:
-            digest.update(name.encode() + value.detach().numpy().tobytes())
-        key = digest.hexdigest()
-        if key not in known:
-            known[key] = make_graph(step).SerializeToString()
-        graph = onnx.ModelProto()
-        graph.ParseFromString(known[key])
-        return graph
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directory, "make_graph", remembered)
-        yield
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(traced_once: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_directory(tiny_bundle, tmp_path_factory.mktemp("exported") / "fp32")[0]
 
 
 @pytest.fixture(scope="module")
-def int8(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int8(traced_once: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_directory(tiny_bundle, tmp_path_factory.mktemp("exported") / "int8", int8=True)[0]
 
 
@@ -154,6 +135,8 @@ def test_steps_and_their_bookkeeping_compute_what_the_model_does(changes: dict) 
     stepping = SimpleNamespace(config=config, model=TorchModel(bundle.model), vocoder=None)
     differences = Comparison(bundle, stepping).run()
     assert differences.keys() == STAGES and max(differences.values()) <= 1e-5
+    inputs = {name: set(step.inputs) for name, step in stepping.model.graphs.items()}
+    assert inputs == {name: names.inputs for name, names in graph_names(config).items()}
 
 
 @pytest.mark.parametrize("name", ["everything", "whisper"])
@@ -436,9 +419,9 @@ def test_refusals(tiny_bundle: Path, exported: Path, tiny_data: Path, tmp_path: 
     for path in exported.iterdir():
         if path.name != "mt.onnx":
             (broken / path.name).write_bytes(path.read_bytes() if path.name != "encoder.onnx" else b"no graph")
-    assert "lacks mt.onnx; export the checkpoint again" in error(*translate, broken)
+    assert "lacks mt.onnx; fetch or export it again" in error(*translate, broken)
     (broken / "mt.onnx").write_bytes(b"")
-    assert "encoder.onnx is not an ONNX graph" in error(*translate, broken)
+    assert "are not those that its config.yaml names" in error(*translate, broken)
 
 
 def test_stages_refuse_what_does_not_fit(exported: Path) -> None:

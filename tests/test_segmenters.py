@@ -13,7 +13,7 @@ import pytest
 
 from echostream.errors import CheckpointError, ConfigError, MissingExtraError
 from echostream.streaming import SentenceEnd, StreamingSession
-from echostream.streaming.pause import PauseSegmenter, SileroVAD, find_silero
+from echostream.streaming.pause import PauseSegmenter, SileroVAD, SpeechGate, find_silero
 from echostream.streaming.punctuation import CTPunctuation, CTSegmenter
 from echostream.streaming.segmenter import CombinedSegmenter, PunctuationSegmenter, Spoken, make_segmenter
 from echostream.text import Vocabulary
@@ -206,6 +206,37 @@ def test_a_session_that_listens(name, tmp_path):
     other.restore(tmp_path / "saved.npz")
     expected = translate(bundle, samples, policy="ctc", segmenter=segmenter)
     assert_same(events + other.push(samples[37000:]) + other.finish(), expected)
+
+
+def test_the_gate_opens_about_speech_only(tmp_path):
+    gate = SpeechGate(SileroVAD.load(write_vad(tmp_path / "vad.onnx")), margin_ms=200)
+    samples = sound((2.0, 0.001), (1.024, 0.1), (2.0, 0.001))
+    whole = gate.hear(samples, gate.init_audio())
+    opened = [frame for frame in range(125) if gate.voiced(frame, whole)]
+    assert opened == list(range(opened[0], opened[-1] + 1))  # one stretch
+    assert abs(opened[0] * 0.04 - 1.8) < 0.08 and abs(opened[-1] * 0.04 - 3.224) < 0.08
+    memory, rng = gate.init_audio(), np.random.default_rng(1)
+    for piece in np.split(samples, np.sort(rng.integers(0, len(samples), 30))):
+        memory = gate.hear(piece, memory)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(memory[name], array)
+    later = gate.hear(sound((20.0, 0)), whole)
+    assert len(later["speech"]) == 256 and not gate.voiced(60, later)  # forgotten
+    assert gate.find((), spoken(1), 200, whole) is None
+
+
+def test_no_words_where_nobody_speaks(tmp_path):
+    from tests.test_streaming import BUNDLES, speech, translate
+
+    bundle, vad = BUNDLES["mt"], write_vad(tmp_path / "vad.onnx")
+    gated = make_segmenter("none+speech", bundle.source_dict, bundle.target_dict, vad_model=vad)
+    quiet = sound((4.0, 0.002))
+    assert translate(bundle, quiet, segmenter=make_segmenter("none", bundle.source_dict, bundle.target_dict))
+    assert translate(bundle, quiet, segmenter=gated) == []
+    voice = speech(4.0, seed=9)
+    assert translate(bundle, voice, segmenter=gated) == translate(bundle, voice, segmenter="none")
+    with pytest.raises(ConfigError, match="margin_ms is -1"):
+        SpeechGate(gated.parts[1].vad, margin_ms=-1)
 
 
 def test_the_real_detector_without_torch():

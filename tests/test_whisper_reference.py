@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402
 
 from echostream.audio.io import load_audio  # noqa: E402
+from echostream.constants import WHISPER_SILENCE  # noqa: E402
 from echostream.errors import EchoStreamError, MissingExtraError  # noqa: E402
 from echostream.whisper.reference import WINDOW, WhisperReference, log_mel  # noqa: E402
 from echostream.whisper.weights import WhisperWeights, read_whisper  # noqa: E402
@@ -64,6 +66,46 @@ def test_decoder_is_causal_and_reads_what_the_mask_shows(tiny: WhisperReference)
     alone = tiny.decode(tokens[1:], encoded[1:, :9])
     torch.testing.assert_close(masked[1:], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(masked[1:], whole[1:])
+
+
+def test_rows_of_a_padded_batch_are_their_own(tiny: WhisperReference) -> None:
+    torch.manual_seed(0)
+    mel, lengths = torch.randn(3, DIMS.n_mels, 31), torch.tensor([31, 12, 5])
+    frames, mask = tiny.encode_padded(mel, lengths, 0)
+    assert frames.shape == (3, 16, DIMS.n_audio_state) and mask.isneginf().sum(1).tolist() == [0, 10, 13]
+    for row, x, length in zip(frames, mel, lengths.tolist()):
+        alone = tiny.encode(x[None, :, :length])[0]
+        torch.testing.assert_close(row[: len(alone)], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_silence_that_fills_the_window(tiny: WhisperReference, stride: int) -> None:
+    """With a stride of 1 nothing is left out; with another, what stands for many weighs as much as many of its kind."""
+    torch.manual_seed(0)
+    size, context = 2 * DIMS.n_audio_ctx, DIMS.n_audio_ctx
+    mel, lengths = torch.randn(2, DIMS.n_mels, 20), torch.tensor([20, 9])
+    for row, length in zip(mel, lengths.tolist()):
+        row[:, length - 4 : length] = WHISPER_SILENCE  # the first that is left out has heard nothing else
+    frames, mask = tiny.encode_padded(mel, lengths, stride)
+    for b, length in enumerate(lengths.tolist()):
+        dense = -(-length // 2)
+        whole = torch.full((1, DIMS.n_mels, size + 8), WHISPER_SILENCE)  # no convolution meets the window's end
+        whole[0, :, :length] = mel[b, :, :length]
+        encoder = tiny.encoder
+        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(whole)))).transpose(1, 2)[:, :context]
+        places = list(range(dense))
+        for first in range(dense, context, stride):
+            width = min(stride, context - first)
+            places += [first + width // 2] * width
+        x = x + encoder.positional_embedding[places]
+        for block in encoder.blocks:
+            x = block(x)
+        expected = encoder.ln_post(x)[0]
+        torch.testing.assert_close(frames[b, :dense], expected[:dense], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(mask[b].exp().sum().item(), float(context), atol=1e-3, rtol=0)
+        tokens = torch.randint(0, DIMS.n_vocab, (1, 5))
+        ours, theirs = tiny.decode(tokens, frames[b : b + 1], mask[b : b + 1]), tiny.decode(tokens, expected[None])
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_what_does_not_fit_is_refused(tiny: WhisperReference) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
@@ -11,8 +10,11 @@ import numpy as np
 
 from echostream.constants import NUM_MEL_BINS
 from echostream.errors import ManifestError
+from echostream.files import replacing
+from echostream.loading import read_npz
 
 MIN_STD = 1e-5
+MAX_BYTES = 1 << 20  # of its file
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,9 @@ class GlobalCMVN:
         Raises:
             ManifestError: the file is missing, not such an archive, or its numbers cannot be used.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ManifestError(f"CMVN file {path} does not exist")
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                mean, std = (np.asarray(archive[key], dtype=np.float32).reshape(-1) for key in ("mean", "std"))
-        except KeyError:
-            raise ManifestError(f"CMVN file {path} lacks the arrays 'mean' and 'std'") from None
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-            raise ManifestError(f"CMVN file {path} is not a npz archive: {str(error).splitlines()[0]}") from None
+        arrays = read_npz(path, "CMVN file", ManifestError, MAX_BYTES, ("mean", "std"))
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused
+            mean, std = (arrays[key].astype(np.float32).reshape(-1) for key in ("mean", "std"))
         if mean.shape != std.shape or mean.shape != (NUM_MEL_BINS,):
             raise ManifestError(f"CMVN file {path} has {mean.size} means and {std.size} deviations, not {NUM_MEL_BINS}")
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
@@ -65,7 +60,10 @@ class GlobalCMVN:
         return cls(mean.astype(np.float32), std.astype(np.float32))
 
     def save(self, path: str | Path) -> None:
-        np.savez(path, mean=self.mean, std=self.std)
+        """Raises: OutputError."""
+        path = Path(path)
+        with replacing(path if path.suffix == ".npz" else path.with_name(path.name + ".npz")) as file:
+            np.savez(file, mean=self.mean, std=self.std)
 
     def apply(self, features: np.ndarray) -> np.ndarray:
         """Normalise ``features`` [T, 80] into a new float32 array."""

@@ -2,6 +2,10 @@
 
 The filter is a sinc under a Kaiser window (Kaiser, 1974): 40 zero crossings a side, 90 dB stop band, flat up to 88 % of
 the lower of both Nyquist frequencies. Its look-ahead is 40 samples of the lower rate: 2.5 ms at 16 kHz.
+
+Every phase has a filter of its own where a table of all of them is small, as for all usual rates. For the others
+(767,999 Hz would need 245 MB) the table holds fewer phases, and a filter between two of them is the straight line
+between both; what that leaves out is 96 dB below the sound.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +24,8 @@ MIN_RATE, MAX_RATE = 1_000, 768_000  # samples per second
 ZERO_CROSSINGS = 40
 ATTENUATION_DB = 90.0
 CUTOFF = 0.95  # centre of the transition band, as a share of the lower Nyquist frequency
+LARGEST_TABLE = 1 << 18  # taps of all phases together
+BETWEEN = 512  # phases a sample of the lower rate where the table would be larger
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,12 @@ class Resampler:
         self.source_rate, self.target_rate = int(source_rate), int(target_rate)
         divisor = math.gcd(self.source_rate, self.target_rate)
         self.up, self.down = self.target_rate // divisor, self.source_rate // divisor
-        self.filters = None if self.up == self.down else _polyphase_filters(self.up, self.down)  # [up, taps]
+        self.filters = None  # [phases, taps]
+        self.phases = self.up
+        if self.up != self.down:
+            if self.up * 2 * _half(self.up, self.down) > LARGEST_TABLE:
+                self.phases = math.ceil(BETWEEN * min(1.0, self.up / self.down))
+            self.filters = _polyphase_filters(self.up, self.down, self.phases)
 
     @property
     def taps(self) -> int:
@@ -105,6 +118,9 @@ class Resampler:
         if count == 0:
             return out
         windows = np.lib.stride_tricks.sliding_window_view(joined, self.taps)
+        if self.phases != self.up:
+            self._filter_between(windows, phase, out)
+            return out
         if self.up * 4 <= count:
             # Outputs `up` apart share a filter, and their windows lie `down` apart: no copies.
             for first in range(self.up):
@@ -119,25 +135,49 @@ class Resampler:
             )
         return out
 
+    def _filter_between(self, windows: np.ndarray, phase: int, out: np.ndarray) -> None:
+        for begin in range(0, len(out), 256):
+            part = out[begin : begin + 256]
+            places = phase + np.arange(begin, begin + len(part)) * self.down
+            exact = places % self.up * (self.phases / self.up)
+            row = exact.astype(np.int64)
+            share = (exact - row).astype(np.float32)[:, None]
+            filters = self.filters[row] * (1 - share) + self.filters[row + 1] * share
+            np.einsum("nt,nt->n", windows[places // self.up], filters, out=part)
 
-def check_rate(rate: int) -> None:
+
+def check_rate(rate: Any) -> None:
     """Refuse a rate that cannot be one.
 
     Raises:
         AudioError: it is not a whole number between 1 kHz and 768 kHz.
     """
-    if isinstance(rate, bool) or not float(rate).is_integer() or not MIN_RATE <= rate <= MAX_RATE:
-        raise AudioError(f"sample rate {rate} is not a whole number from {MIN_RATE} to {MAX_RATE} Hz")
+    if (
+        isinstance(rate, bool)
+        or not isinstance(rate, Real)
+        or not MIN_RATE <= rate <= MAX_RATE
+        or not float(rate).is_integer()
+    ):
+        raise AudioError(f"sample rate {rate!r} is not a whole number from {MIN_RATE} to {MAX_RATE} Hz")
+
+
+def _half(up: int, down: int) -> int:
+    """Input samples that a filter reaches to either side."""
+    return math.ceil(ZERO_CROSSINGS * max(1.0, down / up))
 
 
 @functools.lru_cache(maxsize=8)
-def _polyphase_filters(up: int, down: int) -> np.ndarray:
-    """One filter per phase, float32 [up, taps], each reaching ``taps // 2`` input samples to either side."""
+def _polyphase_filters(up: int, down: int, phases: int) -> np.ndarray:
+    """One filter per phase, float32 [phases, taps], each reaching ``taps // 2`` input samples to either side.
+
+    With fewer phases than ``up`` there is one row more: the first again, a sample later.
+    """
     scale = min(1.0, up / down) * CUTOFF  # cut-off relative to the source's Nyquist frequency
-    half = math.ceil(ZERO_CROSSINGS * max(1.0, down / up))
+    half = _half(up, down)
     beta = 0.1102 * (ATTENUATION_DB - 8.7)
-    # Distance of tap j from an output sample that lies phase/up behind tap (half - 1), in input samples.
-    distance = np.arange(-half + 1, half + 1)[None, :] - np.arange(up)[:, None] / up
+    rows = phases + (phases != up)
+    # Distance of tap j from an output sample that lies phase/phases behind tap (half - 1), in input samples.
+    distance = np.arange(-half + 1, half + 1)[None, :] - np.arange(rows)[:, None] / phases
     inside = np.clip(1.0 - (distance / half) ** 2, 0.0, None)
     filters = scale * np.sinc(scale * distance) * np.i0(beta * np.sqrt(inside)) / np.i0(beta)
     filters /= filters.sum(axis=1, keepdims=True)  # a constant stays the same constant at every phase

@@ -1,33 +1,27 @@
-"""Audio as it comes: recordings read piece by piece, raw PCM and WAV through pipes.
+"""Audio as it comes: recordings read piece by piece, and pipes.
 
-Raw PCM is signed 16-bit, little-endian. A pipe that starts with a WAV header (``arecord`` writes one) says its format
-itself.
+A pipe that starts as a known format says its own rate; what nothing tells is raw PCM, signed 16-bit, little-endian.
 """
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
+import os
+import select
+import stat
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterator
 
 import numpy as np
 
-from echostream.audio.io import open_audio
+from echostream.audio.decode import Decoder, Ffmpeg, file_blocks, find_ffmpeg, open_forward, reason_of
+from echostream.audio.formats import HEAD, MPEG_HEAD, sniff, wants_more
 from echostream.audio.resample import check_rate
-from echostream.errors import AudioError
+from echostream.audio.wav import MOST_CHANNELS, OPEN_END, PcmStream, read_bytes, sox_stream, wav_header, wav_stream
+from echostream.errors import AudioError, MissingAudioError
 
-PIPE_BLOCK = 4096  # bytes asked for at a time; a pipe gives what it has
-OPEN_END = 0x7FFFF000  # data size in the header of a WAV whose end is not known; readers take what comes
-# Sample types of WAV files: (format tag, bits) -> numpy type, offset, full scale. 24 bits are unpacked to 32.
-WAV_TYPES = {
-    (1, 8): ("u1", 128, 128),
-    (1, 16): ("<i2", 0, 1 << 15),
-    (1, 24): ("<i4", 0, 1 << 31),
-    (1, 32): ("<i4", 0, 1 << 31),
-    (3, 32): ("<f4", 0, 1),
-    (3, 64): ("<f8", 0, 1),
-}
+__all__ = ["OPEN_END", "AudioSource", "open_file", "open_pipe", "to_pcm", "wav_stream_header"]
 
 
 @dataclass
@@ -51,102 +45,147 @@ class AudioSource:
     close: Callable[[], None] = lambda: None
 
 
-def open_file(path: str | Path, block_ms: int = 100) -> AudioSource:
-    """A recording in any format libsndfile reads, channels averaged; never held in memory as a whole.
+def open_file(path: str | Path, block_ms: int = 100, rate: int = 16000, channels: int = 1) -> AudioSource:
+    """A recording in any format libsndfile or ffmpeg reads, channels averaged; never held in memory as a whole.
+
+    Args:
+        rate, channels: of raw PCM, should ``path`` be a named pipe.
 
     Raises:
         AudioError: it is missing, empty or not audio.
     """
-    file = open_audio(path)
-
-    def blocks() -> Iterator[np.ndarray]:
-        size = max(1, file.samplerate * block_ms // 1000)
-        try:
-            while len(samples := file.read(size, dtype="float32", always_2d=True)):
-                yield samples.mean(axis=1, dtype=np.float32)
-        except (RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise AudioError(f"{path} cannot be read beyond {file.tell() / file.samplerate:.1f} s: {reason}") from None
-
+    path = Path(path)
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise AudioError(f"{path} is a directory, not an audio file")
+        if not stat.S_ISREG(status.st_mode):
+            pipe = open(path, "rb", buffering=0)
+            source = open_pipe(pipe, rate, channels, str(path))
+            return replace(source, close=_both(source.close, pipe.close))
+        if status.st_size == 0:
+            raise AudioError(f"audio file {path} is empty (0 bytes)")
+        with open(path, "rb") as file:
+            form = sniff(file.read(MPEG_HEAD))
+    except FileNotFoundError:
+        raise MissingAudioError(f"audio file {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, AudioError):
+            raise
+        raise AudioError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if form is not None and not form.reader:
+        raise AudioError(f"{path} cannot be read as audio: it is {form.name}")
+    if form is not None and form.name == "a SoX stream":
+        return _opened(path, lambda file: sox_stream(file.read, file.read(4), str(path)))
+    try:
+        # By number, for a name may be anything but text.
+        file = open_forward(os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+    except (RuntimeError, TypeError, OSError) as error:  # libsndfile's own errors are RuntimeErrors
+        if (form is None or form.reader != "ffmpeg") and find_ffmpeg() is None:
+            raise AudioError(f"{path} cannot be read as audio: {reason_of(error)}") from None
+        decoder = Ffmpeg(path, None, str(path), form)
+        return AudioSource(str(path), decoder.rate, decoder.blocks(), None, True, decoder.close)
+    try:
+        check_rate(file.samplerate)
+        if form is not None and form.reader == "pcm" and _sound_behind(path, file.frames):
+            file.close()
+            return _opened(path, lambda file: wav_stream(file.read, file.read(4), str(path)))
+        if file.frames <= 0:
+            raise AudioError(f"audio file {path} holds no samples")
+    except BaseException:
+        file.close()
+        raise
     seconds = file.frames / file.samplerate if 0 < file.frames < 1 << 60 else None
-    return AudioSource(str(path), file.samplerate, blocks(), seconds, True, file.close)
+    blocks = file_blocks(file, str(path), block_ms / 1000)
+    return AudioSource(str(path), file.samplerate, blocks, seconds, True, file.close)
 
 
-def open_pipe(pipe: BinaryIO, rate: int, channels: int = 1) -> AudioSource:
-    """Audio from a pipe: a WAV stream if it starts as one, else raw PCM of this rate and number of channels.
+def _both(one: Callable[[], None], other: Callable[[], None]) -> Callable[[], None]:
+    def close() -> None:
+        one()
+        other()
+
+    return close
+
+
+def _opened(path: Path, read: Callable[[BinaryIO], PcmStream]) -> AudioSource:
+    """A file read by ourselves."""
+    file = open(path, "rb")
+    try:
+        stream = read(file)
+    except BaseException:
+        file.close()
+        raise
+    return AudioSource(str(path), stream.rate, stream.blocks(), None, True, file.close)
+
+
+def _sound_behind(path: Path, frames: int) -> bool:
+    """Is there more sound in a WAV than its header says? A recorder that died leaves such files."""
+    with open(path, "rb") as raw:
+        try:
+            stream = wav_stream(raw.read, raw.read(4), str(path))
+        except AudioError:
+            return False
+        here = raw.tell()
+        there = os.fstat(raw.fileno()).st_size - here
+        heard = frames * stream.frame
+        if there - heard < stream.frame or (stream.size is not None and stream.size >= there):
+            return False
+        raw.seek(here + heard)
+        with closing(PcmStream(raw.read, b"", stream.kind, stream.channels, stream.rate, 0).blocks()) as rest:
+            return next(rest, None) is not None
+
+
+def open_pipe(
+    pipe: BinaryIO, rate: int, channels: int = 1, name: str = "standard input", raw: bool = False
+) -> AudioSource:
+    """Audio from a pipe: any known format, by its first bytes; else raw PCM of this rate and number of channels.
 
     Args:
-        pipe: a buffered binary stream (``sys.stdin.buffer``).
+        pipe: a binary stream (``sys.stdin.buffer``).
+        raw: it is raw PCM, whatever it looks like.
 
     Raises:
-        AudioError: the rate is impossible, or the WAV header is damaged or of an unknown sample type.
+        AudioError: the rate is impossible, the header is damaged, or what comes is known and no sound.
     """
     check_rate(rate)
-    if channels < 1:
+    if not isinstance(channels, int) or not 1 <= channels <= MOST_CHANNELS:
         raise AudioError(f"{channels} input channels are not possible; there must be at least 1")
-    head = _read(pipe, 4)
-    if head != b"RIFF":
-        return AudioSource("standard input", rate, _blocks(pipe, head, (1, 16), channels, None), None, False)
-    kind, channels, rate, size = _wav_header(pipe)
-    return AudioSource("standard input", rate, _blocks(pipe, b"", kind, channels, size), None, True)
+    # Unbuffered where that can be: a thread that waits inside a buffer would hold the interpreter at its end.
+    unbuffered = getattr(pipe, "raw", None)
+    read = unbuffered.read if unbuffered is not None else getattr(pipe, "read1", pipe.read)
 
+    def more(count: int) -> bytes:
+        try:
+            while (data := read(count)) is None:  # somebody has made the pipe one that does not wait
+                select.select([pipe], [], [])
+            return data
+        except OSError as error:
+            raise AudioError(f"{name} cannot be read: {error.strerror or error}") from None
 
-def _wav_header(pipe: BinaryIO) -> tuple[tuple[int, int], int, int, int | None]:
-    """(format tag, bits), channels, rate and bytes of data (None: until the end) of a header after its ``RIFF``."""
-    if _read(pipe, 8)[4:] != b"WAVE":
-        raise AudioError("standard input starts with RIFF but is not a WAV stream")
-    kind = None
-    while True:
-        chunk = _read(pipe, 8)
-        if len(chunk) < 8:
-            raise AudioError("the WAV stream on standard input ends inside its header")
-        name, size = chunk[:4], struct.unpack("<I", chunk[4:])[0]
-        if name == b"data":
-            break
-        body = _read(pipe, size + size % 2)
-        if name == b"fmt " and len(body) >= 16:
-            tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", body[:16])
-            if tag == 0xFFFE and len(body) >= 26:  # WAVE_FORMAT_EXTENSIBLE names the real tag further on
-                tag = struct.unpack("<H", body[24:26])[0]
-            kind = (tag, bits)
-    if kind not in WAV_TYPES or channels < 1:
-        found = "no format" if kind is None else f"format {kind[0]} with {kind[1]} bits and {channels} channels"
-        raise AudioError(f"the WAV stream on standard input has {found}; 8 to 32-bit PCM and float are read")
-    check_rate(rate)
-    return kind, channels, rate, size if 0 < size < OPEN_END else None
-
-
-def _read(pipe: BinaryIO, count: int) -> bytes:
-    """``count`` bytes, fewer at the end."""
-    data = b""
-    while len(data) < count and (more := pipe.read(count - len(data))):
-        data += more
-    return data
-
-
-def _blocks(
-    pipe: BinaryIO, head: bytes, kind: tuple[int, int], channels: int, size: int | None
-) -> Iterator[np.ndarray]:
-    dtype, offset, scale = WAV_TYPES[kind]
-    frame = kind[1] // 8 * channels
-    held = head
-    while True:
-        whole = len(held) // frame * frame
-        if whole:
-            data, held = held[:whole], held[whole:]
-            if kind == (1, 24):
-                triples = np.frombuffer(data, np.uint8).reshape(-1, 3)
-                wide = np.zeros((len(triples), 4), dtype=np.uint8)
-                wide[:, 1:] = triples
-                data = wide.tobytes()
-            values = np.frombuffer(data, dtype).reshape(-1, channels)
-            yield ((values.astype(np.float64) - offset) / scale).mean(axis=1).astype(np.float32)
-        wanted = PIPE_BLOCK if size is None else min(PIPE_BLOCK, size)
-        more = pipe.read1(wanted) if wanted else b""
-        if not more:
-            return
-        size = None if size is None else size - len(more)
-        held += more
+    head, form = read_bytes(more, 4), None
+    if not raw:
+        form = sniff(head)
+        if form is None or form.reader != "pcm":
+            head += read_bytes(more, HEAD - len(head))
+            if wants_more(head):
+                head += read_bytes(more, MPEG_HEAD - len(head))
+            form = sniff(head)
+    if form is None:
+        stream = PcmStream(more, head, (1, 16), channels, rate, name=name)
+        return AudioSource(name, rate, stream.blocks(), None, False)
+    if form.reader == "pcm":
+        stream = (wav_stream if form.name != "a SoX stream" else sox_stream)(more, head, name)
+        return AudioSource(name, stream.rate, stream.blocks(), None, True)
+    if not form.reader:
+        raise AudioError(f"{name} is {form.name}, not audio")
+    decoder = Ffmpeg(head, more, name, form) if form.reader == "ffmpeg" else Decoder(form, head, more, name)
+    try:
+        check_rate(decoder.rate)
+    except AudioError:
+        decoder.close()
+        raise
+    return AudioSource(name, decoder.rate, decoder.blocks(), None, True, decoder.close)
 
 
 def to_pcm(samples: np.ndarray) -> bytes:
@@ -156,6 +195,4 @@ def to_pcm(samples: np.ndarray) -> bytes:
 
 def wav_stream_header(rate: int) -> bytes:
     """The header of a mono 16-bit WAV whose end is not known yet."""
-    fmt = struct.pack("<HHIIHH", 1, 1, rate, 2 * rate, 2, 16)
-    sizes = [struct.pack("<I", size) for size in (OPEN_END + 36, len(fmt), OPEN_END)]
-    return b"RIFF" + sizes[0] + b"WAVEfmt " + sizes[1] + fmt + b"data" + sizes[2]
+    return wav_header(rate, None)

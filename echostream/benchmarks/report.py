@@ -15,6 +15,7 @@ from echostream.benchmarks.common import add_options, describe
 from echostream.benchmarks.vocoder import RATIO, REALTIME
 from echostream.errors import EchoStreamError, require
 from echostream.evaluation.table import markdown
+from echostream.files import write_text
 
 NAMES = ("encoder", "stream", "vocoder", "train")
 COLOURS = {
@@ -87,7 +88,7 @@ def gather(args: argparse.Namespace, parts: list[dict]) -> dict:
             if part["benchmark"] == "encoder" and "elapsed" in part:
                 picture = args.report.with_suffix(".svg")
                 draw(part, picture)
-        args.report.write_text(page(report, picture), encoding="utf-8")
+        write_text(args.report, page(report, picture))
         report["written"] = [str(path) for path in (args.report, picture) if path]
     return report
 

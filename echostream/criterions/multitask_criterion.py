@@ -4,7 +4,8 @@ Normalisation. Every sentence's loss is first averaged over that loss's own targ
 scale although a sentence has eight times as many units as subwords, and then weighted by the sentence's MT target
 tokens (by 1 with ``--sentence-avg``). The trainer divides by the sum of these weights. So the loss is a sum over
 sentences in which nothing depends on what else is in the batch: gradient accumulation and several workers give what one
-large batch would, and long sentences count as they do in ordinary translation training.
+large batch would, and long sentences count as they do in ordinary translation training. What a teacher adds in training
+(``--distill-weight``, see ``distillation``) is averaged over its frames or tokens and weighted in the same way.
 """
 
 # No postponed annotations here: fairseq reads the types of the dataclass's fields.
@@ -13,7 +14,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,11 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
 from echostream.constants import BLANK, NUM_SPECIALS, PAD, SUBSAMPLING
+from echostream.criterions.distillation import TARGETS, WhisperTeacher, frame_loss, token_loss
 from echostream.criterions.visibility import draw_chunk, heard_when_due
 from echostream.errors import ConfigError, ManifestError
 from echostream.models.echostream_model import SentenceWindows
+from echostream.models.fairseq_model import WHISPER
 from echostream.text import collapse_ctc
 
 # Too long unit targets are judged over this many of the latest ones.
@@ -59,6 +62,19 @@ class MultitaskCriterionConfig(FairseqDataclass):
             "the ST CTC's expected counts say that a token is due"
         },
     )
+    distill_weight: float = field(
+        default=0.0, metadata={"help": "weight of what a full-context Whisper teaches in training; 0: no teacher"}
+    )
+    distill_teacher: Optional[str] = field(
+        default=None, metadata={"help": "the teacher, whisper:SOURCE as for --encoder-init; never part of a checkpoint"}
+    )
+    distill_target: ChoiceEnum(TARGETS) = field(
+        default="frames",
+        metadata={
+            "help": "frames: its encoder's output, for ours before pairs are merged; tokens: its decoder's "
+            "distributions, for the MT decoder; both"
+        },
+    )
     sentence_avg: bool = II("optimization.sentence_avg")
 
 
@@ -80,6 +96,9 @@ class MultitaskCriterion(FairseqCriterion):
         label_smoothing: float = 0.1,
         unit_loss: str = "ctc",
         mt_visible: str = "full",
+        distill_weight: float = 0.0,
+        distill_teacher: str | None = None,
+        distill_target: str = "frames",
         sentence_avg: bool = False,
     ):
         super().__init__(task)
@@ -87,7 +106,17 @@ class MultitaskCriterion(FairseqCriterion):
         for part, weight in self.weights.items():
             if not weight >= 0:
                 raise ConfigError(f"--{part}-weight is {weight}; it must be at least 0")
-        if not any(self.weights.values()):
+        if not distill_weight >= 0:
+            raise ConfigError(f"--distill-weight is {distill_weight}; it must be at least 0")
+        if distill_weight and not (distill_teacher or "").startswith(WHISPER):
+            raise ConfigError(f"--distill-teacher is {distill_teacher!r}; with a --distill-weight it is whisper:SOURCE")
+        self.distill_weight = distill_weight
+        self.distill_source = (distill_teacher or "").removeprefix(WHISPER)
+        self.distill_target = str(getattr(distill_target, "value", distill_target))
+        # Read when the first batch of a training needs it: validation asks no teacher, so that a checkpoint does not
+        # depend on where one lay.
+        self._teacher: WhisperTeacher | None = None
+        if not any((*self.weights.values(), distill_weight)):
             raise ConfigError("all four loss weights are 0; give at least one of --asr-, --st-, --mt-, --unit-weight")
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"--label-smoothing is {label_smoothing}; it must lie in [0, 1)")
@@ -102,7 +131,17 @@ class MultitaskCriterion(FairseqCriterion):
     @property
     def parts(self) -> frozenset[str]:
         """The parts of the model that the weights ask for."""
-        return frozenset(part for part, weight in self.weights.items() if weight > 0)
+        parts = {part for part, weight in self.weights.items() if weight > 0}
+        if self.distills and self.distill_target != "frames":
+            parts.add("mt")
+        if self.distills and self.distill_target != "tokens":
+            parts.add("frames")
+        return frozenset(parts)
+
+    @property
+    def distills(self) -> bool:
+        """Is there a teacher now? Validation has none."""
+        return self.training and self.distill_weight > 0
 
     def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, float, dict]:
         """Loss (a sum), its denominator (see the module's head) and what to log, sums throughout.
@@ -138,6 +177,8 @@ class MultitaskCriterion(FairseqCriterion):
         if "unit" in parts:
             losses["unit"] = self._unit_loss(out, sample, sentence, log)
         loss = sum(self.weights[part] * value for part, value in losses.items())
+        if self.distills:
+            loss = loss + self.distill_weight * self._distill(out, sample, row, sentence, log)
         sample_size = float(row.sum())
         log.update(
             loss=loss.detach(),
@@ -229,6 +270,30 @@ class MultitaskCriterion(FairseqCriterion):
             log["_unit_references"] = int(target_lengths.sum())
         return (nll.sum(1) * weight / lengths.clamp(min=1)).sum()
 
+    def _distill(
+        self, out: dict[str, Any], sample: dict[str, Any], row: Tensor, sentence: Tensor, log: dict[str, Any]
+    ) -> Tensor:
+        """What the teacher's frames and distributions cost, weighted by ``row`` [B] and ``sentence`` [S]."""
+        if self._teacher is None:
+            self._teacher = WhisperTeacher(self.distill_source, self.distill_target, self.task)
+        teacher, row_of = self._teacher, sample["sentence_row"]
+        heard = sample.get("clean", sample["net_input"]["src_tokens"])
+        lesson = teacher.hear(heard, sample["net_input"]["src_lengths"])
+        loss = row.new_zeros(())
+        if "frames" in out:
+            error, counts = frame_loss(lesson, out["frames"], out["frame_lengths"])
+            loss = loss + (error * row).sum()
+            log["_distill_error"], log["_distill_frames"] = (error.detach() * counts).sum(), int(counts.sum())
+        if self.distill_target != "frames":
+            alone = (torch.bincount(row_of, minlength=len(row))[row_of] == 1).nonzero()[:, 0]
+            if len(alone):
+                taught, known = teacher.distributions(lesson, row_of[alone], sample["target"][alone])
+                divergence, counts = token_loss(taught, known, out["mt_logits"][alone], teacher.entries)
+                loss = loss + (divergence * sentence[alone]).sum()
+                log["_distill_kl"] = (divergence.detach() * counts).sum()
+                log["_distill_tokens"] = int(counts.sum())
+        return loss
+
     def _watch_lengths(self, too_long: int, targets: int) -> None:
         """Stop the training when too many unit targets have more units than their input has positions."""
         self._too_long.append((too_long, targets))
@@ -269,6 +334,12 @@ class MultitaskCriterion(FairseqCriterion):
                 metrics.log_scalar(name, 100 * total[f"_{part}_errors"] / references, references, 20 + i, round=2)
             if total.get(f"_{part}_too_long"):
                 metrics.log_scalar_sum(f"{part}_too_long", total[f"_{part}_too_long"], 30 + i)
+        if total.get("_distill_frames"):
+            frames = total["_distill_frames"]
+            metrics.log_scalar("distill_error", total["_distill_error"] / frames, frames, 40, round=3)
+        if total.get("_distill_tokens"):
+            tokens = total["_distill_tokens"]
+            metrics.log_scalar("distill_kl", total["_distill_kl"] / tokens / math.log(2), tokens, 41, round=3)
         if total.get("_mt_tokens"):
             share = 100 * total["_mt_correct"] / total["_mt_tokens"]
             metrics.log_scalar("mt_acc", share, total["_mt_tokens"], 25, round=2)

@@ -11,9 +11,9 @@ from typing import Any
 from echostream.audio.cmvn import GlobalCMVN
 from echostream.audio.features import FeatureExtractor, feature_extractor
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
-from echostream.errors import ConfigError, ManifestError, require
+from echostream.errors import ConfigError, ManifestError
+from echostream.loading import inside, pieces_of, read_mapping, read_subwords, shown
 from echostream.text import Vocabulary
-from echostream.yaml_file import read_mapping
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class DataConfig:
             kind = int if f.type == "int" else str
             if not isinstance(value, kind) or isinstance(value, bool):
                 wanted = "whole number" if kind is int else "text"
-                raise ConfigError(f"{path}: {f.name} is {value!r}; it must be a {wanted}")
+                raise ConfigError(f"{path}: {f.name} is {shown(value)}; it must be a {wanted}")
             known[f.name] = value
         config = cls(**known)
         if config.sample_rate != SAMPLE_RATE:
@@ -74,8 +74,12 @@ class DataConfig:
         return self.directory / self.audio_root
 
     def path(self, name: str) -> Path:
-        """The file that the key ``name`` (``dict_src`` ...) points to."""
-        return self.directory / getattr(self, name)
+        """The file that the key ``name`` (``dict_src`` ...) points to.
+
+        Raises:
+            ConfigError: it lies outside the directory.
+        """
+        return inside(self.directory, getattr(self, name), f"{self.directory / 'config.yaml'}: {name}", ConfigError)
 
     @cached_property
     def source(self) -> "Subwords":
@@ -119,19 +123,9 @@ class Subwords:
     """
 
     def __init__(self, model: Path, dictionary: Path):
-        sentencepiece = require("sentencepiece", "all")
         self.vocabulary = Vocabulary.load(dictionary)
-        if not model.is_file():
-            raise ManifestError(f"SentencePiece model {model} does not exist")
-        self.processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self.processor.Load(str(model))
-        except (RuntimeError, OSError) as error:
-            raise ManifestError(f"{model} is not a SentencePiece model: {str(error).splitlines()[0]}") from None
-        sp = self.processor
-        kinds = (sp.IsControl, sp.IsUnknown, sp.IsByte, sp.IsUnused)
-        ordinary = (i for i in range(sp.GetPieceSize()) if not any(kind(i) for kind in kinds))
-        pieces = [sp.IdToPiece(i) for i in ordinary]
+        self.processor = read_subwords(model)
+        pieces = pieces_of(self.processor)
         missing = [piece for piece in pieces if piece not in self.vocabulary.index]
         if missing:
             raise ManifestError(

@@ -46,6 +46,7 @@ class Augmentation:
         speech: rooms, noise, lines and voices that make recordings resemble people's; None leaves them as they are.
             Ready features cannot be changed so.
         jitter: move the sentence windows of joined items at random.
+        clean: give items the features of their recordings as they are, too, at the same speed and of the same length.
     """
 
     join: JoinPolicy | None = None
@@ -55,6 +56,7 @@ class Augmentation:
     noise_db: float | None = None
     speech: SpeechAugment | None = None
     jitter: bool = True
+    clean: bool = False
 
 
 class BucketedDataset(FairseqDataset):
@@ -103,6 +105,10 @@ class BucketedDataset(FairseqDataset):
 class SpeechToSpeechDataset(BucketedDataset):
     """Items of one split.
 
+    Of an utterance with several references (see ``manifest``) training draws one source and one target text anew in
+    every epoch; units are those of the manifest's own target text, so that an item with another one has none. Without
+    augmentation there are the manifest's own texts alone.
+
     The epoch's items are planned in ``set_epoch``, so that ``num_tokens`` is the true number of feature frames of what
     ``__getitem__`` gives, joined and speed-perturbed items included. All randomness follows from (seed, epoch, index).
 
@@ -139,16 +145,27 @@ class SpeechToSpeechDataset(BucketedDataset):
                 f"manifest {self.name}: row {self.utterances[int(self.fixed_speed.argmax())].id!r} names ready "
                 f"features, which are Kaldi's; features: {self.extractor.name} are made from recordings"
             )
-        self.src_ids = [config.source.encode(u.src_text) for u in self.utterances]
-        self.tgt_ids = [config.target.encode(u.tgt_text) for u in self.utterances]
-        for u, src, tgt in zip(self.utterances, self.src_ids, self.tgt_ids):
-            if not src or not tgt:
+        several = augmentation is not None
+        self.src_references = [
+            [config.source.encode(text) for text in (u.references("src_text") if several else [u.src_text])]
+            for u in self.utterances
+        ]
+        self.tgt_references = [
+            [config.target.encode(text) for text in (u.references("tgt_text") if several else [u.tgt_text])]
+            for u in self.utterances
+        ]
+        for u, src, tgt in zip(self.utterances, self.src_references, self.tgt_references):
+            if not all(src) or not all(tgt):
                 raise ManifestError(f"manifest {self.name}: row {u.id!r} has no subwords in its source or target text")
             if u.units.max(initial=-1) >= config.num_units:
                 raise ManifestError(
                     f"manifest {self.name}: row {u.id!r} holds unit {u.units.max()}, "
                     f"but num_units is {config.num_units}"
                 )
+        # The texts of the epoch, and whether a target text is the one that has the units.
+        self.src_ids = [texts[0] for texts in self.src_references]
+        self.tgt_ids = [texts[0] for texts in self.tgt_references]
+        self.own_target = np.ones(len(self.utterances), dtype=bool)
         self.epoch = 0
         self.items: list[Item] = []
         self._babble: list[np.ndarray] | None = None
@@ -169,7 +186,18 @@ class SpeechToSpeechDataset(BucketedDataset):
             rng = np.random.default_rng([self.seed, epoch])
             augmentation = self.augmentation
             self.items = plan_epoch(self.frames, self.fixed_speed, augmentation.speeds, augmentation.join, rng)
+            self._draw_references()
         self.sizes = np.array([item.n_frames + self.further_frames for item in self.items], dtype=np.int64)
+
+    def _draw_references(self) -> None:
+        """One source and one target text for every utterance; the generator is no item's and not the plan's."""
+        rng = np.random.default_rng([self.seed, self.epoch, 0, len(self.utterances)])
+        draws = rng.random((len(self.utterances), 2))
+        for number, (source, target) in enumerate(draws):
+            sources, targets = self.src_references[number], self.tgt_references[number]
+            chosen = int(target * len(targets))
+            self.src_ids[number], self.tgt_ids[number] = sources[int(source * len(sources))], targets[chosen]
+            self.own_target[number] = targets[chosen] == targets[0]
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
@@ -193,6 +221,8 @@ class SpeechToSpeechDataset(BucketedDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Item ``index`` of the epoch: ``source`` float32 [T, 80], normalised, and its targets, lists of indices.
 
+        ``clean``, None unless the augmentation asks for it, is ``source`` as it would be undisguised.
+
         Raises:
             AudioError: a recording cannot be used; the message names its file.
             ManifestError: a recording's length contradicts the manifest.
@@ -201,47 +231,44 @@ class SpeechToSpeechDataset(BucketedDataset):
         rng = np.random.default_rng([self.seed, self.epoch, index])
         augmentation = self.augmentation
         if self.fixed_speed[list(item.utterances)].any():
-            features = self._join_features(item)
+            features = clean = self._join_features(item)
         else:
-            features = self._join_samples(item, rng)
+            features, clean = self._join_samples(item, rng)
         features = self.cmvn.apply(features)
+        clean = self.cmvn.apply(clean) if augmentation is not None and augmentation.clean else None
         if augmentation is not None and augmentation.spec_augment is not None:
             features = augmentation.spec_augment(features, rng)
         jitter = augmentation is not None and augmentation.jitter
         return {
             "id": index,
             "source": features,
+            "clean": clean,
             "src_text": [token for u in item.utterances for token in self.src_ids[u]],
             "tgt_text": [token for u in item.utterances for token in self.tgt_ids[u]],
             "sentences": [self.tgt_ids[u] for u in item.utterances],
-            "units": [self.utterances[u].units for u in item.utterances],
+            "units": [self.utterances[u].units[: None if self.own_target[u] else 0] for u in item.utterances],
             "windows": item.windows(rng if jitter else None) if len(item.utterances) > 1 else None,
         }
 
-    def _join_samples(self, item: Item, rng: np.random.Generator) -> np.ndarray:
-        """Features of the item's recordings, joined as waveforms: float32 [n_frames, 80]."""
-        parts = []
-        for i, (number, speed, length) in enumerate(zip(item.utterances, item.speeds, item.lengths)):
+    def _join_samples(self, item: Item, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        """Features of the item's recordings, joined as waveforms: float32 [n_frames, 80]; and clean, where wanted."""
+        parts, plain = [], []
+        for number, speed in zip(item.utterances, item.speeds):
             utterance = self.utterances[number]
             samples = load_samples(self.root, utterance.audio)
             self._check_length(utterance, 1 + (len(samples) - FRAME_LENGTH) // FRAME_SHIFT)
-            parts.append(self._prepare(change_speed(samples, speed), rng))
-            if len(item.utterances) > 1:
-                parts[-1] = fit_length(parts[-1], (length + EXTRA_HOPS) * FRAME_SHIFT)
-            if i < len(item.pauses):
-                parts.append(np.zeros(item.pauses[i] * FRAME_SHIFT, dtype=np.float32))
-        samples = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if len(parts) == 1:
-            samples = fit_length(samples, max(len(samples), FRAME_LENGTH))
-            found = 1 + (len(samples) - FRAME_LENGTH) // FRAME_SHIFT
-            if found != item.n_frames:
-                samples = fit_length(samples, FRAME_LENGTH + FRAME_SHIFT * (item.n_frames - 1))
+            plain.append(change_speed(samples, speed))
+            parts.append(self._prepare(plain[-1], rng))
+        samples = _join_parts(item, parts)
         if self.augmentation is not None and self.augmentation.noise_db is not None:
             # Uniform in dB over 40 dB below the loudest; pauses and speech get the same, as from one microphone.
             samples = add_noise(samples, self.augmentation.noise_db - 40 * rng.random(), rng)
         if self.augmentation is not None and self.augmentation.speech is not None:
             samples = self.augmentation.speech.record(samples, rng, self._babble_voices)
-        return self.extractor.extract(samples)
+        clean = None
+        if self.augmentation is not None and self.augmentation.clean:
+            clean = self.extractor.extract(_join_parts(item, plain))
+        return self.extractor.extract(samples), clean
 
     def _prepare(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if self.augmentation is None:
@@ -293,14 +320,12 @@ class SpeechToSpeechDataset(BucketedDataset):
             with ``*_lengths`` [B]; ``units`` [S, V] (dictionary indices) with ``unit_lengths`` [S], None where a
             sentence has none; ``windows``:
             ``row``, ``start``, ``end`` [S], or None when no item joins several sentences; ``sentence_row`` [S];
-            ``ntokens`` (MT target tokens), ``nsentences`` (S).
+            ``ntokens`` (MT target tokens), ``nsentences`` (S); ``clean`` [B, T, 80] where items have it.
         """
         if not samples:
             return {}
         lengths = torch.tensor([len(s["source"]) for s in samples])
-        source = torch.zeros(len(samples), int(lengths.max()), samples[0]["source"].shape[1])
-        for row, sample in zip(source, samples):
-            row[: len(sample["source"])] = torch.from_numpy(sample["source"])
+        source = _pad_features([s["source"] for s in samples])
         sentences = [tokens for s in samples for tokens in s["sentences"]]
         previous, targets = collate_targets(sentences)
         src_text, src_text_lengths = pad([s["src_text"] for s in samples])
@@ -321,6 +346,7 @@ class SpeechToSpeechDataset(BucketedDataset):
         return {
             "id": torch.tensor([s["id"] for s in samples]),
             "net_input": {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": previous},
+            **({} if samples[0]["clean"] is None else {"clean": _pad_features([s["clean"] for s in samples])}),
             **targets,
             "src_text": src_text,
             "src_text_lengths": src_text_lengths,
@@ -357,6 +383,30 @@ def collate_targets(sentences: Sequence[Sequence[int]]) -> tuple[Tensor, dict[st
         "ntokens": int(lengths.sum()),
         "nsentences": len(sentences),
     }
+
+
+def _join_parts(item: Item, parts: list[np.ndarray]) -> np.ndarray:
+    """The recordings of an item with its pauses, of such length that they give its frames."""
+    if len(parts) > 1:
+        joined = []
+        for i, (part, length) in enumerate(zip(parts, item.lengths)):
+            joined.append(fit_length(part, (length + EXTRA_HOPS) * FRAME_SHIFT))
+            if i < len(item.pauses):
+                joined.append(np.zeros(item.pauses[i] * FRAME_SHIFT, dtype=np.float32))
+        return np.concatenate(joined)
+    samples = fit_length(parts[0], max(len(parts[0]), FRAME_LENGTH))
+    found = 1 + (len(samples) - FRAME_LENGTH) // FRAME_SHIFT
+    if found != item.n_frames:
+        samples = fit_length(samples, FRAME_LENGTH + FRAME_SHIFT * (item.n_frames - 1))
+    return samples
+
+
+def _pad_features(items: Sequence[np.ndarray]) -> Tensor:
+    """[T, 80] each -> [B, T, 80], zero behind."""
+    out = torch.zeros(len(items), max(map(len, items)), items[0].shape[1])
+    for row, features in zip(out, items):
+        row[: len(features)] = torch.from_numpy(features)
+    return out
 
 
 def _extend(features: np.ndarray, length: int) -> np.ndarray:

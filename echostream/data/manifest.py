@@ -1,21 +1,25 @@
 """Manifests: tab-separated tables with StreamSpeech's columns, one utterance a line.
 
 ``id src_audio src_n_frames src_text tgt_text tgt_audio tgt_n_frames``; further columns (``voice``, ...) are allowed and
-kept. No quoting: a quotation mark is a letter like any other.
+kept. No quoting: a quotation mark is a letter like any other. ``tgt_text.1``, ``src_text.1``, ``tgt_text.2`` ... are
+further references of a row, such as a teacher's; a row without one leaves the cell empty.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from echostream.errors import ManifestError
+from echostream.files import write_text
+from echostream.text_file import iter_lines
 
 COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
 TEXT_COLUMNS = ("src_text", "tgt_text", "tgt_audio")
+RECORDING = ("id", "src_audio", "tgt_text")
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Utterance:
     Attributes:
         id: unique within the manifest.
         audio: path relative to the audio root, or ``archive.zip:offset:length``.
-        n_frames: source feature frames of 10 ms, as computed from the unperturbed recording.
+        n_frames: source feature frames of 10 ms, as computed from the unperturbed recording; 0 where it is not told.
         src_text, tgt_text: sentences with their case and punctuation.
         units: deduplicated target units, int16 ``[U]``, each ``0 .. num_units - 1``; none where they are not known.
         extra: the columns that are not StreamSpeech's.
@@ -38,6 +42,12 @@ class Utterance:
     tgt_text: str
     units: np.ndarray
     extra: dict[str, str] = field(default_factory=dict)
+
+    def references(self, column: str) -> list[str]:
+        """Every text of ``src_text`` or ``tgt_text``: the row's own, then those of ``column.1``, ``column.2`` ..."""
+        names = [name for name in self.extra if name.startswith(f"{column}.") and name[len(column) + 1 :].isdecimal()]
+        further = (self.extra[name] for name in sorted(names, key=lambda name: int(name[len(column) + 1 :])))
+        return [getattr(self, column), *(text for text in further if text.strip())]
 
 
 @dataclass(frozen=True)
@@ -54,16 +64,21 @@ class TextPair:
     audio: str = ""
 
 
-def read_manifest(*paths: str | Path) -> list[Utterance]:
+def read_manifest(*paths: str | Path, need: Sequence[str] = COLUMNS) -> list[Utterance]:
     """Read a manifest, or several as one, and check every row.
+
+    Args:
+        need: columns without which a row is of no use. To translate recordings and score the text, ``RECORDING`` is
+            enough: no units, and no lengths. A column that is not needed may be missing or empty; what is there must
+            be right all the same.
 
     Raises:
         ManifestError: a file is missing or empty, a column is missing, or a row does not hold what its columns
             promise, or an id has been before; the message names the file, the line and the value.
     """
     rows, seen = [], set()
-    for row, where in (found for path in paths for found in _read_rows(Path(path), COLUMNS)):
-        utterance = _parse(row, where)
+    for row, where in (found for path in paths for found in _read_rows(Path(path), need)):
+        utterance = _parse({**dict.fromkeys(COLUMNS, ""), **row}, where, need)
         if utterance.id in seen:
             raise ManifestError(f"{where}: id {utterance.id!r} appears twice")
         seen.add(utterance.id)
@@ -90,21 +105,16 @@ def read_text_pairs(path: str | Path) -> list[TextPair]:
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, str], str]]:
     """Every row of a table by column, and where it stands."""
-    if not path.is_file():
-        raise ManifestError(f"manifest {path} does not exist")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"manifest {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    header = lines[0].rstrip("\r").split("\t")
+    lines = iter_lines(path, what="manifest")
+    header = next(lines, "").split("\t")
     for column in columns:
         if column not in header:
             raise ManifestError(f"manifest {path} has no column {column!r}; it has: {', '.join(header) or 'none'}")
     rows = 0
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in enumerate(lines, 2):
         if not line.strip():
             continue
-        cells = line.rstrip("\r").split("\t")
+        cells = line.split("\t")
         where = f"manifest {path}, line {number}"
         if len(cells) != len(header):
             raise ManifestError(f"{where}: {len(cells)} cells where the header has {len(header)} columns")
@@ -131,18 +141,25 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
             if any(c in cell for c in "\t\n\r"):
                 raise ManifestError(f"row {u.id!r}: {cell!r} holds a tab or a line break, which a manifest cannot")
         lines.append("\t".join(cells))
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
-def _parse(row: dict[str, str], where: str) -> Utterance:
-    without_units = row["tgt_n_frames"] == "0"
-    for column in ("id", "src_audio", "src_text", "tgt_text", *([] if without_units else ["tgt_audio"])):
-        if not row[column].strip():
+def _parse(row: dict[str, str], where: str, need: Sequence[str]) -> Utterance:
+    if row["tgt_n_frames"] == "0" and not row["tgt_audio"].strip():  # its units are not known, and it says so
+        need = [column for column in need if column != "tgt_audio"]
+    for column in ("id", "src_audio", "src_text", "tgt_text", "tgt_audio"):
+        if column in need and not row[column].strip():
             raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
-    n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
-    units, count = np.zeros(0, dtype=np.int16), 0
-    if not without_units or row["tgt_audio"].strip():
-        count, units = _whole(row["tgt_n_frames"], "tgt_n_frames", where), _units(row["tgt_audio"], where)
+    path = PurePath(row["src_audio"])
+    if path.is_absolute() or ".." in path.parts:
+        raise ManifestError(f"{where}: src_audio {_short(row['src_audio'])!r} leads out of the audio root")
+    n_frames = count = 0
+    if "src_n_frames" in need or row["src_n_frames"].strip():
+        n_frames = _whole(row["src_n_frames"], "src_n_frames", where)
+    units = np.zeros(0, dtype=np.int16)
+    if "tgt_audio" in need or row["tgt_audio"].strip():
+        count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
+        units = _units(row["tgt_audio"], where)
     if count != len(units):
         raise ManifestError(f"{where}: tgt_n_frames is {count}, but tgt_audio lists {len(units)} units")
     extra = {name: value for name, value in row.items() if name not in COLUMNS}
@@ -161,7 +178,7 @@ def _units(value: str, where: str) -> np.ndarray:
 
 
 def _whole(value: str, column: str, where: str) -> int:
-    if not value.isdecimal() or int(value) == 0:
+    if not (value.isascii() and value.isdecimal() and len(value) <= 18) or int(value) == 0:
         raise ManifestError(f"{where}: {column} is {_short(value)!r}; it must be a whole number above 0")
     return int(value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,9 @@ from echostream.audio.fbank import fbank
 from echostream.audio.io import check_finite, load_audio
 from echostream.constants import NUM_MEL_BINS
 from echostream.errors import AudioError
+from echostream.loading import inside, read_array, read_bytes
+
+MAX_FEATURES = 256 << 20  # bytes of one utterance's: more than a day
 
 
 def is_features(audio: str) -> bool:
@@ -24,7 +26,7 @@ def load_samples(root: Path, audio: str) -> np.ndarray:
     Raises:
         AudioError: it is missing, unreadable, empty or holds NaN; the message names the file.
     """
-    return load_audio(root / audio)
+    return load_audio(inside(root, audio, "src_audio", AudioError))
 
 
 def load_features(root: Path, audio: str) -> np.ndarray:
@@ -39,17 +41,17 @@ def load_features(root: Path, audio: str) -> np.ndarray:
     if not is_features(audio):
         return fbank(load_samples(root, audio))
     if audio.endswith(".npy"):
-        path = root / audio
-        if not path.is_file():
-            raise AudioError(f"feature file {path} does not exist")
-        return _array(path.read_bytes(), str(path))
+        path = inside(root, audio, "src_audio", AudioError)
+        return _array(read_bytes(path, "feature file", AudioError, MAX_FEATURES), str(path))
     name, _, numbers = audio.rpartition(".zip:")
-    path = root / f"{name}.zip"
+    path = inside(root, f"{name}.zip", "src_audio", AudioError)
     offset, _, length = numbers.partition(":")
-    if not (offset.isdecimal() and length.isdecimal()):
+    if not all(n.isascii() and n.isdecimal() and len(n) <= 18 for n in (offset, length)):
         raise AudioError(f"{root / audio} is not of the form archive.zip:offset:length")
     if not path.is_file():
         raise AudioError(f"feature archive {path} does not exist")
+    if not int(length) <= MAX_FEATURES or int(offset) > path.stat().st_size:
+        raise AudioError(f"feature archive {path} has no {length} bytes at {offset}, which {audio} asks for")
     with path.open("rb") as file:
         file.seek(int(offset))
         data = file.read(int(length))
@@ -61,10 +63,7 @@ def load_features(root: Path, audio: str) -> np.ndarray:
 def _array(data: bytes, name: str) -> np.ndarray:
     if not data.startswith(b"\x93NUMPY"):
         raise AudioError(f"{name} does not start as a .npy array does; is the archive compressed, or the offset wrong?")
-    try:
-        features = np.load(io.BytesIO(data), allow_pickle=False)  # never a pickle: it could run code
-    except (ValueError, EOFError, OSError) as error:
-        raise AudioError(f"{name} is not a usable .npy array: {str(error).splitlines()[0]}") from None
+    features = read_array(data, name, AudioError)
     if features.ndim != 2 or features.shape[1] != NUM_MEL_BINS or len(features) == 0:
         raise AudioError(f"{name} has shape {list(features.shape)}; features are [frames, {NUM_MEL_BINS}]")
     features = features.astype(np.float32)

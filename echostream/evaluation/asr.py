@@ -1,4 +1,4 @@
-"""Speech recognition of the English output, to find out what a listener would hear."""
+"""Speech recognition of the output, English if nothing else is said, to find out what a listener would hear."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ import numpy as np
 
 from echostream.audio.io import load_audio
 from echostream.constants import SAMPLE_RATE
-from echostream.errors import EchoStreamError, MissingExtraError
+from echostream.errors import EchoStreamError, MissingExtraError, require
 
 RECOGNISERS = ("whisper", "pocketsphinx")
+
+
+def recogniser_title(name: str, model: str | Path | None = None, language: str = "en") -> str | None:
+    """What ``load_recogniser`` would call itself; None where that depends on what is installed."""
+    if model is None and language == "en":
+        return {"whisper": Whisper.name, "pocketsphinx": PocketSphinx.name}.get(name)
+    title = f"Whisper {Path(model).name if model else 'whisper-base'}"
+    return title if language == "en" else f"{title} ({language})"
 
 
 class Recogniser:
@@ -33,7 +41,7 @@ class Recogniser:
             return ""
         import soundfile
 
-        if soundfile.info(str(path)).frames < SAMPLE_RATE // 20:
+        if soundfile.info(os.fsencode(path)).frames < SAMPLE_RATE // 20:
             return ""
         return self.transcribe(load_audio(path))
 
@@ -62,7 +70,7 @@ class Whisper(Recogniser):
             for name in ("model.bin", "tokenizer.json"):  # without them faster-whisper would go and download
                 if not (Path(model) / name).is_file():
                     raise EchoStreamError(f"{model} holds no {name} of a CTranslate2 Whisper model")
-            self.name = f"Whisper {Path(model).name}"
+            self.name = recogniser_title("whisper", model, language)
         if task != "transcribe":
             self.name += f" ({task} {language}, beam {beam})"
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // 2))
@@ -105,17 +113,31 @@ class PocketSphinx(Recogniser):
         return hypothesis.hypstr if hypothesis else ""
 
 
-def load_recogniser(name: str = "auto", model: str | Path | None = None) -> Recogniser:
+def load_recogniser(name: str = "auto", model: str | Path | None = None, language: str = "en") -> Recogniser:
     """The recogniser ``name``: ``whisper``, ``pocketsphinx``, or ``auto`` for the first that is installed.
 
-    ``model`` is the directory of another Whisper than tiny.en.
+    Args:
+        model: directory of another Whisper than tiny.en.
+        language: of the speech; for any but English the default is Whisper base of the extra corpus.
 
     Raises:
-        EchoStreamError: there is no such recogniser.
+        EchoStreamError: there is no such recogniser, or it does not hear the language.
         MissingExtraError: it is not installed.
     """
     if name not in ("auto", *RECOGNISERS):
         raise EchoStreamError(f"recogniser {name!r} is unknown; choose auto, {' or '.join(RECOGNISERS)}")
+    if name == "pocketsphinx" and (language != "en" or model is not None):
+        raise EchoStreamError(f"pocketsphinx hears English, by its own model; for {language!r} take whisper")
+    if language != "en":
+        from echostream.units.features import packaged_whisper
+
+        require("faster_whisper", "simuleval")
+        try:
+            return Whisper(model or packaged_whisper(), language)
+        except ValueError as error:  # of faster-whisper, which lists the languages it knows
+            if isinstance(error, EchoStreamError):
+                raise
+            raise EchoStreamError(f"Whisper knows no language {language!r}") from None
     for candidate, kind in (("whisper", Whisper), ("pocketsphinx", PocketSphinx)):
         if name in ("auto", candidate):
             try:

@@ -18,6 +18,8 @@ from echostream.data.corpus.tts import Engine
 from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError
 from echostream.evaluation.asr import Recogniser
+from echostream.files import add, appending
+from echostream.text_file import read_lines
 
 
 def run_cascade(
@@ -41,7 +43,7 @@ def run_cascade(
     by = " + ".join([translator.name, *([voice.version] if voice else [])])
     done = set()
     if results.is_file():
-        for number, line in enumerate(results.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_lines(results, EchoStreamError), 1):
             try:
                 found = json.loads(line)
                 done.add(found["id"])
@@ -49,8 +51,7 @@ def run_cascade(
                 raise EchoStreamError(f"{results}, line {number} is damaged; delete that line or the file") from None
             if found.get("by") != by:
                 raise EchoStreamError(f"{results} is by {found.get('by')!r}, not {by!r}; name another --output")
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", encoding="utf-8") as file:
+    with appending(results, wait=False) as file:
         for row in tqdm([row for row in rows if row.id not in done], desc="cascade", unit="sentence"):
             text = translator.transcribe(load_audio(root / row.audio))
             line = {"id": row.id, "audio": row.audio, "by": by, "mt": text}
@@ -58,8 +59,7 @@ def run_cascade(
             if voice is not None:
                 line["wav"] = f"wav/{row.id.replace('/', '_')}.wav"
                 write_audio(results.parent / line["wav"], _say(voice, text, row.id, seed))
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+            add(file, json.dumps(line, ensure_ascii=False) + "\n")
     return results
 
 

@@ -27,10 +27,7 @@ def average_lagging(delays: Sequence[float], source_length: float, target_length
     Raises:
         EchoStreamError: there is no word, or a length is not positive.
     """
-    if not delays or source_length <= 0 or target_length <= 0:
-        raise EchoStreamError(
-            f"{len(delays)} words from {source_length} ms of source have no lagging (reference: {target_length} words)"
-        )
+    _check(delays, source_length, target_length)
     ideal = source_length / target_length  # ms of source per target word, spoken without any lag
     total = 0.0
     for count, delay in enumerate(delays, 1):
@@ -46,6 +43,40 @@ def length_adaptive_average_lagging(delays: Sequence[float], source_length: floa
     AL falls, even below zero, when the output has more words than the reference; LAAL does not.
     """
     return average_lagging(delays, source_length, max(target_length, len(delays)))
+
+
+def average_proportion(delays: Sequence[float], source_length: float, target_length: int) -> float:
+    """AP (Cho and Esipova, 2016, "Can neural machine translation do simultaneous translation?"): ``Σ d_i / (|X|·|Y|)``.
+
+    Raises:
+        EchoStreamError: as ``average_lagging``.
+    """
+    _check(delays, source_length, target_length)
+    return sum(delays) / (source_length * target_length)
+
+
+def differentiable_average_lagging(delays: Sequence[float], source_length: float) -> float:
+    """DAL (Cherry and Foster, 2019, "Thinking Slow about Latency Evaluation", eq. 4 to 6).
+
+    ``DAL = 1/|Y'| · Σ d'_i − (i−1)/γ`` with ``γ = |Y'|/|X|``, ``d'_1 = d_1`` and ``d'_i = max(d_i, d'_{i−1} + 1/γ)``.
+
+    Raises:
+        EchoStreamError: as ``average_lagging``.
+    """
+    _check(delays, source_length, len(delays))
+    step = source_length / len(delays)
+    total, last = 0.0, 0.0
+    for index, delay in enumerate(delays):
+        last = delay if index == 0 else max(delay, last + step)
+        total += last - index * step
+    return total / len(delays)
+
+
+def _check(delays: Sequence[float], source_length: float, target_length: int) -> None:
+    if not delays or source_length <= 0 or target_length <= 0:
+        raise EchoStreamError(
+            f"{len(delays)} words from {source_length} ms of source have no lagging (reference: {target_length} words)"
+        )
 
 
 def playback(emitted: Sequence[float], durations: Sequence[float]) -> list[tuple[float, float]]:

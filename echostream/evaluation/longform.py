@@ -29,6 +29,9 @@ from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError, require
 from echostream.evaluation import quality
 from echostream.evaluation.latency import length_adaptive_average_lagging
+from echostream.files import write_text
+from echostream.loading import inside, parse_yaml
+from echostream.text_file import read_lines, read_text
 
 SEGMENTS, REFERENCES, SOURCES = "segments.yaml", "references.txt", "sources.txt"
 RESEGMENTERS = ("omnisteval", "levenshtein")
@@ -132,10 +135,10 @@ def make_talks(
     ]
     style = dict(default_flow_style=True, width=1000, sort_keys=False)  # one segment a line
     text = "".join(f"- {yaml.safe_dump(entry, **style)}" for entry in entries)
-    (output / SEGMENTS).write_text(text, encoding="utf-8")
+    write_text(output / SEGMENTS, text)
     every = [segment for talk in talks for segment in talk.segments]
-    (output / REFERENCES).write_text("".join(f"{s.reference}\n" for s in every), encoding="utf-8")
-    (output / SOURCES).write_text("".join(f"{s.source}\n" for s in every), encoding="utf-8")
+    write_text(output / REFERENCES, "".join(f"{s.reference}\n" for s in every))
+    write_text(output / SOURCES, "".join(f"{s.source}\n" for s in every))
     return talks
 
 
@@ -145,15 +148,13 @@ def read_talks(directory: Path) -> list[Talk]:
     Raises:
         EchoStreamError: a file is missing or not of its form, or has another number of sentences.
     """
-    try:
-        entries = yaml.safe_load((directory / SEGMENTS).read_text(encoding="utf-8"))
-        references = (directory / REFERENCES).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise EchoStreamError(f"{error.filename} does not exist; scripts/evaluate.py talks makes it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EchoStreamError(f"{directory / SEGMENTS} cannot be read: {str(error).splitlines()[0]}") from None
+    for name in (SEGMENTS, REFERENCES):
+        if not (directory / name).is_file():
+            raise EchoStreamError(f"{directory / name} does not exist; scripts/evaluate.py talks makes it")
+    entries = parse_yaml(read_text(directory / SEGMENTS, EchoStreamError), str(directory / SEGMENTS), EchoStreamError)
+    references = read_lines(directory / REFERENCES, EchoStreamError)
     path = directory / SOURCES
-    sources = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [""] * len(references)
+    sources = read_lines(path, EchoStreamError) if path.is_file() else [""] * len(references)
     if not isinstance(entries, list) or not len(entries) == len(references) == len(sources) > 0:
         count = len(entries) if isinstance(entries, list) else "no list of"
         raise EchoStreamError(
@@ -163,12 +164,17 @@ def read_talks(directory: Path) -> list[Talk]:
     for number, (entry, reference, source) in enumerate(zip(entries, references, sources), 1):
         try:
             wav, offset, duration = str(entry["wav"]), float(entry["offset"]), float(entry["duration"])
+            if not (0 <= offset < 1e9 and 0 < duration < 1e9):
+                raise ValueError("NaN compares as false")
         except (KeyError, TypeError, ValueError):
             raise EchoStreamError(
                 f"{directory / SEGMENTS}, segment {number}: {str(entry)[:60]!r} lacks wav, offset or duration"
             ) from None
         talks.setdefault(wav, []).append(Segment(offset, duration, reference.strip(), source.strip()))
-    return [Talk(directory / wav, tuple(segments)) for wav, segments in talks.items()]
+    where = str(directory / SEGMENTS)
+    return [
+        Talk(inside(directory, wav, f"{where}: wav", EchoStreamError), tuple(parts)) for wav, parts in talks.items()
+    ]
 
 
 def cut(samples: np.ndarray, segment: Segment) -> np.ndarray:

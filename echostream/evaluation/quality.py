@@ -9,11 +9,25 @@ from collections.abc import Sequence
 
 from echostream.errors import EchoStreamError, require
 
+TOKENIZER = "13a"  # sacrebleu's default
 
-def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU (sacrebleu, 13a tokens, case and punctuation count), 0 to 100."""
+
+def bleu(hypotheses: Sequence[str], references: Sequence[str], tokenizer: str = TOKENIZER) -> float:
+    """Corpus BLEU (sacrebleu, case and punctuation count), 0 to 100.
+
+    Args:
+        tokenizer: of sacrebleu: ``13a``, ``zh``, ``ja-mecab``, ``char``, ...
+
+    Raises:
+        EchoStreamError: sacrebleu has no such tokenizer, or lacks what it needs.
+    """
     _check(hypotheses, references)
-    return float(require("sacrebleu", "simuleval").corpus_bleu(list(hypotheses), [list(references)]).score)
+    score = require("sacrebleu", "simuleval").corpus_bleu
+    try:
+        return float(score(list(hypotheses), [list(references)], tokenize=tokenizer).score)
+    except (RuntimeError, ImportError, KeyError, AssertionError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EchoStreamError(f"sacrebleu's tokenizer {tokenizer!r} cannot be used: {reason}") from None
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
@@ -22,9 +36,12 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
     return float(require("sacrebleu", "simuleval").corpus_chrf(list(hypotheses), [list(references)]).score)
 
 
-def asr_bleu(transcripts: Sequence[str], references: Sequence[str]) -> float:
+def asr_bleu(
+    transcripts: Sequence[str], references: Sequence[str], tokenizer: str = TOKENIZER, numbers: bool = True
+) -> float:
     """BLEU of what an ASR heard, both sides in ``spoken_form``: case and marks of a transcript are the ASR's."""
-    return bleu([spoken_form(t) for t in transcripts], [spoken_form(r) for r in references])
+    heard, true = ([spoken_form(text, numbers) for text in texts] for texts in (transcripts, references))
+    return bleu(heard, true, tokenizer)
 
 
 def word_error_rate(hypotheses: Sequence[str], references: Sequence[str], numbers: bool = True) -> float:

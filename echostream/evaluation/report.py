@@ -5,7 +5,6 @@ Everything in it follows from the results, the manifest and the seed: the same c
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,8 @@ from echostream.evaluation.run import LATENCY
 from echostream.evaluation.significance import MEASURES, Measure, bootstrap
 from echostream.evaluation.systems import System
 from echostream.evaluation.table import markdown
+from echostream.files import write_text
+from echostream.text_file import read_json
 
 LENGTH_BANDS = ((1, 4), (5, 8), (9, 12), (13, None))  # words of the reference
 COMPARED = ("WER", "BLEU", "ASR-BLEU")
@@ -94,7 +95,7 @@ def write(
         f"Bootstrap: {options.samples} samples of the sentences, seed {options.seed}; ± is half of a 95 % interval. "
         "WER and ASR-BLEU without case and punctuation, BLEU and chrF with them (sacrebleu).",
     ]
-    path.write_text("\n\n".join([*head, *parts]) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join([*head, *parts]) + "\n")
 
 
 # ---- quality -------------------------------------------------------------------------------------------------------
@@ -320,6 +321,8 @@ def _mean_source_ms(folder: Path, point: sweep.Point, manifest: Sequence[Utteran
     rows = manifest[: of["recordings"]]
     if sweep.fingerprint([Path(row.audio).name for row in rows], [row.tgt_text for row in rows]) != of["data"]:
         return None
+    if not all(row.n_frames for row in rows):
+        return None
     samples = sum((row.n_frames - 1) * FRAME_SHIFT + FRAME_LENGTH for row in rows)
     return 1000 * samples / SAMPLE_RATE / len(rows)
 
@@ -332,12 +335,9 @@ def long_form(folder: Path) -> str:
 
 
 def _read_json(path: Path, origin: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EchoStreamError(f"{path} does not exist; {origin}") from None
-    except ValueError as error:
-        raise EchoStreamError(f"{path} is damaged: {error}") from None
+    if not path.is_file():
+        raise EchoStreamError(f"{path} does not exist; {origin}")
+    return read_json(path, EchoStreamError)
 
 
 # ---- one against another -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from echostream.audio.io import load_audio
 from echostream.constants import SAMPLE_RATE
 from echostream.data.corpus.rows import hash_int
-from echostream.data.manifest import read_manifest
+from echostream.data.manifest import RECORDING, read_manifest
 from echostream.errors import ManifestError, UnitError
 from echostream.evaluation import quality
 from echostream.evaluation.asr import Recogniser
@@ -49,7 +49,7 @@ def read_sentences(data: Path, manifest: Path | None, limit: int, seed: int = 1)
     if manifest is None and data.is_dir():
         manifest = data / "test.tsv"
     if manifest is not None:
-        texts = {row.extra.get("target") or row.id: row.tgt_text for row in read_manifest(manifest)}
+        texts = {row.extra.get("target") or row.id: row.tgt_text for row in read_manifest(manifest, need=RECORDING)}
         items = [replace(item, text=texts.get(item.id)) for item in items]
     items = [item for item in items if item.text and item.audio.is_file()]
     if limit < 1 or not items:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from echostream.errors import EchoStreamError, require
+from echostream.files import replacing, write_json, write_text
+from echostream.text_file import read_json_lines, read_text
 
 # By what the agent gives out (its --output-type).
 QUALITY = {
@@ -61,7 +63,7 @@ def simulate(
         lists = {"source": [str(Path(s).resolve()) for s in sources[start:stop]], "target": references[start:stop]}
         for name, lines in lists.items():
             text = "".join(f"{' '.join(line.split()) if name == 'target' else line}\n" for line in lines)
-            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+            write_text(folder / f"{name}.txt", text)
         command = [sys.executable, "-m", "simuleval.cli", "--agent", str(agent), "--no-scoring"]
         command += ["--source", str(folder / "source.txt"), "--target", str(folder / "target.txt")]
         command += ["--output", str(folder)]
@@ -79,7 +81,7 @@ def simulate(
 
 def _join(output: Path, folders: Sequence[Path], starts: Sequence[int]) -> None:
     """Make the results of several processes look like those of one."""
-    with (output / "instances.log").open("w", encoding="utf-8") as log:
+    with replacing(output / "instances.log", "w") as log:
         for folder, start in zip(folders, starts, strict=True):
             for line in read_log(folder):
                 line["index"] += start
@@ -89,7 +91,8 @@ def _join(output: Path, folders: Sequence[Path], starts: Sequence[int]) -> None:
                     Path(line["prediction"]).replace(wav)
                     line["prediction"] = wav.as_posix()
                 log.write(json.dumps(line) + "\n")
-            shutil.rmtree(folder)
+    for folder in folders:  # only now that all of them are in one
+        shutil.rmtree(folder)
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
@@ -99,12 +102,9 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
         EchoStreamError: the file is missing, or a line is not JSON.
     """
     path = Path(folder) / "instances.log"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise EchoStreamError(f"{path} does not exist; has simuleval run with --output {folder}?") from None
-    except ValueError as error:
-        raise EchoStreamError(f"{path} is damaged: {error}") from None
+    if not path.is_file():
+        raise EchoStreamError(f"{path} does not exist; has simuleval run with --output {folder}?")
+    return read_json_lines(path, EchoStreamError)
 
 
 def latencies(output: str) -> tuple[str, ...]:
@@ -112,25 +112,36 @@ def latencies(output: str) -> tuple[str, ...]:
     return LATENCY + (WRITTEN_LATENCY if output == "both" else ())
 
 
-def score(folder: str | Path, asr: str = "auto", output: str = "speech", voice: bool = False) -> dict[str, float]:
+def score(
+    folder: str | Path,
+    asr: str = "auto",
+    output: str = "speech",
+    voice: bool = False,
+    *,
+    unit: str = "word",
+    tokenizer: str = "13a",
+    language: str = "en",
+    model: str | None = None,
+) -> dict[str, float]:
     """All figures of a finished run by the scorers of ``echostream.evaluation.simul``; also kept in ``scores.json``.
 
     Latencies are in ms, computation-aware ones end in ``_CA``. ``output`` is what the agent gave out; ``voice`` listens
-    to it a second time without the silences in which the listener waits (VOICE_WER).
+    to it a second time without the silences in which the listener waits (VOICE_WER). ``unit`` (``word``, ``char``) is
+    what latencies count, ``tokenizer`` BLEU's, ``language`` what the recogniser hears, ``model`` another Whisper.
     """
     from echostream.evaluation import simul
 
-    instances = read_instances(folder)
-    args = Namespace(asr=asr, no_use_ref_len=False, computation_aware=True)
+    instances = read_instances(folder, unit)
+    args = Namespace(asr=asr, asr_model=model, target_speech_lang=language, sacrebleu_tokenizer=tokenizer)
     names = QUALITY[output] + (("VOICE_WER",) if voice else ())
     figures = {name: simul.QUALITY_SCORERS[name].from_args(args)(instances) for name in names}
     figures |= score_latency(instances, output)
-    (Path(folder) / "scores.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / "scores.json", figures)
     return figures
 
 
-def read_instances(folder: str | Path) -> dict[int, Any]:
-    """The log of a finished run as SimulEval's instances, which its scorers take.
+def read_instances(folder: str | Path, unit: str = "word") -> dict[int, Any]:
+    """The log of a finished run as SimulEval's instances, which its scorers take; latencies count by ``unit``.
 
     Raises:
         EchoStreamError: there is no log, or it is empty or damaged.
@@ -138,7 +149,7 @@ def read_instances(folder: str | Path) -> dict[int, Any]:
     require("simuleval", "simuleval")
     from simuleval.evaluator.instance import LogInstance
 
-    instances = {line["index"]: LogInstance(json.dumps(line)) for line in read_log(folder)}
+    instances = {line["index"]: LogInstance(json.dumps(line), unit) for line in read_log(folder)}
     if not instances:
         raise EchoStreamError(f"{folder}/instances.log is empty: there is nothing to score")
     return instances
@@ -157,7 +168,7 @@ def score_latency(instances: Mapping[int, Any], output: str = "speech") -> dict[
 def recogniser_name(folder: str | Path) -> str:
     """Which recogniser the ASR figures of a scored run rest on."""
     path = Path(folder) / "asr.txt"
-    return path.read_text(encoding="utf-8").strip() if path.exists() else "no ASR"
+    return read_text(path, EchoStreamError).strip() if path.exists() else "no ASR"
 
 
 def environment() -> dict[str, str]:

@@ -7,8 +7,6 @@ are not computed again, so that a sweep that was interrupted goes on where it st
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -24,8 +22,10 @@ from echostream.evaluation import latency, quality
 from echostream.evaluation.asr import Recogniser
 from echostream.evaluation.streams import Streamed
 from echostream.evaluation.table import markdown
+from echostream.files import write_json, write_text
 from echostream.streaming.options import KNOBS
 from echostream.streaming.policy import POLICIES, knobs_of
+from echostream.text_file import read_json
 
 Value = int | str
 GRID: dict[str, tuple[Value, ...]] = {
@@ -101,7 +101,7 @@ def read_result(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path, EchoStreamError)
         found = result["of"]
     except (ValueError, KeyError, TypeError):
         raise EchoStreamError(f"{path} is damaged; delete it, and it is computed again") from None
@@ -115,10 +115,7 @@ def read_result(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".tmp")
-    half.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(half, path)
+    write_json(path, result, indent=1, ensure_ascii=False)
 
 
 def measure(
@@ -183,12 +180,11 @@ def report(results: Sequence[tuple[Point, Mapping[str, float]]], output: Path, t
     header = ["policy", "knobs", "chunk_ms", *results[0][1]]
     rows = [row(point, figures) for point, figures in results]
     table = markdown(header, rows)
-    (output / "sweep.md").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
+    write_text(output / "sweep.md", f"{title}\n\n{table}\n")
     lines = ["\t".join(line) for line in [header, *rows]]
-    (output / "sweep.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(output / "sweep.tsv", "\n".join(lines) + "\n")
     points = [{**asdict(p), "knobs": dict(p.knobs), "figures": dict(f)} for p, f in results]
-    text = json.dumps({"title": title, "points": points}, indent=1)
-    (output / "sweep.json").write_text(text + "\n", encoding="utf-8")
+    write_json(output / "sweep.json", {"title": title, "points": points}, indent=1)
     draw(results, output / "sweep.png", title)
     return table
 

@@ -6,7 +6,6 @@ A sentence is known by its id in the manifest; a simultaneous run knows its reco
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ import numpy as np
 from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError
 from echostream.evaluation import run
+from echostream.files import write_json
+from echostream.text_file import read_json, read_json_lines, read_lines
 
 TEXTS = ("asr", "st", "mt", "heard", "asr_ref", "mt_ref")
 
@@ -80,12 +81,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         EchoStreamError: the file is missing, empty, or a line is not a JSON object.
     """
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise EchoStreamError(f"{path} does not exist; fairseq-generate --results-path writes it") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise EchoStreamError(f"{path} is not a file of JSON lines: {error}") from None
+    if not path.is_file():
+        raise EchoStreamError(f"{path} does not exist; fairseq-generate --results-path writes it")
+    rows = read_json_lines(path, EchoStreamError)
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise EchoStreamError(f"{path} holds no results")
     return rows
@@ -94,7 +92,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def keep_heard(path: Path, asr: str, heard: Mapping[str, str]) -> None:
     """Keep what the recogniser ``asr`` heard in the recordings of the results ``path``, by id."""
     value = {"asr": asr, "of": _digest(path), "heard": dict(heard)}
-    _heard_file(path).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(_heard_file(path), value, indent=1, ensure_ascii=False)
 
 
 def read_heard(path: Path) -> tuple[str, dict[str, str]]:
@@ -106,7 +104,7 @@ def read_heard(path: Path) -> tuple[str, dict[str, str]]:
     file = _heard_file(path)
     if not file.is_file():
         return "", {}
-    value = json.loads(file.read_text(encoding="utf-8"))
+    value = read_json(file, EchoStreamError)
     if value["of"] != _digest(path):
         again = f"listen again: scripts/evaluate.py offline {path}"
         raise EchoStreamError(f"{path} has changed since {file} was made; {again}")
@@ -142,7 +140,7 @@ def _simultaneous(name: str, path: Path, ids: Mapping[str, str]) -> list[System]
         return [_run(name, name, path, None, {}, ids)]
     about = {}
     if (path / "results.json").is_file():
-        about = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        about = read_json(path / "results.json", EchoStreamError)
     ordered = sorted(folders.items(), key=lambda folder: folder[1])
     return [_run(f"{name} {chunk} ms", name, folder, chunk, about, ids) for folder, chunk in ordered]
 
@@ -174,7 +172,7 @@ def _transcripts(folder: Path, count: int) -> list[str]:
     path, log = folder / "asr_transcripts.txt", folder / "instances.log"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = read_lines(path, EchoStreamError)
     if len(lines) != count or path.stat().st_mtime < log.stat().st_mtime:
         raise EchoStreamError(f"{path} does not belong to {log.name}, which is newer or longer; score the run again")
     return lines

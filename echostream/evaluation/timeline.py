@@ -12,6 +12,7 @@ import numpy as np
 
 from echostream.audio.io import read_audio
 from echostream.errors import require
+from echostream.files import replacing
 
 SOURCE_COLOUR, TARGET_COLOUR, WORD_COLOUR = "#4c72b0", "#55a868", "#c44e52"
 
@@ -67,6 +68,7 @@ def draw(timeline: Timeline, path: str | Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
     """
     require("matplotlib", "simuleval")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: no display, no global state
@@ -108,8 +110,8 @@ def draw(timeline: Timeline, path: str | Path) -> None:
         axis.spines[["top", "right", "left"]].set_visible(False)
     bottom.set_xlim(0, end * 1.05)
     bottom.set_xlabel("seconds (dotted: the speaker has finished)")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _waveform(axis: Any, samples: np.ndarray, rate: int, start: float, colour: str) -> None:

@@ -11,18 +11,31 @@ from typing import Any, Mapping
 import yaml
 from tqdm import tqdm
 
-from echostream.checkpoint import EXPORTED_FORMAT, FILES, Bundle, load_bundle
+from echostream.checkpoint import (
+    CARD,
+    CONFIG,
+    COPIED,
+    EXPORTED_FORMAT,
+    FILES,
+    Bundle,
+    files_of,
+    load_bundle,
+    read_config,
+    sha256,
+)
 from echostream.errors import CheckpointError
 from echostream.export.check import TOLERANCE, compare
 from echostream.export.graphs import in_int8, make_graph
 from echostream.export.voice import check_voice, voice_frames_graph, voice_units_graph
+from echostream.files import replacing_directory, write_text
 from echostream.info import count_parameters
+from echostream.loading import inside
 from echostream.models.decoders.vocoder import CodeHiFiGAN
 from echostream.models.echostream_model import EchoStreamModel
 from echostream.models.graphs import model_graphs
 from echostream.streaming.exported.model import VOICE_GRAPHS
 
-COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")
+_SETTINGS = (*COPIED, "vocoder_config")
 
 
 def export_directory(
@@ -45,6 +58,7 @@ def export_directory(
         CheckpointError: the checkpoint cannot be read, or its graphs compute something else.
         ConfigError: the vocoder is of a kind that cannot be exported.
         MissingExtraError: torch or onnx is not installed.
+        OutputError: the directory cannot be written; what was there is as before.
     """
     checkpoint, directory = Path(checkpoint), Path(directory)
     if checkpoint.is_file():
@@ -53,6 +67,8 @@ def export_directory(
         )
     if directory.exists() and checkpoint.resolve() == directory.resolve():
         raise CheckpointError(f"{directory} is the checkpoint itself; export it to another directory")
+    if (directory / FILES["model"]).exists():
+        raise CheckpointError(f"{directory} is a checkpoint, which would be lost; export to another directory")
     bundle = load_bundle(checkpoint, backend="torch")
     voice = vocoder and bundle.vocoder is not None
     if voice:
@@ -67,7 +83,8 @@ def export_directory(
                 f"the exported {stage} differs from torch by {value:.1e} (at most {TOLERANCE:.0e} is allowed), so "
                 "nothing was written; this is a defect of EchoStream's export, please report it"
             )
-    _write(bundle, directory, graphs, int8, voice)
+    with replacing_directory(directory, owned) as new:
+        _write(bundle, new, graphs, int8, voice)
     return directory, differences
 
 
@@ -98,23 +115,30 @@ def write_graphs(directory: Path, graphs: Mapping[str, Any], int8: bool) -> str:
     return digest.hexdigest()
 
 
+def owned(name: str) -> bool:
+    """Does this file belong to an export, and goes when another takes its place?"""
+    return name.endswith(".onnx") or name in (CONFIG, CARD, *(FILES[n] for n in _SETTINGS))
+
+
 def _write(bundle: Bundle, directory: Path, graphs: Mapping[str, Any], int8: bool, voice: bool) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     digest = write_graphs(directory, graphs, int8)
-    source: dict[str, Any] = yaml.safe_load((bundle.directory / "config.yaml").read_text(encoding="utf-8"))
-    files = {**FILES, **source.get("files", {})}
+    source = read_config(bundle.directory)
+    files = files_of(bundle.directory, source)
     for name in (*COPIED, *(("vocoder_config",) if voice else ())):
-        shutil.copyfile(bundle.directory / files[name], directory / FILES[name])
-    if (bundle.directory / "MODEL_CARD.md").exists():
-        shutil.copyfile(bundle.directory / "MODEL_CARD.md", directory / "MODEL_CARD.md")
+        shutil.copyfile(files[name], directory / FILES[name])
+    digests = {file.name: sha256(file) for file in sorted(directory.iterdir()) if file.suffix != ".onnx"}
+    if (bundle.directory / CARD).exists():
+        card = inside(bundle.directory, CARD, "model card", CheckpointError)
+        shutil.copyfile(card, directory / CARD)
     values = {
-        **{key: value for key, value in source.items() if key not in ("format", "files", "model")},
+        **{key: value for key, value in source.items() if key not in ("format", "files", "digests", "model")},
         "format": EXPORTED_FORMAT,
         "precision": "int8" if int8 else "fp32",
         "vocoder": voice,
         "digest": digest,
+        "digests": digests,
         "exported_from": bundle.digest,
         "parameters": {part: n for part, n in count_parameters(bundle).items() if voice or part != "vocoder"},
         "model": bundle.config.to_dict(),
     }
-    (directory / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_text(directory / CONFIG, yaml.safe_dump(values, sort_keys=False))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from echostream.errors import require
-from echostream.models.graphs import WHOLE, StepGraph
+from echostream.models.graphs import StepGraph
 
 OPSET = 18  # ONNX Runtime 1.20 reads it
 BLOCK = 64  # weights and inputs that share a scale; with 128, ONNX Runtime's sums depend on the number of rows
@@ -31,11 +31,11 @@ def make_graph(step: StepGraph) -> Any:
     """
     onnx = require("onnx", "export")
     require("onnxscript", "export")
-    example, dynamic = {}, {}
-    for name, shape in step.inputs.items():
-        sizes = [size if isinstance(size, int) else step.examples[size] for size in shape]
-        example[name] = torch.zeros(sizes, dtype=torch.long if name in WHOLE else torch.float32)
-        dynamic[name] = {i: torch.export.Dim.DYNAMIC for i, size in enumerate(shape) if not isinstance(size, int)}
+    example = step.example()
+    dynamic = {
+        name: {i: torch.export.Dim.DYNAMIC for i, size in enumerate(shape) if not isinstance(size, int)}
+        for name, shape in step.inputs.items()
+    }
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.__trace")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

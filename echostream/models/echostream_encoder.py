@@ -128,17 +128,24 @@ class EchoStreamEncoder(nn.Module):
         Returns:
             ([B, ceil(T / 4), D] encoder frames of 40 ms, zero in the padding; [B] valid encoder frames).
         """
+        return self.merge_frames(*self.inner_frames(src_tokens, src_lengths))
+
+    def inner_frames(self, src_tokens: Tensor, src_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` up to the last norm, before pairs are merged: ([B, N k, D] frames of the layers; [B] valid ones).
+
+        What stands in the padding means nothing.
+        """
         if self.training and self.train_contexts:
             chosen = self.train_contexts[int(torch.randint(len(self.train_contexts), ()))]
             usual = self.context
             self.set_context(*chosen)
             try:
-                return self._forward(src_tokens, src_lengths)
+                return self._inner_frames(src_tokens, src_lengths)
             finally:
                 self.set_context(*usual)
-        return self._forward(src_tokens, src_lengths)
+        return self._inner_frames(src_tokens, src_lengths)
 
-    def _forward(self, src_tokens: Tensor, src_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _inner_frames(self, src_tokens: Tensor, src_lengths: Tensor) -> tuple[Tensor, Tensor]:
         x, lengths = self.subsampler(src_tokens, src_lengths)
         if self.position_period:
             # In training every item begins somewhere else, so that no place and no passage from the last position to
@@ -148,7 +155,7 @@ class EchoStreamEncoder(nn.Module):
                 start = torch.randint_like(lengths, self.position_period)
             x = x + self._positions(start, x)
         x = dropout(x, self.dropout, self.training)
-        return self._leave(self.forward_layers(x, lengths), lengths)
+        return self._norm(self.forward_layers(x, lengths)), lengths
 
     def forward_layers(self, x: Tensor, lengths: Tensor) -> Tensor:
         """The Emformer layers alone: frames x [B, T' k, D] of which ``lengths`` [B] are valid -> the same.
@@ -231,7 +238,8 @@ class EchoStreamEncoder(nn.Module):
             outputs.append(y)
             at += block
         size = int(y_lengths.max()) if total else 0
-        y, y_lengths = self._leave(torch.cat(outputs, dim=1)[:, :size] if outputs else queue[:, :0], y_lengths)
+        y = torch.cat(outputs, dim=1)[:, :size] if outputs else queue[:, :0]
+        y, y_lengths = self.merge_frames(self._norm(y), y_lengths)
         consumed = torch.minimum(ready * self.segment_length, count)
         new = EncoderState(
             subsampler=subsampler,
@@ -290,17 +298,20 @@ class EchoStreamEncoder(nn.Module):
             block, segment, self.left_context_length, self.right_context_length, self.memory_size, device
         )
 
-    def _leave(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames of the layers [B, N k, D], ``lengths`` [B] of them -> encoder frames [B, N, D] and their lengths."""
-        x = self.leave(x)
+    def _norm(self, x: Tensor) -> Tensor:
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def merge_frames(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner frames [B, N k, D], ``lengths`` [B] of them -> encoder frames [B, N, D] and their lengths."""
+        if self.merge is not None:
+            x = self.merge(x)
         lengths = lengths // self.subsampler.factor
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
         return x.masked_fill(padding[:, :, None], 0.0), lengths
 
     def leave(self, x: Tensor) -> Tensor:
         """Frames of the layers [B, N k, D] -> encoder frames [B, N, D]."""
-        if self.final_norm is not None:
-            x = self.final_norm(x)
+        x = self._norm(x)
         return x if self.merge is None else self.merge(x)
 
     def _choose_block(self, segments: int) -> int:

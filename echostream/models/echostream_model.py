@@ -117,7 +117,8 @@ class EchoStreamModel(nn.Module):
             unit_visible: the same for the unit decoder's inputs, [S, U] (``mt``; default ``visible``) or [S, W]
                 (``encoder``; default: all).
             parts: offline only; which of ``asr``, ``st``, ``mt`` and ``unit`` to compute, for training some alone.
-                Units read from MT states bring the MT decoder with them.
+                Units read from MT states bring the MT decoder with them. ``frames`` hands out the encoder's inner
+                frames too.
             finished: streaming only; True (or [B] bool) flushes what the encoder still holds.
 
         Returns:
@@ -125,8 +126,9 @@ class EchoStreamModel(nn.Module):
             ``encoder_lengths`` [B], ``asr_logits`` and ``st_logits`` [B, T', vocab]; with ``prev_output_tokens``:
             ``mt_logits`` [S, U, vocab], ``mt_hidden`` [S, U, D]; ``unit_logits`` [S, L, num_units + 4] and
             ``unit_lengths`` [S]; with a vocoder, in eval mode: ``units`` [S, N], ``units_lengths`` [S], ``waveform``
-            [S, T_wav] in [-1, 1] and ``waveform_lengths`` [S]. A unit decoder that reads MT states needs a translation:
-            without ``prev_output_tokens`` it is decoded greedily in eval mode (``mt_tokens`` [S, U]).
+            [S, T_wav] in [-1, 1] and ``waveform_lengths`` [S]; with ``frames`` in ``parts``: ``frames`` [B, T' k, D] as
+            the encoder's ``inner_frames`` gives them, ``frame_lengths`` [B]. A unit decoder that reads MT states needs
+            a translation: without ``prev_output_tokens`` it is decoded greedily in eval mode (``mt_tokens`` [S, U]).
             Streaming, the same keys hold what is new; see ``step``.
 
         Raises:
@@ -135,8 +137,15 @@ class EchoStreamModel(nn.Module):
         """
         if self._streaming:
             return self._stream(src_tokens, src_lengths, finished)
-        x, lengths = self.encoder(src_tokens, src_lengths)
+        inner = None
+        if "frames" in parts:
+            inner = self.encoder.inner_frames(src_tokens, src_lengths)
+            x, lengths = self.encoder.merge_frames(*inner)
+        else:
+            x, lengths = self.encoder(src_tokens, src_lengths)
         out = self._encoder_out(x, lengths)
+        if inner is not None:
+            out["frames"], out["frame_lengths"] = inner
         if "asr" in parts:
             out["asr_logits"] = self.asr_head(x)
         if "st" in parts:

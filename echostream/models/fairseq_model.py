@@ -20,6 +20,7 @@ from echostream.models.echostream_model import EchoStreamModel
 from echostream.models.text_encoder import TextEncoder
 from echostream.models.whisper_init import decoder_weights, encoder_weights, whisper_config
 from echostream.text import Vocabulary
+from echostream.whisper.source import whisper_source
 from echostream.whisper.tokens import WhisperBPE, piece_origins
 from echostream.whisper.weights import PUBLISHED, read_whisper
 
@@ -49,7 +50,7 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
             "--encoder-init",
             metavar="CHECKPOINT",
             help="start from this checkpoint's encoder (and CTC heads, where the dictionaries are the same); "
-            "whisper:SOURCE is a Whisper model (CTranslate2 or Hugging Face directory, or OpenAI's .pt)",
+            "whisper:SOURCE is a Whisper model (base, CTranslate2 or Hugging Face directory, OpenAI's .pt)",
         )
         parser.add_argument(
             "--decoder-init",
@@ -176,12 +177,13 @@ def start_from_whisper(model: EchoStreamModel, source: str, option: str, task: A
     Raises:
         CheckpointError: ``source`` is no Whisper model, or of another size. ConfigError: the part is of another kind.
     """
-    whisper = read_whisper(source)
+    path = whisper_source(source)
+    whisper = read_whisper(path)
     if option == "encoder_init":
         part, weights = model.encoder, encoder_weights(whisper, model.config)
     else:
         vocabulary = Vocabulary.load(task.config.path("dict_tgt"))
-        origins = piece_origins(WhisperBPE.load(source), vocabulary)
+        origins = piece_origins(WhisperBPE.load(path), vocabulary)
         part, weights = model.mt_decoder, decoder_weights(whisper, model.config, origins)
     part.load_state_dict({**part.state_dict(), **weights})
     logger.info("%s: took over %d weights of Whisper's %s", source, len(weights), option.removesuffix("_init"))

@@ -44,6 +44,17 @@ class StepGraph(nn.Module):
     def forward(self, given: Arrays) -> Arrays:
         raise NotImplementedError
 
+    def example(self) -> Arrays:
+        """Zeros of the example's sizes for all inputs."""
+        shapes = {
+            name: [size if isinstance(size, int) else self.examples[size] for size in shape]
+            for name, shape in self.inputs.items()
+        }
+        return {
+            name: torch.zeros(shape, dtype=torch.long if name in WHOLE else torch.float32)
+            for name, shape in shapes.items()
+        }
+
 
 class EncoderGraph(StepGraph):
     """G segments of each stream: stem, Emformer layers, and what follows them.
@@ -108,7 +119,8 @@ class EncoderGraph(StepGraph):
             x, new, heard = layer.attend_past(x, given["mask"], *past, given.get("distance"))
             kept.append(new)
             if heard is not None:
-                out[f"new.conv.{i}"] = heard[:, -past[2].shape[1] :]
+                size = layer.convolution.kernel - 1
+                out[f"new.conv.{i}"] = heard[:, -size:] if size else past[2]
         frames = encoder.leave(x[:, :, : encoder.segment_length].flatten(1, 2))
         return {"frames": frames, "kept": torch.cat(kept, dim=2), **out}
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from echostream.config import EchoStreamConfig
 from echostream.constants import EOS, PAD
 from echostream.errors import CheckpointError, ConfigError
-from echostream.whisper.tokens import TokenOrigins
+from echostream.whisper.tokens import TIMESTAMPS, TokenOrigins
 from echostream.whisper.weights import WhisperDims, WhisperWeights
 
-TIMESTAMPS = 1501  # Whisper's last tokens
 PROMPT_LENGTH = 4  # <|startoftranscript|>, language, task, <|notimestamps|>: of Whisper's positions, ours is the last
 
 

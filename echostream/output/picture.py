@@ -9,6 +9,7 @@ import numpy as np
 from echostream.errors import EchoStreamError, require
 from echostream.evaluation.latency import playback
 from echostream.evaluation.timeline import Timeline, draw
+from echostream.files import check_writable
 from echostream.output.words import WordTimes
 from echostream.streaming.events import Event, SentenceEnd, Waveform
 from echostream.text import Vocabulary
@@ -27,6 +28,7 @@ class TimelinePicture:
 
     Raises:
         EchoStreamError: ``seconds`` is out of range, or the suffix is not ``.png``.
+        OutputError: the picture cannot be written; here if that shows already, or when it is closed.
         MissingExtraError: matplotlib is not installed.
     """
 
@@ -45,6 +47,7 @@ class TimelinePicture:
         if self.path.suffix.lower() != ".png":
             raise EchoStreamError(f"timeline {path} must end in .png")
         require("matplotlib", "simuleval")
+        check_writable(self.path)
         self.rate, self.seconds, self.speech = rate, seconds, speech
         self.words = WordTimes(vocabulary, speech, units_read_text)
         self.source: list[np.ndarray] = []

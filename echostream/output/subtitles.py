@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
-from echostream.errors import EchoStreamError
+from echostream.errors import EchoStreamError, OutputError
+from echostream.files import failure, growing, write_all
 from echostream.streaming.events import Event, SentenceEnd
 
 LINE_LETTERS, LINES = 42, 2  # of one subtitle, as broadcasters have it
@@ -52,7 +53,8 @@ class SubtitleFile:
     """Writes subtitles sentence by sentence; the last one waits for the next, to know how long it may stay.
 
     Raises:
-        EchoStreamError: the suffix is neither ``.srt`` nor ``.vtt``, or the file cannot be written.
+        EchoStreamError: the suffix is neither ``.srt`` nor ``.vtt``.
+        OutputError: here and later, when the file cannot be written (any further).
     """
 
     def __init__(self, path: str | Path):
@@ -60,16 +62,14 @@ class SubtitleFile:
         self.kind = path.suffix.lower()
         if self.kind not in (".srt", ".vtt"):
             raise EchoStreamError(f"subtitles {path} must end in .srt or .vtt")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file: TextIO = path.open("w", encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise EchoStreamError(f"subtitles {path} cannot be written: {error.strerror}") from None
+        self.path = path
+        self.file = growing(path)
+        self.size = 0  # bytes written
+        self.broken = False
         self.count = 0
         self.waiting: Cue | None = None
         if self.kind == ".vtt":
-            self.file.write("WEBVTT\n\n")
-            self.file.flush()
+            self._write("WEBVTT\n\n")
 
     def take(self, event: Event) -> None:
         if not isinstance(event, SentenceEnd):
@@ -88,12 +88,26 @@ class SubtitleFile:
         text = cue.text
         if self.kind == ".vtt":  # where these three mean something else
             text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        self.file.write(f"{self.count}\n{times}\n{text}\n\n")
-        self.file.flush()
+        self._write(f"{self.count}\n{times}\n{text}\n\n")
+
+    def _write(self, text: str) -> None:
+        if self.broken:
+            return
+        data = text.encode("utf-8", "replace")
+        try:
+            write_all(self.file, data)
+            self.size += len(data)
+        except OSError as error:
+            self.broken = True
+            with suppress(OSError):
+                self.file.truncate(self.size)  # whole subtitles only
+            raise OutputError(failure(f"subtitles {self.path}", error)) from None
 
     def close(self) -> None:
-        self._flush(float("inf"))
-        self.file.close()
+        try:
+            self._flush(float("inf"))
+        finally:
+            self.file.close()
 
 
 def stamp(seconds: float, kind: str) -> str:

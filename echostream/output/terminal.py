@@ -17,7 +17,7 @@ class LiveText:
     On a terminal the sentence in the making is redrawn in place; elsewhere (a log file) only finished ones are written.
 
     Args:
-        stream: where to (standard error: standard output may carry speech).
+        stream: where to (standard error: standard output may carry speech). When it is closed, nothing is shown.
         source_lang, target_lang: language codes that stand before the lines.
         seconds: length of the source, for the clock; None if not known.
         live: redraw? Default: if ``stream`` is a terminal.
@@ -26,7 +26,7 @@ class LiveText:
 
     def __init__(
         self,
-        stream: TextIO,
+        stream: TextIO | None,
         source_lang: str,
         target_lang: str,
         seconds: float | None = None,
@@ -35,7 +35,9 @@ class LiveText:
     ):
         self.stream, self.width, self.seconds = stream, width, seconds
         self.names = (source_lang or "src", target_lang or "tgt")
-        self.live = stream.isatty() and os.environ.get("TERM") != "dumb" if live is None else live
+        if live is None:
+            live = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.live = live
         self.colour = self.live and "NO_COLOR" not in os.environ
         self.source = self.target = ""
         self.now = 0.0
@@ -51,9 +53,9 @@ class LiveText:
             self._erase()
             if event.source_text or event.text:
                 self._write(f"{clock(event.first_heard_s):>8}", event.source_text, event.text, cut=False)
-                self.stream.write("\n")
+                self._put("\n")
             self.source = self.target = ""
-            self.stream.flush()
+            self._flush()
 
     def show(self, now: float) -> None:
         """Redraw the sentence in the making; ``now`` is the audio clock in seconds."""
@@ -63,21 +65,35 @@ class LiveText:
         total = f"/{clock(self.seconds)}" if self.seconds else ""
         self._write(f"{clock(now)}{total}".rjust(8), self.source, self.target, cut=True)
         self.drawn = 2
-        self.stream.flush()
+        self._flush()
 
     def message(self, text: str) -> None:
         """A line of its own, above the sentence in the making."""
         self._erase()
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        self._put(text + "\n")
+        self._flush()
 
     def close(self) -> None:
         self._erase()
-        self.stream.flush()
+        self._flush()
+
+    def _put(self, text: str) -> None:
+        try:
+            if self.stream is not None:
+                self.stream.write(text)
+        except (OSError, ValueError):  # nobody looks any more: the translation and its files go on
+            self.stream = None
+
+    def _flush(self) -> None:
+        try:
+            if self.stream is not None:
+                self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = None
 
     def _erase(self) -> None:
         if self.drawn:
-            self.stream.write("\r" + "\x1b[1A" * (self.drawn - 1) + "\x1b[J")
+            self._put("\r" + "\x1b[1A" * (self.drawn - 1) + "\x1b[J")
             self.drawn = 0
 
     def _write(self, time: str, source: str, target: str, cut: bool) -> None:
@@ -86,8 +102,8 @@ class LiveText:
         label = max(map(len, self.names))
         room = max(10, width - len(time) - label - 5) if cut else None
         dim, plain = (DIM, PLAIN) if self.colour else ("", "")
-        self.stream.write(f"{dim}{time}  {self.names[0]:<{label}}  {tail(source, room)}{plain}\n")
-        self.stream.write(f"{'':{len(time)}}  {self.names[1]:<{label}}  {tail(target, room)}")
+        self._put(f"{dim}{time}  {self.names[0]:<{label}}  {tail(source, room)}{plain}\n")
+        self._put(f"{'':{len(time)}}  {self.names[1]:<{label}}  {tail(target, room)}")
 
 
 def tail(text: str, room: int | None) -> str:

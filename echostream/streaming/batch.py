@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Mapping
+from collections.abc import Mapping
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from echostream.streaming.segmenter import Segmenter
 from echostream.streaming.session import make_engine
 from echostream.streaming.stages import Backend
 from echostream.streaming.track import Hearing, Track, decide
+from echostream.streaming.turns import Turns, in_turn
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 class SessionBatch:
     """Up to ``capacity`` streams that join and leave at any time; each gets what it would get alone.
+
+    Threads that share it take turns, call by call.
 
     Args:
         capacity: rows of the model's state; its memory is taken at once.
@@ -38,14 +43,15 @@ class SessionBatch:
         bundle: Bundle,
         capacity: int = 8,
         policy: Policy | str | None = None,
-        segmenter: Segmenter | str = "punctuation",
+        segmenter: Segmenter | str | None = None,
         settings: Settings | None = None,
         backend: Backend | None = None,
         **options: Any,
     ):
-        if capacity < 1:
-            raise ConfigError(f"capacity is {capacity}; a batch needs room for one stream at least")
-        self.engine = make_engine(bundle, policy, segmenter, settings, options)
+        if isinstance(capacity, bool) or not isinstance(capacity, Integral) or capacity < 1:
+            raise ConfigError(f"capacity is {capacity!r}; a batch needs room for one stream at least")
+        self._turns = Turns()
+        self.engine = make_engine(bundle, policy=policy, segmenter=segmenter, settings=settings, **options)
         self.settings = self.engine.settings
         self._hearing = Hearing(AudioClock(self.settings.chunk_ms, bundle.config.features), bundle.cmvn)
         self._stages = (backend or backend_of(bundle))(bundle, rows=capacity, speech=self.settings.speech)
@@ -53,6 +59,7 @@ class SessionBatch:
         self._tracks: dict[int, Track] = {}
         self._next = 0
 
+    @in_turn
     def join(self) -> int:
         """A new stream; its number is used in all other calls, and never given twice.
 
@@ -67,17 +74,21 @@ class SessionBatch:
         self._tracks[number] = Track(row, self._hearing.clock.init_state())
         return number
 
+    @in_turn
     def leave(self, number: int) -> None:
         """Forget a stream, finished or not."""
         self._free.append(self._track(number).row)
         del self._tracks[number]
 
+    @in_turn
     def push(self, samples: Mapping[int, np.ndarray], sample_rate: int = SAMPLE_RATE) -> dict[int, list[Event]]:
         """Hear more of some streams: their numbers and samples [N] each. Returns the events of each.
 
         Raises:
             AudioError, SessionError: as ``StreamingSession.push``; then nothing of any stream was heard.
         """
+        if not isinstance(samples, Mapping):
+            raise SessionError(f"push() takes the samples of each stream by its number, not {type(samples).__name__}")
         pending = {
             number: self._hearing.push(self._track(number), part, sample_rate) for number, part in samples.items()
         }
@@ -94,15 +105,18 @@ class SessionBatch:
                 self._decide(jobs, events)
         return events
 
+    @in_turn
     def finish(self, *numbers: int) -> dict[int, list[Event]]:
         """These streams have ended: translate what is left of them. Their places are free after ``leave``.
 
         Raises:
-            SessionError: one of them is unknown, or has been finished before; then none is.
+            SessionError: one of them is unknown, named twice, or has been finished before; then none is.
         """
         for number in numbers:
             if self._track(number).finished:
                 raise SessionError(f"stream {number} has been finished already; leave() it")
+        if len(set(numbers)) < len(numbers):
+            raise SessionError(f"finish() names a stream twice: {', '.join(map(str, numbers))}")
         events: dict[int, list[Event]] = {number: [] for number in numbers}
         self._decide({n: (self._tracks[n], self._hearing.finish(self._tracks[n])) for n in numbers}, events)
         return events
@@ -112,6 +126,6 @@ class SessionBatch:
             events[number] += found
 
     def _track(self, number: int) -> Track:
-        if number not in self._tracks:
+        if not isinstance(number, Integral) or number not in self._tracks:
             raise SessionError(f"there is no stream {number} in the batch; there are: {sorted(self._tracks) or 'none'}")
         return self._tracks[number]

@@ -24,6 +24,7 @@ import numpy as np
 from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, BOS, EOS, NUM_SPECIALS, PAD
 from echostream.errors import ConfigError
+from echostream.loading import shown
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
 from echostream.streaming.policy import Draft, Policy, Progress
 from echostream.streaming.search import Chosen
@@ -39,6 +40,16 @@ Work = Generator[Request, Any, Any]
 BASE_TOKENS, TOKENS_PER_SECOND = 16, 12
 # The same run of subwords this often in a row, covering this many, is a decoder going round in circles.
 LOOP_COPIES, LOOP_TOKENS, LONGEST_LOOP = 3, 9, 8
+
+
+# Least and most of each number; the most of ``beam`` and ``chunk_ms`` bound what a decision costs.
+LIMITS = {
+    "chunk_ms": (10, 60_000),
+    "tail_frames": (0, 1000),
+    "lookback_frames": (1, 10_000),
+    "beam": (1, 32),
+    "max_sentence_frames": (25, 1 << 20),
+}
 
 
 @dataclass(frozen=True)
@@ -71,14 +82,19 @@ class Settings:
     beam: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("chunk_ms", 10), ("tail_frames", 0), ("lookback_frames", 1), ("beam", 1)):
+        for name, (least, most) in LIMITS.items():
             value = getattr(self, name)
+            if value is None and name == "max_sentence_frames":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+                raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
+            if value > most:
+                raise ConfigError(f"{name} is {shown(value)}; it must be at most {most}")
+        for name in ("whole_words", "speech", "text"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}; it must be true or false")
         if self.speech and not self.text:
             raise ConfigError("speech is True, but text is False; speech is made from text")
-        if self.max_sentence_frames is not None and self.max_sentence_frames < 25:
-            raise ConfigError(f"max_sentence_frames is {self.max_sentence_frames}; a sentence needs at least 25 (1 s)")
 
 
 @dataclass
@@ -200,7 +216,7 @@ class Engine:
             (heard.target, stream.target_symbol, target),
         ):
             for frame, symbol in enumerate(symbols.tolist(), stream.frames):
-                if symbol != last and symbol >= NUM_SPECIALS:
+                if symbol != last and symbol >= NUM_SPECIALS and self.segmenter.voiced(frame, stream.audio):
                     found.append(Spoken(symbol, frame))
                 last = symbol
         if len(heard.frames):

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echostream.constants import ENCODER_FRAME_MS
-from echostream.errors import ConfigError
-from echostream.streaming.policy import POLICIES, WAIT_UNITS, knobs_of, make_policy
-from echostream.streaming.segmenter import CT_SIDES, SEGMENTERS, make_segmenter
+from echostream.streaming.policy import POLICIES, WAIT_UNITS
+from echostream.streaming.resolve import resolve
+from echostream.streaming.segmenter import CT_SIDES, SEGMENTERS
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
@@ -92,7 +91,8 @@ def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) ->
     parser.add_argument(
         "--segmenter",
         metavar="NAME[+NAME]",
-        help=f"where sentences end: {', '.join(SEGMENTERS)}, or several joined by + (default: punctuation)",
+        help=f"where sentences end: {', '.join(SEGMENTERS)}, or several joined by + "
+        "(default: the checkpoint's, or punctuation)",
     )
     parser.add_argument("--punctuation-model", type=Path, metavar="DIR", help="ct: a CT-Transformer's directory (ONNX)")
     parser.add_argument("--punctuation-side", choices=CT_SIDES, help="ct: it reads ST or ASR text (default: target)")
@@ -120,41 +120,7 @@ def session_options(args: Namespace, bundle: Bundle) -> dict[str, Any]:
         ConfigError: a knob that the policy does not have, a value out of range, or an unknown segmenter.
         CheckpointError, MissingExtraError: what a segmenter needs is missing.
     """
-    preferred = bundle.policy
-
-    def said(*names: str) -> dict[str, Any]:
-        return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-
-    name = getattr(args, "policy", None) or preferred.get("policy", "ctc")
-    own = knobs_of(name)
-    chosen = said(*KNOBS)
-    for knob in chosen:
-        if knob not in own:
-            raise ConfigError(
-                f"--{knob.replace('_', '-')} is no knob of policy {name!r}; "
-                f"it has: {', '.join('--' + k.replace('_', '-') for k in own) or 'none'}"
-            )
-    defaults = {knob: preferred[knob] for knob in own if knob in preferred}
-    segmenter = getattr(args, "segmenter", None) or preferred.get("segmenter", "punctuation")
-    for option, part in (
-        ("punctuation_model", "ct"), ("punctuation_side", "ct"), ("vad_model", "pause"), ("min_pause_ms", "pause")
-    ):  # fmt: skip
-        if getattr(args, option, None) is not None and part not in segmenter.split("+"):
-            raise ConfigError(f"--{option.replace('_', '-')} is for --segmenter {part}, not for {segmenter}")
-    options: dict[str, Any] = {
-        "policy": make_policy(name, **{**defaults, **chosen}),
-        "segmenter": make_segmenter(
-            segmenter,
-            bundle.source_dict,
-            bundle.target_dict,
-            **said("punctuation_model", "punctuation_side", "vad_model", "min_pause_ms"),
-        ),
-        **said("chunk_ms", "beam"),
-    }
-    longest = getattr(args, "max_sentence_s", None)
-    if longest is not None:
-        most = bundle.config.max_sentence_frames * ENCODER_FRAME_MS / 1000
-        if not 1 <= longest <= most:
-            raise ConfigError(f"--max-sentence-s is {longest:g}; this model's buffers allow 1 to {most:g}")
-        options["max_sentence_frames"] = round(longest * 1000 / ENCODER_FRAME_MS)
-    return options
+    names = ("policy", *KNOBS, *SEGMENTER_OPTIONS, "chunk_ms", "beam")
+    said = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    found = resolve(bundle, said, spell=lambda name: f"--{name.replace('_', '-')}")
+    return found._asdict()

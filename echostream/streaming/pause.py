@@ -1,4 +1,4 @@
-"""Sentences that end where the speaker pauses: silero's voice activity detector through ONNX Runtime alone.
+"""What silero's voice activity detector is good for, through ONNX Runtime alone: pauses, and words for no speech.
 
 Silero VAD (https://github.com/snakers4/silero-vad, MIT) reads 512 samples (32 ms at 16 kHz) with the 64 before them and
 gives the probability that someone speaks; its state is carried along. Versions 5 and 6 of the model share this form.
@@ -23,6 +23,7 @@ CONTEXT = 64  # samples before them that it reads again
 SAMPLES_PER_FRAME = SAMPLE_RATE * ENCODER_FRAME_MS // 1000
 HYSTERESIS = 0.15  # what is no speech must be this much less probable than what is
 REMEMBERED = 64  # pauses kept; a sentence of 40 s has not that many
+WINDOWS_REMEMBERED = 256  # 8 s: no encoder is so far behind its sound
 
 
 @dataclass(frozen=True)
@@ -155,3 +156,69 @@ class PauseSegmenter(SegmenterBase):
             if target[0].frame < until <= frames:
                 return Ending("pause", until=until)
         return None
+
+
+@dataclass(frozen=True)
+class SpeechGate(SegmenterBase):
+    """Lets a word count only where someone may have spoken; it ends no sentence.
+
+    An encoder that has heard little else than speech makes words of hum, noise and music. A token of the CTC heads
+    counts if the detector heard speech in one of the windows within ``margin_ms`` of its frame: before it, because CTC
+    is late, and behind it, because the detector is.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    vad: SileroVAD = field(repr=False)
+    threshold: float = 0.5
+    margin_ms: int = 480
+
+    listens = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ConfigError(f"threshold is {self.threshold!r}; it must lie between 0 and 1")
+        if isinstance(self.margin_ms, bool) or not isinstance(self.margin_ms, int) or not 0 <= self.margin_ms <= 4000:
+            raise ConfigError(f"margin_ms is {self.margin_ms!r}; it must be a whole number from 0 to 4000")
+
+    @property
+    def name(self) -> str:
+        return f"speech({self.threshold:g}, {self.margin_ms} ms)"
+
+    # Memory: the detector's state; samples that wait for their window, with the context before them; windows so far;
+    # and whether there was speech in the last ones.
+
+    def init_audio(self) -> AudioMemory:
+        return {
+            "state": self.vad.init_state(),
+            "samples": np.zeros(CONTEXT, dtype=np.float32),
+            "count": np.zeros(1, dtype=np.int64),
+            "speech": np.zeros(0, dtype=np.int64),
+        }
+
+    def hear(self, samples: np.ndarray, memory: AudioMemory) -> AudioMemory:
+        joined = np.concatenate([memory["samples"], samples])
+        state, found, at = memory["state"], memory["speech"].tolist(), 0
+        while at + CONTEXT + WINDOW <= len(joined):
+            probability, state = self.vad.step(joined[at : at + CONTEXT + WINDOW], state)
+            found.append(int(probability >= self.threshold))
+            at += WINDOW
+        return {
+            "state": state,
+            "samples": joined[at:].copy(),
+            "count": memory["count"] + at // WINDOW,
+            "speech": np.array(found[-WINDOWS_REMEMBERED:], dtype=np.int64),
+        }
+
+    def find(
+        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+    ) -> Ending | None:
+        return None
+
+    def voiced(self, frame: int, memory: AudioMemory) -> bool:
+        margin = SAMPLE_RATE * self.margin_ms // 1000
+        first = max(0, frame * SAMPLES_PER_FRAME - margin) // WINDOW
+        last = ((frame + 1) * SAMPLES_PER_FRAME + margin) // WINDOW
+        known = int(memory["count"][0]) - len(memory["speech"])  # windows before the remembered ones
+        return bool(memory["speech"][max(0, first - known) : max(0, last - known + 1)].any())

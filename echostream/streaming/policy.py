@@ -24,8 +24,11 @@ import numpy as np
 
 from echostream.constants import ENCODER_FRAME_MS
 from echostream.errors import ConfigError
+from echostream.loading import shown
 
 Memory = tuple[int, ...]
+MOST = {"agreement_n": 1000, "wait_unit_ms": 60_000}  # of a knob; of all others:
+MOST_KNOB = 10_000
 UNLIMITED = 1 << 30  # subwords: the policy sets no limit in advance
 
 
@@ -143,7 +146,9 @@ class PolicyBase:
         for name, bound in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {bound}")
+                raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {bound}")
+            if value > MOST.get(name, MOST_KNOB):
+                raise ConfigError(f"{name} is {shown(value)}; it must be at most {MOST.get(name, MOST_KNOB)}")
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ class WaitKPolicy(PolicyBase):
     def __post_init__(self) -> None:
         self._check(wait_k=1, wait_stride=1, wait_unit_ms=ENCODER_FRAME_MS, lagging_k2=0, stride_n2=1)
         if self.wait_unit not in WAIT_UNITS:
-            raise ConfigError(f"wait_unit is {self.wait_unit!r}; it must be one of {', '.join(WAIT_UNITS)}")
+            raise ConfigError(f"wait_unit is {shown(self.wait_unit)}; it must be one of {', '.join(WAIT_UNITS)}")
 
     def allowed(self, progress: Progress) -> int:
         """Target units that may be written in all."""
@@ -339,9 +344,9 @@ class AlignAttPolicy(PolicyBase):
     def __post_init__(self) -> None:
         self._check(alignatt_frames=0, lagging_k2=0, stride_n2=1)
         if isinstance(self.alignatt_layer, bool) or not isinstance(self.alignatt_layer, int):
-            raise ConfigError(f"alignatt_layer is {self.alignatt_layer!r}; it must be a whole number")
+            raise ConfigError(f"alignatt_layer is {shown(self.alignatt_layer)}; it must be a whole number")
         if not isinstance(self.alignatt_heads, str) or not _HEADS.fullmatch(self.alignatt_heads):
-            raise ConfigError(f"alignatt_heads is {self.alignatt_heads!r}; it must be like 3.1,4.2 (layer.head)")
+            raise ConfigError(f"alignatt_heads is {shown(self.alignatt_heads)}; it must be like 3.1,4.2 (layer.head)")
 
     @property
     def attention_heads(self) -> tuple[tuple[int, int | None], ...]:

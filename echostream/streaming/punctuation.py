@@ -9,7 +9,6 @@ for speech in real time take two attention masks [1, 1, T, T] more.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any, Sequence
 import numpy as np
 
 from echostream.errors import CheckpointError, ConfigError
+from echostream.loading import read_mapping
 from echostream.streaming.onnx_runtime import describe_inputs, open_graph
 from echostream.streaming.segmenter import AudioMemory, Ending, SegmenterBase, Spoken
 from echostream.text import WORD_START, Vocabulary
-from echostream.yaml_file import read_mapping
+from echostream.text_file import read_json, read_lines
 
 MODEL_FILES = ("model.onnx", "model.int8.onnx", "model_quant.onnx")
 FULL_STOPS = frozenset("。？！.?!…")
@@ -118,9 +118,9 @@ def _read_tokens(path: Path, metadata: dict[str, str]) -> tuple[list[str], str]:
         return tokens, metadata.get("unk_symbol", tokens[-1])
     try:
         if (folder / "tokens.json").is_file():
-            tokens = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+            tokens = read_json(folder / "tokens.json", CheckpointError)
         elif (folder / "tokens.txt").is_file():
-            lines = (folder / "tokens.txt").read_text(encoding="utf-8").splitlines()
+            lines = read_lines(folder / "tokens.txt", CheckpointError)
             tokens = [line.split()[0] if line.split() else line for line in lines]  # a number may follow
         else:
             raise CheckpointError(f"{folder} has neither tokens.json nor tokens.txt, and {path.name} names no tokens")

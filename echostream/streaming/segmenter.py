@@ -9,8 +9,9 @@ Beside whatever is chosen here a sentence ends at the maximum length (``Settings
 | ``ct`` | a full stop that a CT-Transformer punctuation model sets into the ST or ASR text (``punctuation.py``) |
 | ``pause`` | a pause of the speaker, by silero's voice activity detector (``pause.py``) |
 | ``none`` | the end of the recording only |
+| ``speech`` | nothing: it lets no words count where silero's detector hears nobody (``pause.py``) |
 
-Several are joined by a plus sign (``punctuation+pause``): the first end that any of them finds counts.
+Several are joined by a plus sign (``punctuation+pause+speech``): the first end that any of them finds counts.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ class Segmenter(Protocol):
             memory: of the sound, up to the same moment.
         """
 
+    def voiced(self, frame: int, memory: AudioMemory) -> bool:
+        """May somebody have spoken about encoder frame ``frame``? A CTC token where nobody did is invented."""
+
 
 class SegmenterBase:
     """A segmenter that does not listen."""
@@ -94,6 +98,9 @@ class SegmenterBase:
 
     def hear(self, samples: np.ndarray, memory: AudioMemory) -> AudioMemory:
         return memory
+
+    def voiced(self, frame: int, memory: AudioMemory) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,9 @@ class CombinedSegmenter:
         found = [part.find(source, target, frames, self._part(i, memory)) for i, part in enumerate(self.parts)]
         return min((ending for ending in found if ending), key=lambda ending: ending.place, default=None)
 
+    def voiced(self, frame: int, memory: AudioMemory) -> bool:
+        return all(part.voiced(frame, self._part(i, memory)) for i, part in enumerate(self.parts))
+
     @staticmethod
     def _join(memories: list[AudioMemory]) -> AudioMemory:
         return {f"{i}.{name}": array for i, memory in enumerate(memories) for name, array in memory.items()}
@@ -164,7 +174,7 @@ class CombinedSegmenter:
         return {name.removeprefix(start): array for name, array in memory.items() if name.startswith(start)}
 
 
-SEGMENTERS = ("punctuation", "ct", "pause", "none")
+SEGMENTERS = ("punctuation", "ct", "pause", "speech", "none")
 CT_SIDES = ("target", "source")
 
 
@@ -183,7 +193,7 @@ def make_segmenter(
         source_dict, target_dict: the model's dictionaries.
         punctuation_model: directory or .onnx file of the CT-Transformer, for ``ct``.
         punctuation_side: the text it reads, ``target`` (ST CTC) or ``source`` (ASR CTC).
-        vad_model: silero's .onnx file, for ``pause``; default: that of the installed package ``silero-vad``.
+        vad_model: silero's .onnx file, for ``pause`` and ``speech``; default: that of the package ``silero-vad``.
         min_pause_ms: milliseconds of silence that end a sentence, for ``pause``.
 
     Raises:
@@ -195,8 +205,8 @@ def make_segmenter(
     for part in names:
         if part not in SEGMENTERS:
             raise ConfigError(f"unknown segmenter {part!r}; known: {', '.join(SEGMENTERS)}, and joined by '+'")
-        if names.count(part) > 1 or (part == "none" and len(names) > 1):
-            raise ConfigError(f"segmenter {name!r} makes no sense; join different ones, and 'none' with nothing")
+        if names.count(part) > 1 or (part == "none" and set(names) - {"none", "speech"}):
+            raise ConfigError(f"segmenter {name!r} makes no sense; join different ones ('none': with 'speech')")
         if part == "punctuation":
             parts.append(PunctuationSegmenter(target_dict))
         elif part == "none":
@@ -205,6 +215,10 @@ def make_segmenter(
             from echostream.streaming.pause import PauseSegmenter, SileroVAD
 
             parts.append(PauseSegmenter(SileroVAD.load(vad_model), min_pause_ms))
+        elif part == "speech":
+            from echostream.streaming.pause import SileroVAD, SpeechGate
+
+            parts.append(SpeechGate(SileroVAD.load(vad_model)))
         else:
             from echostream.streaming.punctuation import CTPunctuation, CTSegmenter
 

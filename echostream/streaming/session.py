@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echostream.constants import SAMPLE_RATE
-from echostream.errors import ConfigError
 from echostream.streaming import archive
 from echostream.streaming.backends import backend_of
 from echostream.streaming.clock import AudioClock
 from echostream.streaming.engine import Engine, Settings
 from echostream.streaming.events import Event
-from echostream.streaming.policy import Policy, knobs_of, make_policy
-from echostream.streaming.segmenter import Segmenter, make_segmenter
+from echostream.streaming.policy import Policy
+from echostream.streaming.resolve import resolve
+from echostream.streaming.segmenter import Segmenter
 from echostream.streaming.stages import Backend
 from echostream.streaming.track import Hearing, Track, decide
+from echostream.streaming.turns import Turns, in_turn
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
 
 
 class StreamingSession:
-    """Translates one stream of speech while it is spoken.
+    """Translates one stream of speech while it is spoken. Threads that share it take turns, call by call.
 
     Args:
         bundle: a loaded checkpoint (``echostream.checkpoint.load_bundle``). Many sessions may share it.
-        policy: when to write: a policy, its name (see ``policy.POLICIES``), or None for what the bundle says (the
-            CTC-count policy, if it says nothing).
+        policy: when to write: a policy, its name (see ``policy.POLICIES``; its knobs are the bundle's), or None for
+            what the bundle says (the CTC-count policy, if it says nothing).
         segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenter.SEGMENTERS``):
-            ``punctuation`` (the model's own), ``pause``, or ``none`` for recordings that are one sentence each.
-        settings: see ``Settings``; default: the bundle's. Its fields may also be given by name (``chunk_ms=640``).
+            ``punctuation`` (the model's own), ``pause``, or ``none`` for recordings that are one sentence each; or None
+            for what the bundle says (``punctuation``, if it says nothing).
+        settings: see ``Settings``; default: the bundle's. Its fields may also be given by name (``chunk_ms=640``), as
+            may knobs of the policy and the segmenter (``alignatt_frames=12``; see ``resolve.OPTIONS``).
         backend: makes what runs the model; default: what the bundle is for (see ``backend_of``).
 
     Raises:
@@ -44,18 +47,20 @@ class StreamingSession:
         self,
         bundle: Bundle,
         policy: Policy | str | None = None,
-        segmenter: Segmenter | str = "punctuation",
+        segmenter: Segmenter | str | None = None,
         settings: Settings | None = None,
         backend: Backend | None = None,
         **options: Any,
     ):
         self.bundle = bundle
-        self.engine = make_engine(bundle, policy, segmenter, settings, options)
+        self._turns = Turns()
+        self.engine = make_engine(bundle, policy=policy, segmenter=segmenter, settings=settings, **options)
         self.settings = self.engine.settings
         self._hearing = Hearing(AudioClock(self.settings.chunk_ms, bundle.config.features), bundle.cmvn)
         self._stages = (backend or backend_of(bundle))(bundle, rows=1, speech=self.settings.speech)
         self._track = Track(0, self._hearing.clock.init_state())
 
+    @in_turn
     def push(self, samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> list[Event]:
         """Hear more of the stream; decisions fall on the audio clock, so most short pushes give nothing.
 
@@ -67,15 +72,19 @@ class StreamingSession:
             What was decided, in order.
 
         Raises:
-            AudioError: samples are NaN or infinite, not mono, or at an impossible rate. Nothing of the push was heard,
-                and the session goes on.
-            SessionError: the stream has been finished.
+            AudioError: samples are NaN, infinite or impossibly large, no mono array, or at an impossible rate. Nothing
+                of the push was heard, and the session goes on.
+            SessionError: the stream has been finished, or the push comes from within another call.
+
+        Warns:
+            AudioWarning: once a stream, if its level cannot be that of speech with full scale 1.
         """
         events: list[Event] = []
         for decision in self._hearing.push(self._track, samples, sample_rate):
             events += decide(self.engine, self._stages, [(self._track, decision)])[0]
         return events
 
+    @in_turn
     def finish(self) -> list[Event]:
         """The stream has ended: translate what is left. After it only ``reset`` may follow.
 
@@ -84,15 +93,22 @@ class StreamingSession:
         """
         return decide(self.engine, self._stages, [(self._track, self._hearing.finish(self._track))])[0]
 
+    @in_turn
     def reset(self) -> None:
         """Forget everything; the next push starts a new stream."""
         self._stages.reset(0)
         self._track = Track(0, self._hearing.clock.init_state())
 
+    @in_turn
     def save(self, path: str | Path) -> None:
-        """Write the running session as a npz archive of plain arrays, with a version and the model's digest."""
+        """Write the running session as a npz archive of plain arrays, with a version and the model's digest.
+
+        Raises:
+            OutputError: it cannot be written; what was there before still is.
+        """
         archive.write(path, self.engine, self.bundle, self._track, self._stages.snapshot(0))
 
+    @in_turn
     def restore(self, path: str | Path) -> None:
         """Go on where a saved session stopped; what this one has heard is forgotten.
 
@@ -128,32 +144,12 @@ class StreamingSession:
         return self._stages.nbytes
 
 
-def make_engine(
-    bundle: Bundle,
-    policy: Policy | str | None,
-    segmenter: Segmenter | str,
-    settings: Settings | None,
-    options: dict[str, Any],
-) -> Engine:
-    """The engine for a bundle, with policy and segmenter by name or as they are.
+def make_engine(bundle: Bundle, **said: Any) -> Engine:
+    """The engine for a bundle; ``said`` as for ``resolve``.
 
     Raises:
         ConfigError: an unknown name, or a setting out of range.
     """
-    known = [f.name for f in fields(Settings)]
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r}; known: policy, segmenter, {', '.join(known)}")
-    preferred = getattr(bundle, "policy", None) or {}
-    if settings is None:
-        settings = Settings(**{name: preferred[name] for name in known if name in preferred})
-    settings = replace(settings, **options)
-    if policy is None:
-        name = preferred.get("policy", "ctc")
-        policy = make_policy(name, **{knob: preferred[knob] for knob in knobs_of(name) if knob in preferred})
-    elif isinstance(policy, str):
-        policy = make_policy(policy)
-    if isinstance(segmenter, str):
-        segmenter = make_segmenter(segmenter, bundle.source_dict, bundle.target_dict)
+    policy, segmenter, settings = resolve(bundle, said)
     sample_rate = None if bundle.vocoder is None else bundle.vocoder.config.sampling_rate
     return Engine(bundle.config, bundle.source_dict, bundle.target_dict, policy, segmenter, settings, sample_rate)

@@ -213,11 +213,20 @@ class TorchStages(Answering):
         """
         like = self.init_state(1)
         full = {}
-        for name, empty in like.arrays().items():
-            used = self._used(name, arrays)
-            full[name] = arrays[name] if used is None else empty
+        fresh = like.arrays()
+        for name, empty in fresh.items():
+            array, used = arrays[name], self._used(name, arrays)
+            expected = empty.shape if used is None else (1, used, *empty.shape[2:])
+            if array.shape != expected or array.dtype.kind != empty.dtype.kind:
+                raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, expected {list(expected)}")
+            # What counts the places of a buffer beside it lies within them.
+            buffer = fresh.get(name.removesuffix("_count"))
+            most = MOST_STEPS if buffer is None or buffer is empty else buffer.shape[1]
+            if empty.dtype.kind == "i" and array.size and not 0 <= array.min() <= array.max() <= most:
+                raise ValueError(f"{name} is {array.tolist()}; it must lie in 0..{most}")
+            full[name] = array if used is None else empty
             if used is not None:
-                full[name][:, :used] = arrays[name]
+                full[name][:, :used] = array
         state = like.from_arrays(full)
         chosen = self._flags([row], [True])
         every = torch.zeros(self.rows, dtype=torch.long, device=self.device)
@@ -247,7 +256,10 @@ class TorchStages(Answering):
         for buffer, count in (("own.", "positions"), ("memory.", "frames")):
             decoder, found, _ = name.partition(buffer)
             if found and decoder in ("mt.", "unit.0."):
-                return int(arrays[decoder + count][0])
+                used = int(arrays[decoder + count][0])
+                if used < 0:
+                    raise ValueError(f"{decoder}{count} is {used}")
+                return used
         return None
 
     @property
@@ -287,6 +299,7 @@ class TorchStages(Answering):
         return flags.to(self.device)
 
 
+MOST_STEPS = 1 << 40  # of a stream's life: more than a thousand years of frames
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 

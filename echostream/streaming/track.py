@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
 from echostream.audio.io import check_finite
+from echostream.audio.level import LevelWatch
 from echostream.audio.resample import check_rate
-from echostream.errors import AudioError, SessionError
+from echostream.errors import AudioError, AudioWarning, EchoStreamError, SessionError
 from echostream.streaming.clock import AudioClock, ClockState
 from echostream.streaming.engine import Engine, Stream, Work
 from echostream.streaming.events import Event
@@ -35,6 +37,7 @@ class Track:
         stream: what the engine remembers of it.
         finished: has its end been heard?
         seconds: computing time by stage. In a batch a stage's time counts for every stream that waited for it.
+        level: warns of sound that cannot be speech.
     """
 
     row: int
@@ -43,6 +46,7 @@ class Track:
     finished: bool = False
     seconds: dict[str, float] = field(default_factory=_no_time)
     elapsed_s: float = 0.0
+    level: LevelWatch = field(default_factory=LevelWatch, compare=False)
 
     def book(self, stage: str, seconds: float) -> None:
         self.seconds[stage] += seconds
@@ -80,6 +84,9 @@ class Hearing:
     def push(self, track: Track, samples: Any, sample_rate: int) -> Iterator[Decision]:
         """The decisions that these samples make due, each computed when it is asked for.
 
+        Warns:
+            AudioWarning: once a stream, of a level that cannot be speech's.
+
         Raises:
             AudioError: before anything was heard; see ``as_samples``. SessionError: the track has been finished.
         """
@@ -87,6 +94,8 @@ class Hearing:
             raise SessionError("push() after finish(): call reset() to start a new stream")
         samples = as_samples(samples)
         check_rate(sample_rate)
+        if (said := track.level.hear(samples, int(sample_rate))) is not None:
+            warnings.warn(said, AudioWarning, stacklevel=4)
         return self._push(track, samples, int(sample_rate))
 
     def _push(self, track: Track, samples: np.ndarray, rate: int) -> Iterator[Decision]:
@@ -159,15 +168,22 @@ def as_samples(samples: Any) -> np.ndarray:
     """Samples as float32 [N], full scale 1.
 
     Raises:
-        AudioError: not a one-dimensional array of floats or int16, or NaN or infinite samples among them.
+        AudioError: not a one-dimensional array of floats or int16, or NaN, infinite or impossibly large samples among
+            them.
     """
-    array = np.asarray(samples)
+    try:
+        array = np.asarray(samples)
+    except EchoStreamError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors on another device
+        raise AudioError(f"pushed samples are no array ({str(error).splitlines()[0]}); push mono float32") from None
     if array.ndim != 1:
         raise AudioError(f"pushed samples have shape {list(array.shape)}; push mono, one dimension")
+    if array.size == 0:
+        return np.zeros(0, dtype=np.float32)
     if array.dtype == np.int16:
         return array.astype(np.float32) / 32768
-    if array.size and array.dtype.kind != "f":
+    if array.dtype.kind != "f":
         raise AudioError(f"pushed samples are {array.dtype}; push float32 with full scale 1, or int16")
-    array = array.astype(np.float32)
     check_finite(array, "the push")
-    return array
+    return array.astype(np.float32)

@@ -81,6 +81,9 @@ class EchoStreamTaskConfig(FairseqDataclass):
             "(echostream/data/augmentation/speech.py)"
         },
     )
+    distill_clean: bool = field(
+        default=False, metadata={"help": "let --distill-teacher hear training speech before augmentation disguises it"}
+    )
     autocast: ChoiceEnum(["none", "bfloat16", "float16"]) = field(
         default="none", metadata={"help": "mixed precision in training that works without a GPU too (bfloat16)"}
     )
@@ -122,6 +125,7 @@ class EchoStreamTask(FairseqTask):
             gain_db=cfg.gain_db,
             noise_db=cfg.noise_db,
             speech=SpeechAugment.parse(cfg.augment_speech),
+            clean=cfg.distill_clean,
         )
 
     @classmethod

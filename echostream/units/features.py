@@ -17,6 +17,7 @@ from echostream.audio.fbank import fbank
 from echostream.compat import apply as apply_compat
 from echostream.constants import FRAME_SHIFT, SAMPLE_RATE, UNIT_HOP
 from echostream.errors import CheckpointError, ConfigError, require
+from echostream.files import replacing
 
 
 class UnitFeatures(Protocol):
@@ -208,14 +209,11 @@ def packaged_whisper(cache: Path | None = None) -> Path:
     model = directory / "model.bin"
     sources = [part / f"model.bin.part{i}" for i, part in enumerate(parts, 1)]
     if not model.is_file() or model.stat().st_size != sum(path.stat().st_size for path in sources):
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f".model.bin.{os.getpid()}"
-        with open(partial, "wb") as file:
+        with replacing(model) as file:
             for path in sources:
                 file.write(path.read_bytes())
-        for path in parts[1].glob("*.json"):
-            shutil.copy(path, directory)
-        partial.replace(model)
+            for path in parts[1].glob("*.json"):
+                shutil.copy(path, directory)
     return directory
 
 

@@ -18,9 +18,12 @@ from typing import Any, Callable, Sequence
 import numpy as np
 
 from echostream.errors import CheckpointError, ConfigError
+from echostream.files import replacing
+from echostream.loading import check_array, read_npz
 
 FORMAT = "echostream/kmeans/1"
 _EDGE = 12  # frames at either end of a recording that say "start" or "end" for good reasons
+MAX_BYTES = 256 << 20  # of a file: 50,000 centroids of 1,280 numbers
 _MAX_ROWS = 8192  # frames whose distances are held at once
 
 
@@ -113,11 +116,17 @@ def load_kmeans(path: Path) -> KMeans:
         arrays = _load_npz(path)
         if str(arrays.get("format")) != FORMAT:
             raise CheckpointError(f"k-means file {path} is not of the format {FORMAT!r}")
-        try:
-            projection = Projection(arrays["mean"], arrays["scale"], arrays["remove"])
-            return KMeans(arrays["centroids"], projection, str(arrays["features"]))
-        except KeyError as error:
-            raise CheckpointError(f"k-means file {path} lacks {error}") from None
+        missing = [name for name in ("centroids", "features", "mean", "scale", "remove") if name not in arrays]
+        if missing:
+            raise CheckpointError(f"k-means file {path} lacks {missing[0]!r}")
+        width = arrays["centroids"].shape[-1] if arrays["centroids"].ndim else 0
+        shapes = {"centroids": (None, width), "mean": (width,), "scale": (width,), "remove": (None, width)}
+        for name, shape in shapes.items():
+            check_array(arrays[name], f"k-means file {path}: {name}", CheckpointError, shape=shape)
+        if not len(arrays["centroids"]) or not (arrays["scale"] > 0).all():
+            raise CheckpointError(f"k-means file {path} has no centroids, or scales that are not above 0")
+        projection = Projection(arrays["mean"], arrays["scale"], arrays["remove"])
+        return KMeans(arrays["centroids"], projection, str(arrays["features"]))
     centroids = read_joblib_centroids(path)
     return KMeans(centroids, Projection.identity(centroids.shape[1]))
 
@@ -219,19 +228,12 @@ def _sums(rows: np.ndarray, labels: np.ndarray, count: int) -> tuple[np.ndarray,
 
 
 def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)
-    temporary.replace(path)
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"k-means file {path} cannot be read: {str(error).splitlines()[0]}") from None
+    return read_npz(path, "k-means file", CheckpointError, MAX_BYTES, kinds="biufU")
 
 
 # --- scikit-learn's KMeans in joblib's format --------------------------------------------------------------------

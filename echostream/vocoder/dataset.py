@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ import soundfile
 import torch
 from torch import Tensor
 
+from echostream.audio.io import check_finite
 from echostream.constants import SAMPLE_RATE, UNIT_HOP
 from echostream.errors import AudioError, ManifestError
+from echostream.text_file import iter_lines, table_rows
 
 COLUMNS = ("id", "audio", "units", "durations")
 
@@ -46,12 +48,13 @@ def read_units(path: str | Path, num_units: int | None = None) -> list[Utterance
     path = Path(path)
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; it holds the vocoder's units, made by scripts/prepare_corpus.py")
-    with path.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ManifestError(f"{path} has no column {missing[0]!r}; it needs {', '.join(COLUMNS)}")
-        found = [_utterance(path, number, row, num_units) for number, row in enumerate(reader, 2)]
+    lines = iter_lines(path)
+    header = next(lines, "")
+    missing = [name for name in COLUMNS if name not in header.split("\t")]
+    if missing:
+        raise ManifestError(f"{path} has no column {missing[0]!r}; it needs {', '.join(COLUMNS)}")
+    rows = table_rows([header, *lines])
+    found = [_utterance(path, number, row, num_units) for number, row in enumerate(rows, 2)]
     if not found:
         raise ManifestError(f"{path} has no rows")
     return found
@@ -98,7 +101,7 @@ def read_samples(item: Utterance, start_frame: int = 0, frames: int | None = Non
     """
     frames = item.frames - start_frame if frames is None else frames
     try:
-        with soundfile.SoundFile(item.audio) as recording:
+        with soundfile.SoundFile(os.fsencode(item.audio)) as recording:  # a name may be anything but text
             if recording.samplerate != SAMPLE_RATE or recording.channels != 1:
                 raise AudioError(
                     f"{item.audio} is {recording.samplerate} Hz with {recording.channels} channels; vocoder training "
@@ -108,6 +111,7 @@ def read_samples(item: Utterance, start_frame: int = 0, frames: int | None = Non
             samples = recording.read(frames * UNIT_HOP, dtype="float32")
     except (soundfile.LibsndfileError, OSError) as error:
         raise AudioError(f"{item.audio} cannot be read: {error}") from None
+    check_finite(samples, str(item.audio), start_frame * UNIT_HOP)
     return np.pad(samples, (0, frames * UNIT_HOP - len(samples)))
 
 

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from echostream.constants import UNIT_HOP
 from echostream.errors import CheckpointError, ConfigError
+from echostream.files import replacing
+from echostream.loading import DAMAGE, parse_json, reason
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_generator_state, load_weights, save_vocoder
 from echostream.models.decoders.vocoder_layers import Whole
@@ -30,6 +32,7 @@ from echostream.vocoder.losses import (
     magnitude,
     mel_filters,
 )
+from echostream.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,8 @@ class Trainer:
         if self.discriminators is not None and self.optimizer_d is not None:
             content["discriminators"] = self.discriminators.state_dict()
             content["optimizer_d"] = self.optimizer_d.state_dict()
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(content, partial)
-        partial.replace(self.checkpoint)
+        with replacing(self.checkpoint) as file:
+            torch.save(content, file)
         save_vocoder(self.ema, self.directory / "vocoder.pt", self.directory / "vocoder.json")
 
     def resume(self) -> bool:
@@ -172,29 +174,31 @@ class Trainer:
         """
         if not self.checkpoint.is_file():
             return False
-        try:
-            content = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except Exception as error:  # whatever the unpickler stumbles over
-            line = (str(error).splitlines() or [""])[0][:120]
-            raise CheckpointError(f"{self.checkpoint} cannot be read ({line}); remove it to start anew") from None
+        content = read_weights(self.checkpoint, "training checkpoint", self.device)
         if not isinstance(content, dict) or content.get("format") != self.format:
             raise CheckpointError(f"{self.checkpoint} is no checkpoint of such a training; use another directory")
-        if VocoderConfig.from_dict(json.loads(content["config"])) != VocoderConfig.from_dict(self.config.to_dict()):
+        config = parse_json(str(content.get("config")), f"{self.checkpoint}: config", CheckpointError)
+        if VocoderConfig.from_dict(config) != VocoderConfig.from_dict(self.config.to_dict()):
             raise CheckpointError(f"{self.checkpoint} is of another generator configuration; use another directory")
-        normed = any("parametrizations" in key for key in content["model"])
+        normed = any("parametrizations" in str(key) for key in content.get("model") or ())
         if normed != self.options.weight_norm:
             raise CheckpointError(
                 f"{self.checkpoint} was trained {'with' if normed else 'without'} weight norm; keep it so"
             )
-        self.model.load_state_dict(content["model"])
-        self.ema.load_state_dict(content["ema"])
-        self.readout.load_state_dict(content["readout"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        if "discriminators" in content:
-            self._start_gan()
-            self.discriminators.load_state_dict(content["discriminators"])
-            self.optimizer_d.load_state_dict(content["optimizer_d"])
-        self.step, self.minutes = content["step"], content["minutes"]
+        try:
+            self.model.load_state_dict(content["model"])
+            self.ema.load_state_dict(content["ema"])
+            self.readout.load_state_dict(content["readout"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            if "discriminators" in content:
+                self._start_gan()
+                self.discriminators.load_state_dict(content["discriminators"])
+                self.optimizer_d.load_state_dict(content["optimizer_d"])
+            self.step, self.minutes = int(content["step"]), float(content["minutes"])
+        except DAMAGE as error:
+            raise CheckpointError(
+                f"{self.checkpoint} does not fit this training ({reason(error)}); remove it to start anew"
+            ) from None
         return True
 
     def _start_gan(self) -> None:

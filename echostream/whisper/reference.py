@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echostream.constants import SAMPLE_RATE
+from echostream.constants import SAMPLE_RATE, WHISPER_SILENCE
 from echostream.errors import EchoStreamError
 from echostream.models.attention import attention
 from echostream.units.features import whisper_log_mel, whisper_mel_filters
@@ -54,6 +54,8 @@ class Attention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.query(x), self.key(memory), self.value(memory))
         )
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
         return self.out(attention(q, k, v, mask, causal).transpose(1, 2).flatten(2))
 
 
@@ -73,7 +75,7 @@ class Block(nn.Module):
         self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
         y = self.attn_ln(x)
-        x = x + self.attn(y, y, causal=causal)
+        x = x + self.attn(y, y, mask if memory is None else None, causal)
         if self.cross_attn is not None:
             x = x + self.cross_attn(self.cross_attn_ln(x), memory, mask)
         return x + self.mlp(self.mlp_ln(x))
@@ -94,9 +96,35 @@ class AudioEncoder(nn.Module):
     def forward(self, mel: Tensor) -> Tensor:
         """[B, M, F] -> [B, T, D] with T = ceil(F / 2)."""
         x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)
-        x = x + self.positional_embedding[: x.shape[1]]
+        return self._attend(x + self.positional_embedding[: x.shape[1]], None)
+
+    def padded(self, mel: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        """See ``WhisperReference.encode_padded``."""
+        batch, bins, size = mel.shape
+        dense = -(-lengths // 2)[:, None]
+        inside = (torch.arange(size, device=mel.device) < lengths[:, None])[:, None]
+        if stride:
+            mel = F.pad(torch.where(inside, mel, WHISPER_SILENCE), (0, 4), value=WHISPER_SILENCE)
+            x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))
+            quiet = F.gelu(self.conv2(F.gelu(self.conv1(mel.new_full((1, bins, 9), WHISPER_SILENCE)))))[:, :, 2]
+        else:  # the padding of a recording on its own is zero in both convolutions
+            x = F.gelu(self.conv1(mel.masked_fill(~inside, 0.0))).masked_fill(~inside, 0.0)
+            x, quiet = F.gelu(self.conv2(x)), x.new_zeros(1, x.shape[1])
+        context, most = len(self.positional_embedding), int(dense.max())
+        slots = torch.arange(most + (-(-(context - most) // stride) if stride else 0), device=mel.device)
+        far = (slots - dense).clamp(min=0)
+        first = torch.where(slots < dense, slots, dense + far * stride)
+        width = torch.where(slots < dense, 1, (context - first).clamp(0, stride))
+        x = F.pad(x.transpose(1, 2)[:, :most], (0, 0, 0, len(slots) - most))
+        x = torch.where((slots < dense)[:, :, None], x, quiet.to(x.dtype)[:, None])
+        bias = width.float().log()
+        x = x + self.positional_embedding[(first + width // 2).clamp(max=context - 1)]
+        return self._attend(x, bias), bias
+
+    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        mask = None if bias is None else bias[:, None, None]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask=mask)
         return self.ln_post(x)
 
 
@@ -113,14 +141,17 @@ class TextDecoder(nn.Module):
         )
         self.ln = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens [B, U] -> logits [B, U, V]; mask [B, T], true for the frames that count."""
+    def forward(
+        self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [B, U] -> logits [B, U, V], or of ``chosen`` tokens [N] alone; mask [B, T] as in ``decode``."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         if mask is not None:
             mask = mask[:, None, None]
         for block in self.blocks:
             x = block(x, encoded, mask, causal=True)
-        return F.linear(self.ln(x), self.token_embedding.weight)
+        table = self.token_embedding.weight
+        return F.linear(self.ln(x), table if chosen is None else table[chosen])
 
 
 class WhisperReference(nn.Module):
@@ -154,27 +185,55 @@ class WhisperReference(nn.Module):
         Raises:
             EchoStreamError: the features are of another model, or longer than its window.
         """
+        self._check(mel)
+        return self.encoder(mel)
+
+    def encode_padded(self, mel: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        """Recordings of different ``lengths`` [B] (features), each behind as much silence as fills the window, cheaply.
+
+        Frames of silence far from speech differ in little but their positions. So one in ``stride`` is computed, and
+        attention scores over it are raised by the logarithm of how many it stands for, as if all had been there. With
+        a stride of 0 there is no silence: a row's frames are those of its recording alone. Rows never see each other.
+
+        Args:
+            mel: [B, M, F], normalised; what stands behind a row's length is not read. The silence that is computed
+                frame by frame belongs to it.
+
+        Returns:
+            (frames [B, T, D], of which the first ceil(length / 2) are the recording's, silence behind them;
+            float [B, T], what to add to attention scores over them, minus infinity in the padding: a mask for
+            ``decode``).
+
+        Raises:
+            EchoStreamError: the features are of another model, or longer than its window.
+        """
+        self._check(mel)
+        return self.encoder.padded(mel, lengths, stride)
+
+    def _check(self, mel: Tensor) -> None:
         longest = 2 * self.dims.n_audio_ctx
         if mel.dim() != 3 or mel.shape[1] != self.dims.n_mels or not 0 < mel.shape[2] <= longest:
             raise EchoStreamError(
                 f"features {list(mel.shape)}: this Whisper reads [B, {self.dims.n_mels}, F] with F from 1 to {longest}"
             )
-        return self.encoder(mel)
 
-    def decode(self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None) -> Tensor:
+    def decode(
+        self, tokens: Tensor, encoded: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
         """Logits of the token behind each of ``tokens``.
 
         Args:
             tokens: [B, U], from ``<|startoftranscript|>`` on.
             encoded: [B, T, D].
-            mask: [B, T], true for the frames that count, one at least; None: all.
+            mask: [B, T], true for the frames that count, one at least, or what to add to scores over them; None: all.
+            chosen: [N], tokens whose logits are wanted; None: all.
 
         Returns:
-            [B, U, V].
+            [B, U, V], or [B, U, N].
 
         Raises:
             EchoStreamError: there are more tokens than positions.
         """
         if not 0 < tokens.shape[1] <= self.dims.n_text_ctx:
             raise EchoStreamError(f"{tokens.shape[1]} tokens; this Whisper takes 1 to {self.dims.n_text_ctx}")
-        return self.decoder(tokens, encoded, mask)
+        return self.decoder(tokens, encoded, mask, chosen)

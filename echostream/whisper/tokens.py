@@ -22,11 +22,21 @@ from pathlib import Path
 import numpy as np
 
 from echostream.constants import EOS, NUM_SPECIALS
-from echostream.errors import CheckpointError, ManifestError, require
+from echostream.errors import CheckpointError, ConfigError, ManifestError, require
 from echostream.text import WORD_START, Vocabulary
+from echostream.text_file import lines_of
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE = 100_000_000  # bytes of a vocabulary file
+# In the order of their tokens; the last came with large-v3.
+LANGUAGES = (
+    "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th ur hr bg "
+    "lt la mi ml cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so "
+    "af oc ka be tg sd gu am yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue"
+).split()
+TASKS = ("translate", "transcribe")
+ENGLISH_ALONE = 50256  # where the text ends for models that know nothing else (tiny.en ...)
+TIMESTAMPS = 1501  # Whisper's last tokens
 # GPT-2's pattern on the classes of the characters: letters, numbers, spaces, other white space, the rest.
 _WORD = re.compile(r" ?L+| ?N+| ?P+|[ S]+(?![LNP])|[ S]+")
 _CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
@@ -73,7 +83,7 @@ class WhisperBPE:
         elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
             path = directory / "vocab.json"
             vocabulary = specials = _read_json(path)
-            lines = _read(directory / "merges.txt").splitlines()
+            lines = lines_of(_read(directory / "merges.txt"))
             merges = [line for line in lines if line and not line.startswith("#version")]
             if (directory / "added_tokens.json").is_file():
                 specials = {**vocabulary, **_read_json(directory / "added_tokens.json")}
@@ -99,7 +109,7 @@ class WhisperBPE:
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist")
         try:
-            lines = [line.split() for line in _read(path).splitlines() if line]
+            lines = [line.split() for line in lines_of(_read(path)) if line]
             # "=" is how the published file writes its last token, which is empty.
             ids = {b"" if token == "=" else base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except ValueError as error:
@@ -155,6 +165,25 @@ class WhisperBPE:
                 i += 2 if both else 1
             parts = merged
         return parts
+
+
+def prompt(n_vocab: int, end_of_text: int, language: str, task: str = "translate") -> tuple[int, int, int, int]:
+    """``<|startoftranscript|>``, language, task, ``<|notimestamps|>``: what Whisper's decoder reads before the text.
+
+    Behind ``<|endoftext|>`` the tokens are: start, the languages, the two tasks, four others of which the last is
+    ``<|notimestamps|>``, the timestamps.
+
+    Raises:
+        ConfigError: the model has no such language, or only English.
+    """
+    start, no_timestamps = end_of_text + 1, n_vocab - TIMESTAMPS - 1
+    known = LANGUAGES[: max(0, no_timestamps - 5 - (start + 1))]
+    if end_of_text == ENGLISH_ALONE:
+        known = []  # it has the tokens, but has never learnt what they mean
+    if language not in known:
+        what = f"{len(known)} languages, by codes such as es" if known else "no language but English"
+        raise ConfigError(f"source_lang is {language!r}; this Whisper knows {what}")
+    return start, start + 1 + known.index(language), no_timestamps - 5 + TASKS.index(task), no_timestamps
 
 
 def split_words(text: str) -> list[str]:

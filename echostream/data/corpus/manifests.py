@@ -13,6 +13,7 @@ from echostream.audio.io import load_audio
 from echostream.constants import FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE, SUBSAMPLING
 from echostream.data.corpus.rows import Row, hash_int, read_table, write_table
 from echostream.errors import require
+from echostream.files import replacing, write_text
 
 MANIFEST_COLUMNS = (
     "id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames", "voice", "target",
@@ -91,7 +92,8 @@ def write_cmvn(path: Path, manifest: Path, audio_root: Path, limit: int, seed: i
         frames += len(features)
     mean = total / frames
     std = np.sqrt(np.maximum(squares / frames - mean**2, 1e-10))
-    np.savez(path, mean=mean.astype(np.float32), std=std.astype(np.float32))
+    with replacing(path) as file:
+        np.savez(file, mean=mean.astype(np.float32), std=std.astype(np.float32))
     return frames
 
 
@@ -132,14 +134,15 @@ def ctc_figures(manifest: Path, target_model: Path, source_model: Path) -> dict[
     }
 
 
-def write_config(path: Path, source_lang: str, target_lang: str, num_units: int) -> None:
+def write_config(path: Path, source_lang: str, target_lang: str, num_units: int, features: str) -> None:
     yaml = require("yaml", "all")
     config = {
         "audio_root": ".", "sample_rate": SAMPLE_RATE, "source_lang": source_lang, "target_lang": target_lang,
         "num_units": num_units, "spm_src": "spm.src.model", "spm_tgt": "spm.tgt.model", "dict_src": "dict.src.txt",
         "dict_tgt": "dict.tgt.txt", "dict_unit": "dict.unit.txt", "gcmvn": "gcmvn.npz", "units": "target/units.tsv",
+        "features": features,
     }
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(config, sort_keys=False))
 
 
 def _ctc_length(ids: list[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from echostream.errors import ManifestError
+from echostream.files import add, appending, replacing
+from echostream.text_file import iter_lines
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,11 @@ class Row:
 
 
 def write_table(path: Path, header: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
-    """Write a tab-separated table in one go; readers never see half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
+    """Write a tab-separated table in one go; readers never see half of it. Raises: OutputError."""
+    with replacing(path, "w") as file:
         file.write("\t".join(header) + "\n")
         for line in lines:
             file.write("\t".join(_cell(value) for value in line) + "\n")
-    temporary.replace(path)
 
 
 def read_table(path: Path, required: Iterable[str] = ()) -> Iterator[dict[str, str]]:
@@ -52,17 +52,15 @@ def read_table(path: Path, required: Iterable[str] = ()) -> Iterator[dict[str, s
     Raises:
         ManifestError: the file is missing or lacks a required column.
     """
-    if not path.is_file():
-        raise ManifestError(f"table {path} does not exist")
-    with open(path, encoding="utf-8", newline="") as file:
-        header = file.readline().rstrip("\r\n").split("\t")
-        missing = [name for name in required if name not in header]
-        if missing:
-            raise ManifestError(f"table {path} has no column {missing[0]!r}; its columns are: {', '.join(header)}")
-        for line in file:
-            values = line.rstrip("\r\n").split("\t")
-            if line.endswith("\n") and len(values) == len(header):
-                yield dict(zip(header, values))
+    lines = iter_lines(path, what="table", ends=True)
+    header = next(lines, "").rstrip("\r\n").split("\t")
+    missing = [name for name in required if name not in header]
+    if missing:
+        raise ManifestError(f"table {path} has no column {missing[0]!r}; its columns are: {', '.join(header)}")
+    for line in lines:
+        values = line.rstrip("\r\n").split("\t")
+        if line.endswith("\n") and len(values) == len(header):
+            yield dict(zip(header, values))
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -98,33 +96,48 @@ class Ledger:
         return done
 
     def append(self, lines: Iterable[Iterable[object]]) -> None:
-        """Add finished lines; a line that an interruption cut short is dropped first."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Add finished lines; a line that an interruption cut short is dropped first.
+
+        Raises:
+            OutputError: the file cannot be written, or another process is at work on the same shard.
+        """
+        with appending(self.path, wait=False) as file:
+            self._add(file, lines)
+
+    def _add(self, file: io.FileIO, lines: Iterable[Iterable[object]]) -> None:
         text = "".join("\t".join(_cell(v) for v in line) + "\n" for line in lines)
-        with open(self.path, "a+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0:
-                text = "\t".join(self.columns) + "\n" + text
-            else:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(text.encode("utf-8"))
+        if file.seek(0, os.SEEK_END) == 0:
+            text = "\t".join(self.columns) + "\n" + text
+        else:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.readall().rfind(b"\n") + 1)
+        add(file, text)
 
     @contextmanager
     def batches(self, size: int) -> Iterator[Callable[..., None]]:
-        """Gives a function that takes the cells of one finished line; ``size`` lines are added at a time."""
+        """Gives a function that takes the cells of one finished line; ``size`` lines are added at a time.
+
+        The file is this process's alone until the block ends.
+
+        Raises:
+            OutputError: the file cannot be written, or another process is at work on the same shard.
+        """
         lines: list[tuple[object, ...]] = []
+        with appending(self.path, wait=False) as file:
 
-        def add(*cells: object) -> None:
-            lines.append(cells)
-            if len(lines) == size:
-                self.append(lines)
-                lines.clear()
+            def record(*cells: object) -> None:
+                lines.append(cells)
+                if len(lines) == size:
+                    flush()
 
-        yield add
-        self.append(lines)
+            def flush() -> None:
+                finished, lines[:] = list(lines), []
+                self._add(file, finished)
+
+            yield record
+            flush()
 
 
 class Skipped:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -12,28 +9,39 @@ from typing import Iterator
 
 import numpy as np
 
-from echostream.audio.io import load_audio
-from echostream.audio.resample import Resampler
-from echostream.constants import SAMPLE_RATE
+from echostream.audio.io import decode_audio, load_audio
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
 from echostream.data.corpus.rows import Row, Skipped
-from echostream.data.corpus.split import TEST_SIZE, fixed_test_rows, split_pairs
-from echostream.errors import AudioError, ManifestError, require
+from echostream.data.corpus.split import TEST_SIZE, fixed_test_rows, least_sets, split_pairs
+from echostream.errors import AudioError, ManifestError
+from echostream.loading import inside
+from echostream.text_file import decode, iter_lines, lines_of, table_rows
 
 
-def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: int = TEST_SIZE,
-                 columns: tuple[str, str] | None = None) -> list[Row]:
+def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: int | None = None,
+                 columns: tuple[str, str] | None = None, train_only: bool = False, least: bool = False) -> list[Row]:
     """Sentence pairs of a parallel text file (tab-separated, gzip by the suffix ``.gz``, one header line).
 
     Args:
+        test_size: pairs of the test set at most; None is 1000.
         columns: header names of the source and target side; by default the first two columns.
+        train_only: every pair trains; what tests is elsewhere.
+        least: a corpus too small for the split rule gets a test set (of ``test_size``, if that was said) and a dev set
+            all the same.
 
     Raises:
-        ManifestError: the file is missing, is no text, or has not the columns.
+        ManifestError: the file is missing, is no text, or has not the columns; or it is too small for its sets.
     """
     pairs = list(_read_pairs(path, columns))
-    splits = split_pairs(pairs)
-    test = set(fixed_test_rows(pairs, splits, test_size))
+    splits = ["train"] * len(pairs) if train_only else split_pairs(pairs)
+    test = set(fixed_test_rows(pairs, splits, TEST_SIZE if test_size is None else test_size))
+    if least and not train_only:
+        usable = [0 < min(counts) and max(counts) <= max_words
+                  for counts in (tuple(count_words(normalize_text(side)) for side in pair) for pair in pairs)]
+        try:
+            splits, test = least_sets(pairs, splits, test, usable, test_size)
+        except ManifestError as error:
+            raise ManifestError(f"text file {path}: {error}") from None
     seen: dict[str, str] = {}
     rows = []
     for i, ((source, target), split) in enumerate(zip(pairs, splits)):
@@ -55,7 +63,8 @@ def rows_of_cvss(common_voice: Path, cvss: Path, skipped: Skipped, max_words: in
     Common Voice has ``{train,dev,test}.tsv`` (columns path, sentence) and ``clips/``; CVSS has ``{train,dev,test}.tsv``
     (clip name, translation; with or without a header ``id``/``path`` and ``translation``) and
     ``{train,dev,test}/<clip name>.wav``. The split is the data's own. CVSS's split decides where both name a clip:
-    its clips are looked up in every tsv of Common Voice.
+    its clips are looked up in every tsv of Common Voice. A sentence, of either side, that stands in several splits (two
+    people have read it, or a clip is listed twice) is left out of all but the last of train, dev, test.
 
     Raises:
         ManifestError: neither corpus has a usable tsv.
@@ -68,7 +77,9 @@ def rows_of_cvss(common_voice: Path, cvss: Path, skipped: Skipped, max_words: in
     if not sentences:
         raise ManifestError(f"{common_voice} holds no tsv with the columns 'path' and 'sentence'")
     rows, found = [], False
-    for split in ("train", "dev", "test"):
+    names: set[str] = set()
+    taken: dict[tuple[str, str], str] = {}  # the split of every sentence that is tested on
+    for split in ("test", "dev", "train"):
         table = cvss / f"{split}.tsv"
         if not table.is_file():
             continue
@@ -86,11 +97,29 @@ def rows_of_cvss(common_voice: Path, cvss: Path, skipped: Skipped, max_words: in
                 skipped.add(name, "too long", f"more than {max_words} words")
             elif clip_path is None or target_path is None:
                 skipped.add(name, "missing audio", "source" if clip_path is None else "target")
+            elif name in names:
+                skipped.add(name, "clip appears twice", f"once more in {split}.tsv")
+            elif other := next((taken[side] for side in (("source", source), ("target", target))
+                                if taken.get(side, split) != split), None):
+                skipped.add(name, "sentence of another split", f"{split} shares it with {other}")
             else:
+                names.add(name)
+                taken.setdefault(("source", source), split)
+                taken.setdefault(("target", target), split)
                 rows.append(Row(name, split, source, target, name, 0, str(clip_path), str(target_path)))
     if not found:
         raise ManifestError(f"{cvss} holds none of train.tsv, dev.tsv and test.tsv")
+    rows.sort(key=lambda row: ("train", "dev", "test").index(row.split))
     return with_ranks(rows)
+
+
+def locale_of(common_voice: Path) -> str:
+    """What Common Voice's column ``locale`` says; empty where there is none."""
+    for table in sorted(common_voice.glob("*.tsv")):
+        line = next(table_rows(iter_lines(table, what="table")), {})
+        if line.get("locale"):
+            return line["locale"]
+    return ""
 
 
 def with_ranks(rows: list[Row]) -> list[Row]:
@@ -138,7 +167,7 @@ class ReadySpeech:
         if path.is_dir() and manifest.is_file():
             lines = _read_csv(manifest)
         elif "manifest.tsv" in self._members:
-            lines = _parse_csv(self._bytes("manifest.tsv").decode("utf-8"))
+            lines = list(table_rows(lines_of(decode(self._bytes("manifest.tsv"), f"manifest.tsv in {path}"))))
         else:
             raise ManifestError(f"ready speech {path} has no manifest.tsv")
         self.entries: dict[str, dict[str, str]] = {}
@@ -153,13 +182,8 @@ class ReadySpeech:
         """float32 [N] at 16 kHz. Raises AudioError."""
         name = self.entries[row]["audio"]
         if name not in self._members:
-            return load_audio(self._directory / name)
-        soundfile = require("soundfile", "all")
-        try:
-            samples, rate = soundfile.read(io.BytesIO(self._bytes(name)), dtype="float32", always_2d=True)
-        except RuntimeError as error:
-            raise AudioError(f"{name} of the ready speech cannot be read as audio: {error}") from None
-        return Resampler(rate, SAMPLE_RATE).resample(samples.mean(axis=1))
+            return load_audio(inside(self._directory, name, "audio of the ready speech", AudioError))
+        return decode_audio(self._bytes(name), f"{name} of the ready speech")
 
     def _bytes(self, name: str) -> bytes:
         tar, member = self._members[name]
@@ -168,31 +192,40 @@ class ReadySpeech:
         return file.read()
 
 
+def pair_columns(path: Path, columns: tuple[str, str] | None = None) -> tuple[str, str]:
+    """Header names of the source and the target side of a parallel text file; by default the first two.
+
+    Raises:
+        ManifestError: as ``rows_of_text``.
+    """
+    header = pair_header(path)
+    for name in columns or ():
+        if name not in header:
+            raise ManifestError(f"text file {path} has no column {name!r}; it has: {', '.join(header)}")
+    return columns or (header[0], header[1])
+
+
+def pair_header(path: Path) -> list[str]:
+    """The names of a parallel text file's columns. Raises ManifestError."""
+    header = next(iter_lines(path, what="text file"), "").split("\t")
+    if len(header) < 2:
+        raise ManifestError(f"text file {path}: the header {header[0][:40]!r} has one column, two are needed")
+    return header
+
+
 def _read_pairs(path: Path, columns: tuple[str, str] | None) -> Iterator[tuple[str, str]]:
-    if not path.is_file():
-        raise ManifestError(f"text file {path} does not exist")
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-    try:
-        with opened as file:
-            header = file.readline().rstrip("\r\n").split("\t")
-            if len(header) < 2:
-                raise ManifestError(f"text file {path}: the header {header[0][:40]!r} has one column, two are needed")
-            wanted = columns or (header[0], header[1])
-            for name in wanted:
-                if name not in header:
-                    raise ManifestError(f"text file {path} has no column {name!r}; it has: {', '.join(header)}")
-            source, target = (header.index(name) for name in wanted)
-            for line in file:
-                # A line with too few columns keeps its number and is skipped later as empty text.
-                cells = line.rstrip("\r\n").split("\t") + [""] * len(header)
-                yield cells[source], cells[target]
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ManifestError(f"text file {path} cannot be read as UTF-8 text: {error}") from None
+    wanted = pair_columns(path, columns)
+    lines = iter_lines(path, what="text file")
+    header = next(lines).split("\t")
+    source, target = (header.index(name) for name in wanted)
+    for line in lines:
+        # A line with too few columns keeps its number and is skipped later as empty text.
+        cells = line.split("\t") + [""] * len(header)
+        yield cells[source], cells[target]
 
 
 def _read_translations(path: Path) -> Iterator[tuple[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        lines = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    lines = [line.split("\t") for line in iter_lines(path, what="table") if line.strip()]
     if not lines:
         return
     header = [cell.lower() for cell in lines[0]]
@@ -208,16 +241,14 @@ def _read_translations(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
-    return _parse_csv(path.read_text(encoding="utf-8"))
-
-
-def _parse_csv(text: str) -> list[dict[str, str]]:
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    return [{k: v or "" for k, v in line.items() if k is not None} for line in reader]
+    return list(table_rows(iter_lines(path, what="table")))
 
 
 def _first_file(directory: Path, stem: str, suffixes: tuple[str, ...]) -> Path | None:
-    return next((p for s in suffixes if (p := directory / f"{stem}{s}").is_file()), None)
+    if not stem:
+        return None
+    paths = (inside(directory, f"{stem}{suffix}", "recording", ManifestError) for suffix in suffixes)
+    return next((path for path in paths if path.is_file()), None)
 
 
 __all__ = ["ReadySpeech", "rows_of_cvss", "rows_of_text", "with_ranks"]

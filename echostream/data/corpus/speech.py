@@ -15,7 +15,7 @@ from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, hash_int, take_shard
 from echostream.data.corpus.sources import ReadySpeech
 from echostream.data.corpus.tts import TEST_ONLY_VOICES, Engine
-from echostream.errors import EchoStreamError, ManifestError
+from echostream.errors import EchoStreamError, LongAudioError, ManifestError, MissingAudioError
 
 SPEECH_COLUMNS = ("id", "row", "split", "audio", "samples", "voice")
 TARGET_COLUMNS = ("target", "audio", "samples")
@@ -104,7 +104,7 @@ def speech_set(
             audio = Path("speech") / name / row.row[:3] / f"{identity}{suffix}"
             try:
                 if row.src_audio:
-                    samples, voice = load_audio(row.src_audio), "recorded"
+                    samples, voice = load_audio(row.src_audio, longest_s=max_seconds + 1), "recorded"
                 elif covered(row):
                     samples, voice = ready.load(row.row), ready.entries[row.row]["voice"]
                 else:
@@ -142,7 +142,7 @@ def target_speech(
         for row in progress(todo):
             try:
                 if row.tgt_audio:
-                    samples = load_audio(row.tgt_audio)
+                    samples = load_audio(row.tgt_audio, longest_s=max_seconds + 1)
                 elif engine is not None:
                     samples = engine.speak(row.tgt_text, engine.plan(row.target, seed))
                 else:
@@ -171,9 +171,9 @@ def _check_length(samples: np.ndarray, max_seconds: float) -> None:
 
 
 def _reason(error: EchoStreamError) -> str:
-    if isinstance(error, _TooLong):
+    if isinstance(error, (_TooLong, LongAudioError)):
         return "too long"
-    return "missing audio" if "does not exist" in str(error) else "unusable audio"
+    return "missing audio" if isinstance(error, MissingAudioError) else "unusable audio"
 
 
 def _speakers(voice: str) -> set[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Sequence
 
 from echostream.errors import ManifestError, require
+from echostream.files import replacing, write_text
 
 
 def train_subwords(texts: Sequence[str], model: Path, dictionary: Path, vocab_size: int, seed: int = 1,
@@ -38,13 +39,14 @@ def train_subwords(texts: Sequence[str], model: Path, dictionary: Path, vocab_si
     processor = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     counts = Counter(piece for text in texts for piece in processor.encode(text, out_type=str))
-    model.write_bytes(buffer.getvalue())
+    with replacing(model) as file:
+        file.write(buffer.getvalue())
     # Pieces keep the model's order, so that the file says the same whatever the counts are.
     lines = [f"{piece} {counts[piece]}\n" for i, piece in enumerate(pieces)
              if not (processor.is_unknown(i) or processor.is_control(i))]
-    dictionary.write_text("".join(lines), encoding="utf-8")
+    write_text(dictionary, "".join(lines))
     return len(lines)
 
 
 def write_unit_dictionary(path: Path, num_units: int) -> None:
-    path.write_text("".join(f"{unit} 1\n" for unit in range(num_units)), encoding="utf-8")
+    write_text(path, "".join(f"{unit} 1\n" for unit in range(num_units)))

@@ -1,4 +1,4 @@
-"""Voices: Kokoro and espeak-ng for the source side, hibari for the target side.
+"""Voices: Kokoro, Pico and espeak-ng for the source side, hibari for the target side.
 
 Every engine has ``plan(row, seed) -> Voice``, which depends on the row's name alone, and ``speak(text, voice)``.
 """
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tarfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Protocol, Sequence
 
@@ -34,6 +35,7 @@ ESPEAK_VOICES = tuple(
     for accent in ("es", "es-419")
     for variant in ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f3", "f4", "f5")
 )
+PICO_VOICES = ("es-ES", "en-US", "en-GB", "de-DE", "fr-FR", "it-IT")
 _KOKORO_RATE = 24_000
 _KOKORO_LONGEST = 508  # phonemes; a voice file has 510 style vectors, by length
 # Kokoro writes affricates and diphthongs as one letter each (as its grapheme-to-phoneme package misaki does).
@@ -41,6 +43,8 @@ _LETTERS = {
     "t^ʃ": "ʧ", "d^ʒ": "ʤ", "t^s": "ʦ", "d^z": "ʣ",
     "a^ɪ": "I", "a^ʊ": "W", "e^ɪ": "A", "o^ʊ": "O", "ə^ʊ": "Q", "ɔ^ɪ": "Y",
 }
+_PICO_LONGEST_WORD = 100  # characters; at 150 Pico never returns
+_PICO_VOLUME = 0.5  # of its own, which clips
 _PUNCTUATION = re.compile(r"""(\s*[¿¡;:!?…"()—]+\s*|\s*[.,]+(?=\s|$|["')])\s*)""")
 
 
@@ -50,18 +54,21 @@ class Voice:
 
     Attributes:
         name: of the engine's own making.
-        speed: Kokoro, hibari: a factor; espeak-ng: words per minute.
-        pitch: espeak-ng, 0 to 99.
+        speed: Kokoro, Pico, hibari: a factor; espeak-ng: words per minute.
+        pitch: espeak-ng: 0 to 99; Pico: a factor.
         seed: of the noise, where the engine has any.
+        formant: Pico: the finished recording is played so much faster, which moves formants, pitch and speed together.
     """
 
     name: str
     speed: float = 1.0
-    pitch: int | None = None
+    pitch: float | None = None
     seed: int = 0
+    formant: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.name} s{self.speed:g}" + (f" p{self.pitch}" if self.pitch is not None else "")
+        pitch = f" p{self.pitch:g}" if self.pitch is not None else ""
+        return f"{self.name} s{self.speed:g}{pitch}" + (f" f{self.formant:g}" if self.formant != 1.0 else "")
 
 
 class Engine(Protocol):
@@ -101,6 +108,56 @@ class Espeak:
         samples, _ = soundfile.read(
             io.BytesIO(wave[44:]), samplerate=rate, channels=1, format="RAW", subtype="PCM_16", dtype="float32"
         )
+        return trim_silence(Resampler(rate, SAMPLE_RATE).resample(samples))
+
+
+class Pico:
+    """SVOX Pico (py-nanotts): one voice a language, two for English, at 1 % of real time, in a disguise for every row.
+
+    Args:
+        language: ``es``, or with its region, as in ``en-GB``.
+        voices: of ``PICO_VOICES``; by default all that speak the language.
+
+    Raises:
+        EchoStreamError: Pico does not speak the language, or a voice speaks another.
+    """
+
+    PITCHES, SPEEDS, FORMANTS = (0.65, 1.3), (0.8, 1.25), (0.8, 1.2)
+
+    def __init__(self, language: str = "es", voices: Sequence[str] = ()):
+        tags = language.replace("_", "-").split("-")
+        able = [v for v in PICO_VOICES if v.lower() == "-".join(tags).lower()]
+        able = able or [v for v in PICO_VOICES if v.split("-")[0] == tags[0].lower()]
+        if not able:
+            spoken = ", ".join(dict.fromkeys(v.split("-")[0] for v in PICO_VOICES))
+            raise EchoStreamError(f"Pico does not speak {language!r}, only {spoken}; take --engine espeak or kokoro")
+        for voice in voices:
+            if voice not in able:
+                raise EchoStreamError(f"Pico's {voice!r} does not speak {language!r}; choose from {', '.join(able)}")
+        self.voices = tuple(voices) or tuple(able)
+        self._tts = require("py_nanotts", "corpus").NanoTTS()
+        self.version = f"SVOX Pico (py-nanotts {metadata.version('py-nanotts')})"
+
+    def plan(self, row: str, seed: int) -> Voice:
+        def between(ends: tuple[float, float], what: str) -> float:
+            steps = round((ends[1] - ends[0]) * 50)  # fiftieths, so that resampling has a short period
+            return round(ends[0] + hash_int(seed, row, what) % (steps + 1) / 50, 2)
+
+        return Voice(
+            self.voices[hash_int(seed, row, "voice") % len(self.voices)], speed=between(self.SPEEDS, "speed"),
+            pitch=between(self.PITCHES, "pitch"), formant=between(self.FORMANTS, "formant"),
+        )
+
+    def speak(self, text: str, voice: Voice) -> np.ndarray:
+        text = re.sub("[<>]", " ", text)  # Pico takes what they enclose for commands
+        longest = max(map(len, text.split()), default=0)
+        if longest > _PICO_LONGEST_WORD:
+            raise EchoStreamError(f"a word of {longest} characters, Pico takes at most {_PICO_LONGEST_WORD}")
+        data = self._tts.speak(text, voice=voice.name, speed=voice.speed, pitch=voice.pitch, volume=_PICO_VOLUME)
+        samples = np.frombuffer(data, dtype="<i2").astype(np.float32) / 32768
+        if not len(samples) or np.abs(samples).max() < 0.01:
+            raise EchoStreamError(f"Pico gave no sound for {text!r}")
+        rate = round(SAMPLE_RATE * voice.formant)
         return trim_silence(Resampler(rate, SAMPLE_RATE).resample(samples))
 
 
@@ -165,10 +222,8 @@ class Hibari:
 
     def __init__(self, speed: float = 1.0):
         module = require("hibari", "corpus")
-        from importlib.metadata import version
-
         self._tts, self._speed = module.Hibari(), speed
-        self.version = f"hibari-tts {version('hibari-tts')}, voice {self._tts.voice}"
+        self.version = f"hibari-tts {metadata.version('hibari-tts')}, voice {self._tts.voice}"
 
     def plan(self, row: str, seed: int) -> Voice:
         return Voice(self._tts.voice, speed=self._speed, seed=hash_int(seed, row, "noise") % 2**31)

@@ -13,7 +13,7 @@ from echostream.errors import CheckpointError
 from echostream.models.decoders.vocoder import NORMED, CodeHiFiGAN
 from echostream.models.decoders.vocoder_config import VocoderConfig
 from echostream.models.decoders.vocoder_layers import Conv, Upsample, pack_weights
-from echostream.weights import read_weights
+from echostream.weights import check_tensors, read_weights, uninitialised
 
 
 def _field_layout(model: CodeHiFiGAN) -> dict[str, Tensor]:
@@ -43,6 +43,8 @@ def _plain_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 if base + v not in state:
                     raise CheckpointError(f"{base + v} is missing beside {key}")
                 direction = state[base + v].double()
+                if direction.dim() != 3 or value.numel() not in (1, len(direction)):
+                    raise CheckpointError(f"{key} {list(value.shape)} does not fit {v} {list(direction.shape)}")
                 norm = direction.norm(dim=tuple(range(1, direction.dim())), keepdim=True)
                 plain[base + ".weight"] = (direction * (value.double() / norm.clamp(min=1e-20))).float()
                 break
@@ -65,6 +67,7 @@ def load_generator_state(path: str | Path) -> dict[str, Tensor]:
     state = content.get("generator") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"vocoder checkpoint {path} has no 'generator' weights; it is no CodeHiFiGAN checkpoint")
+    state = check_tensors(state, f"vocoder checkpoint {path}")
     try:
         return _plain_layout(state)
     except CheckpointError as error:
@@ -84,9 +87,13 @@ def load_vocoder(
         ConfigError: the configuration is missing, incomplete or not supported.
         CheckpointError: the checkpoint cannot be read, or does not fit the configuration.
     """
-    model = CodeHiFiGAN(VocoderConfig.from_json(config_path))
-    state = load_generator_state(checkpoint_path)
-    load_weights(model, state, f"vocoder checkpoint {checkpoint_path}", str(config_path))
+    config, state = VocoderConfig.from_json(config_path), load_generator_state(checkpoint_path)
+    name = f"vocoder checkpoint {checkpoint_path}"
+    with uninitialised(shapes_only=True):  # a configuration of another size than the weights stops here
+        check_weights(CodeHiFiGAN(config), state, name, str(config_path))
+    with uninitialised():
+        model = CodeHiFiGAN(config)
+    load_weights(model, state, name, str(config_path))
     if torch.device(device).type == "cpu":
         pack_weights(model)
     return model.to(device).eval()
@@ -98,6 +105,19 @@ def load_weights(model: CodeHiFiGAN, state: Mapping[str, Tensor], name: str, con
     Raises:
         CheckpointError: a weight is missing, unknown, of another shape, or not finite.
     """
+    check_weights(model, state, name, config)
+    for key in state:
+        if not torch.isfinite(state[key]).all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinity")
+    model.load_state_dict(dict(state))
+
+
+def check_weights(model: CodeHiFiGAN, state: Mapping[str, Tensor], name: str, config: str) -> None:
+    """Compare names and shapes of plain weights with a model's.
+
+    Raises:
+        CheckpointError: a weight is missing, unknown or of another shape.
+    """
     expected = model.state_dict()
     for key in expected:
         if key not in state:
@@ -106,12 +126,9 @@ def load_weights(model: CodeHiFiGAN, state: Mapping[str, Tensor], name: str, con
             raise CheckpointError(
                 f"{name}: {key} has shape {list(state[key].shape)}, {config} asks for {list(expected[key].shape)}"
             )
-        if not torch.isfinite(state[key]).all():
-            raise CheckpointError(f"{name}: {key} holds NaN or infinity")
     unknown = [key for key in state if key not in expected]
     if unknown:
         raise CheckpointError(f"{name} has a weight {unknown[0]!r} that {config} does not know")
-    model.load_state_dict(dict(state))
 
 
 def save_vocoder(

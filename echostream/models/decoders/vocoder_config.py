@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +10,27 @@ from typing import Any, Mapping
 
 from echostream.constants import SAMPLE_RATE, UNIT_HOP
 from echostream.errors import ConfigError
+from echostream.loading import Rule, check, read_json
 
+_WIDTH, _KERNEL = Rule(int, 0, 8192), Rule(int, 1, 256)
+_KERNELS = Rule(list, 1, 16, of=_KERNEL)
+_DURATION_RULES = {
+    "encoder_embed_dim": _WIDTH, "var_pred_hidden_dim": _WIDTH, "var_pred_kernel_size": Rule(int, 1, 64),
+    "var_pred_dropout": Rule(float), "var_pred_max_frames": Rule(int), "var_pred_layers": Rule(int, 0, 32),
+}  # fmt: skip
+# Kind and bounds of each key, so that no file makes a generator of any size; what they must be to each other is said by
+# ``VocoderConfig``. Keys that are not here shape nothing.
+_RULES = {
+    "upsample_rates": _KERNELS, "upsample_kernel_sizes": Rule(list, 1, 16, of=Rule(int, 1, 4096)),
+    "upsample_initial_channel": _WIDTH, "resblock_kernel_sizes": _KERNELS,
+    "resblock_dilation_sizes": Rule(list, 1, 16, of=Rule(list, 0, 16, of=_KERNEL)),
+    "num_embeddings": Rule(int, 0, 1 << 20), "embedding_dim": _WIDTH, "model_in_dim": _WIDTH,
+    "dur_predictor_params": Rule(dict), "num_speakers": Rule(int, 0, 1 << 20), "code_hop_size": Rule(int, 0, 1 << 16),
+    "sampling_rate": Rule(int), "causal": Rule(bool), "lookahead_units": Rule(int, 0, 64),
+    "context_layers": Rule(int, 0, 32), "context_kernel_size": Rule(int, 0, 64), "position_buckets": Rule(int, 0, 4096),
+    "frame_layers": Rule(int, 0, 10), "frame_kernel_size": Rule(int, 1, 64),
+    "upsample_channels": Rule(list, 0, 16, of=_WIDTH), "resblock_stages": Rule(int), "f0_quant_num_bin": Rule(int),
+}  # fmt: skip
 MAX_DURATION = 500  # frames (10 s): a mistrained predictor must not ask for gigabytes
 
 
@@ -194,7 +213,13 @@ class VocoderConfig:
         for key in ("f0", "embedder_params"):
             if values.get(key):
                 raise ConfigError(f"the vocoder configuration sets {key!r}, which is not supported; use one without it")
-        if int(values.get("f0_quant_num_bin") or 0) > 0:
+        # Presets and saved configurations bring tuples and dataclasses; what a file brings is checked as it is.
+        plain = {key: _plain(value) for key, value in values.items()}
+        check(plain, _RULES, "the vocoder configuration", ConfigError)
+        if plain.get("dur_predictor_params"):
+            params = plain["dur_predictor_params"]
+            check(params, _DURATION_RULES, "the vocoder configuration: dur_predictor_params", ConfigError)
+        if (values.get("f0_quant_num_bin") or 0) > 0:
             raise ConfigError("the vocoder configuration sets 'f0_quant_num_bin', which is not supported")
         known = {f.name: f for f in fields(cls)}
         for name, f in known.items():
@@ -217,14 +242,7 @@ class VocoderConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "VocoderConfig":
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (FileNotFoundError, IsADirectoryError):
-            raise ConfigError(f"vocoder configuration {path} does not exist") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"vocoder configuration {path} is not JSON: {str(error).splitlines()[0]}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"vocoder configuration {path} holds {type(values).__name__}, not an object")
+        values = read_json(path, "vocoder configuration", ConfigError)
         try:
             return cls.from_dict(values)
         except ConfigError as error:
@@ -241,6 +259,13 @@ class VocoderConfig:
         if name not in PRESETS:
             raise ConfigError(f"no vocoder preset {name!r}; there are {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], "num_embeddings": num_embeddings, **changes})
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON would have it."""
+    if isinstance(value, DurationConfig):
+        return dataclasses.asdict(value)
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -40,6 +40,7 @@ class ExportedDecoder(Rows):
             "positions": (self.positions, 0),
             "frames": (self.frames, 0),
         }
+        self.most = {"positions": positions, "frames": frames}
 
     def restart(self, rows: list[int]) -> None:
         """A new sentence; what stands in the buffers is overwritten as it grows."""
@@ -116,9 +117,13 @@ class ExportedDecoder(Rows):
         return {name: array.copy() for name, array in arrays.items()}
 
     def restore(self, row: int, arrays: dict[str, np.ndarray]) -> None:
+        for name in ("positions", "frames"):
+            self._fits(name, arrays[name], self.row(name, row))
         positions, frames = int(arrays["positions"][0]), int(arrays["frames"][0])
-        self.row("own", row)[:, :, :positions] = arrays["own"]
-        self.row("memory", row)[:, :, : 1 + frames] = arrays["memory"]
+        own, memory = self.row("own", row)[:, :, :positions], self.row("memory", row)[:, :, : 1 + frames]
+        self._fits("own", arrays["own"], own)
+        self._fits("memory", arrays["memory"], memory)
+        own[...], memory[...] = arrays["own"], arrays["memory"]
         self.positions[row], self.frames[row] = positions, frames
 
     @staticmethod

@@ -44,8 +44,8 @@ class ExportedHearing(Rows):
         self.waiting, self.segments, self.frames = (zeros(rows, dtype=np.int64) for _ in range(3))
         self.ring = zeros(2 * config.encoder_layers, rows, heads, places, dim // heads)
         self.st_ring = zeros(2 * config.st_decoder_layers, rows, st_heads, self.window, config.st_dim // st_heads)
-        kept = max(0, config.encoder_conv_kernel - 1)
-        self.conv = zeros(config.encoder_layers if kept else 0, rows, kept, dim)  # what the convolutions last saw
+        kept = max(0, config.encoder_conv_kernel - 1)  # what the convolutions last saw
+        self.conv = zeros(config.encoder_layers if config.encoder_conv_kernel else 0, rows, kept, dim)
         self.arrays = {
             "features": (self.features, 0),
             "waiting": (self.waiting, 0),
@@ -55,6 +55,7 @@ class ExportedHearing(Rows):
             "st_ring": (self.st_ring, 1),
             "conv": (self.conv, 1),
         }
+        self.most = {"waiting": waiting - SUBSAMPLING_CONTEXT}
         for row in range(rows):
             self.reset(row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echostream.errors import CheckpointError
+from echostream.loading import inside, reason
 from echostream.streaming.onnx_runtime import open_graph
 
 if TYPE_CHECKING:
     from echostream.models.decoders.vocoder_config import VocoderConfig
+    from echostream.streaming.exported.names import Names
 
 TEXT_GRAPHS = ("encoder", "heads", "mt_memory", "mt")
 SPEECH_GRAPHS = ("unit_memory", "units")
+_ELSEWHERE = b"\n\x08location\x12"  # the key of a tensor's ``external_data``, as protobuf writes it
+MOST_STEPS = 1 << 40  # of a stream's life: more than a thousand years of frames
 VOICE_GRAPHS = ("voice_units", "voice_frames")
 
 
@@ -28,31 +33,65 @@ class ExportedModel:
         precision: ``fp32`` or ``int8``.
         threads: CPU threads of each graph.
         parameters: how many the torch model had, by component.
+        names: what each graph must be fed and give; one that is not among them is taken as it is.
     """
 
     directory: Path
     precision: str = "fp32"
     threads: int = 1
     parameters: dict[str, int] = field(default_factory=dict, repr=False)
+    names: dict[str, Names] = field(default_factory=dict, repr=False)
     _graphs: dict[str, tuple[Any, list[str]]] = field(default_factory=dict, repr=False)
+    _tried: set[str] = field(default_factory=set, repr=False)
 
     def check(self, names: tuple[str, ...]) -> None:
-        """Raises CheckpointError: one of these graphs is missing."""
+        """Open these graphs. Raises CheckpointError: one is missing, no graph, or of another model."""
         for name in names:
-            if not (self.directory / f"{name}.onnx").is_file():
-                raise CheckpointError(f"{self.directory} lacks {name}.onnx; export the checkpoint again")
+            self._open(name)
 
     def run(self, name: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs of a graph.
 
         Raises:
-            CheckpointError: the graph cannot be opened.
+            CheckpointError: the graph cannot be opened, or does not compute what this model asks of it.
         """
+        graph, outputs = self._open(name)
+        try:
+            found = dict(zip(outputs, graph.run(None, feeds)))
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            path = self.directory / f"{name}.onnx"
+            raise CheckpointError(f"exported graph {path} cannot be run: {reason(error)}") from None
+        if name not in self._tried:  # weights that are not finite show at once
+            self._tried.add(name)
+            for output, array in found.items():
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    path = self.directory / f"{name}.onnx"
+                    raise CheckpointError(f"exported graph {path} gives NaN or infinity ({output}); export it again")
+        return found
+
+    def _open(self, name: str) -> tuple[Any, list[str]]:
         if name not in self._graphs:
-            graph = open_graph(self.directory / f"{name}.onnx", "exported graph", self.threads)
-            self._graphs[name] = graph, [output.name for output in graph.get_outputs()]
-        graph, outputs = self._graphs[name]
-        return dict(zip(outputs, graph.run(None, feeds)))
+            path = inside(self.directory, f"{name}.onnx", "exported graph", CheckpointError)
+            if not path.is_file() or not path.stat().st_size:
+                raise CheckpointError(f"{self.directory} lacks {name}.onnx; export the checkpoint again")
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                if data.find(_ELSEWHERE) >= 0:
+                    raise CheckpointError(f"exported graph {path} keeps weights in other files, which are not read")
+            graph = open_graph(path, "exported graph", self.threads)
+            outputs = [output.name for output in graph.get_outputs()]
+            if name in self.names:
+                for kind, found, wanted in (
+                    ("inputs", {value.name for value in graph.get_inputs()}, self.names[name].inputs),
+                    ("outputs", set(outputs), self.names[name].outputs),
+                ):
+                    if found != wanted:
+                        different = ", ".join(sorted(found ^ wanted)[:4])
+                        raise CheckpointError(
+                            f"exported graph {path} is of another model: its {kind} differ in {different}; "
+                            "export the checkpoint again"
+                        )
+            self._graphs[name] = graph, outputs
+        return self._graphs[name]
 
 
 @dataclass(frozen=True)
@@ -70,10 +109,12 @@ class ExportedVoice:
 class Rows:
     """Base of the parts that keep state: arrays of fixed size in which every stream has its row.
 
-    ``arrays`` maps a name to an array and the axis of its rows.
+    ``arrays`` maps a name to an array and the axis of its rows; ``most`` says how large the numbers of one of whole
+    numbers may be.
     """
 
     arrays: dict[str, tuple[np.ndarray, int]]
+    most: dict[str, int] = {}
 
     def row(self, name: str, row: int) -> np.ndarray:
         """A view of one stream's part of an array; the axis of the rows stays."""
@@ -91,11 +132,17 @@ class Rows:
     def restore(self, row: int, arrays: dict[str, np.ndarray]) -> None:
         """Raises KeyError, ValueError: these are of another model."""
         for name in self.arrays:
-            own = self.row(name, row)
-            if arrays[name].shape != own.shape:
-                raise ValueError(f"{name} has shape {list(arrays[name].shape)}, expected {list(own.shape)}")
+            self._fits(name, arrays[name], self.row(name, row))
         for name in self.arrays:
             self.row(name, row)[...] = arrays[name]
+
+    def _fits(self, name: str, array: np.ndarray, own: np.ndarray) -> None:
+        """Raises ValueError: the array is none that could stand in ``own``."""
+        if array.shape != own.shape or array.dtype.kind != own.dtype.kind:
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, expected {own.dtype} {list(own.shape)}")
+        most = self.most.get(name, MOST_STEPS)
+        if own.dtype.kind == "i" and array.size and not 0 <= array.min() <= array.max() <= most:
+            raise ValueError(f"{name} holds {array.min()} to {array.max()}; it must lie in 0..{most}")
 
     @property
     def nbytes(self) -> int:

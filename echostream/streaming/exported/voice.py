@@ -35,6 +35,7 @@ class ExportedSpeaker(Rows):
             name: np.zeros((rows, past, width), dtype=np.float32) for name, (past, width) in caches(config).items()
         }
         self.arrays = {"ids": (self.ids, 0), "waiting": (self.waiting, 0)}
+        self.most = {"ids": config.num_embeddings, "waiting": self.ahead}
         self.arrays |= {name: (cache, 0) for name, cache in self.caches.items()}
 
     def reset(self, row: int) -> None:

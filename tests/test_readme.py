@@ -1,0 +1,326 @@
+"""Every Python snippet and every command of the README, run in its order, in one directory.
+
+Small stand-ins take the place of long work: a corpus of 64 pairs spoken by tones, an untrained model of 0.1M
+parameters, a recogniser that hears one word. What trains or measures for minutes is parsed by its own parser and goes
+no further (``PARSED``). A command that nothing here knows how to run fails the test: a new line in the README needs its
+line here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+pytest.importorskip("torch")
+pytest.importorskip("simuleval")
+
+from tests.test_catalogues import write_mo  # noqa: E402
+from tests.test_corpus import Tones, Whistler, pairs, tone  # noqa: E402
+from tests.test_whisper_init import write_tiny_whisper  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SNIPPETS = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [
+    shlex.join(words) if "|" not in words else line
+    for language, text in BLOCKS
+    if language != "python"
+    for line in text.replace("\\\n", " ").split("\n")
+    if (words := shlex.split(line, comments=True))
+]
+
+# Options of small stand-ins: what is put behind a command, or replaced in it.
+BEHIND = {
+    "prepare_corpus.py all .*--pairs": "--train-pairs 24 --dev-pairs 4 --features mfcc --num-units 20 --positions 0",
+    "prepare_corpus.py all .*--cvss": "--features mfcc --num-units 20 --positions 0",
+    "prepare_corpus.py text .*--train-only": "--vocab-size 40",
+    "train.py ": "--dry-run",
+    "ablate.py ": "--dry-run",
+    "unit_report.py ": "--limit 4",
+    "evaluate.py resynthesis ": "--limit 2",
+    "evaluate.py simul ": "--limit 1",
+    "evaluate.py (sweep|longform) ": "--checkpoint-dir bundles/es-en",
+    "evaluate.py sweep .*--output runs/sweep": "--grid lagging_k1=1 wait_k=2 agreement_n=2 alignatt_frames=12",
+    "evaluate.py cascade ": "--limit 2",
+    "evaluate.py report ": "--samples 20",
+}
+INSTEAD = [
+    (r"--vocab-size \d+", "--vocab-size 40"),
+    (r"--source-vocab-size \d+", "--source-vocab-size 40"),
+    (r"--whisper base --vocab-size \d+", "--whisper base --vocab-size 300"),
+    (r"--output data/es-en --cvss", "--output data/cvss --cvss"),  # not over the corpus of the command before
+    (r"^echostream export echostream/assets/es-en", "echostream export bundles/es-en"),
+    (r"^(echostream translate (?!.*--checkpoint-dir).*)", r"\1 --checkpoint-dir bundles/es-en"),
+    (r"/usr/share/locale /usr/share/games", "locale"),
+    (r"--limit 200", "--limit 2"),
+    (r"--chunk-ms 320 960", "--chunk-ms 320"),
+    (r"--minutes 60", "--updates 2"),  # minutes are measured by training, even in a dry run
+    (r"--count 10 --minutes 5", "--count 1 --sentences 2"),
+]
+PARSED = ("scripts/benchmark.py", "scripts/train_vocoder.py")
+
+
+def test_case_08_the_readme_has_snippets_and_commands() -> None:
+    assert len(SNIPPETS) >= 2 and len(COMMANDS) >= 30
+    assert not [command for command in COMMANDS if "…" in command]
+
+
+class Ear:
+    """A recogniser that hears one word."""
+
+    name = "Ear"
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def transcribe(self, samples: np.ndarray) -> str:
+        return "one"
+
+    transcribe_file = transcribe
+
+
+@pytest.fixture(scope="module")
+def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with everything that the README's commands name, as the current one."""
+    from echostream.data.corpus import tts
+    from echostream.evaluation import asr, simul
+    from scripts import evaluate
+
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("scripts", "agent", "configs", "echostream", "Makefile", "setup.py"):
+        (folder / name).symlink_to(ROOT / name)
+    sound = tone(1.2)
+    soundfile.write(folder / "talk.wav", sound, 16000)
+    soundfile.write(folder / "talk.mp3", sound, 16000, format="MP3")
+    (folder / "units.txt").write_text("1 2 3\n4 5\n")
+    (folder / "voices").mkdir()
+    table = "es\ten\n" + "".join(f"{a}\t{b}\n" for a, b in pairs(64))
+    (folder / "pairs.tsv.gz").write_bytes(gzip.compress(table.encode()))
+    write_mo(folder / "locale" / "es" / "LC_MESSAGES" / "a.mo", [(b, a) for a, b in pairs(200)[64:]])
+    common_voice, cvss = folder / "cv-corpus" / "es", folder / "cvss_c_es_en"
+    (common_voice / "clips").mkdir(parents=True)
+    lines = {"train": [], "dev": []}
+    for i, (source, target) in enumerate(pairs(40)):
+        split = "train" if i % 8 else "dev"
+        soundfile.write(common_voice / "clips" / f"c{i}.mp3", tone(0.6, 150 + 10 * i, 32000), 32000)
+        (cvss / split).mkdir(parents=True, exist_ok=True)
+        soundfile.write(cvss / split / f"c{i}.mp3.wav", tone(0.6, 300 + 10 * i), 16000)
+        lines[split].append((f"c{i}.mp3", source, target))
+    for split, rows in lines.items():
+        (cvss / f"{split}.tsv").write_text("".join(f"{clip}\t{target}\n" for clip, _, target in rows))
+    rows = [row for split in lines.values() for row in split]
+    (common_voice / "validated.tsv").write_text("path\tsentence\n" + "".join(f"{c}\t{s}\n" for c, s, _ in rows))
+    shutil.copytree(tiny_bundle, folder / "bundles" / "es-en")
+    write_tiny_whisper(folder / "whisper")
+    (folder / "runs" / "vocoder").mkdir(parents=True)
+    for name in ("vocoder.pt", "vocoder.json"):
+        shutil.copy(tiny_bundle / name, folder / "runs" / "vocoder")
+    (folder / "runs" / "es-en" / "units").mkdir(parents=True)
+    for name in ("checkpoint_1_10.pt", "checkpoint_last.pt"):
+        (folder / "runs" / "es-en" / "units" / name).write_bytes(b"")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(tts, "Kokoro", lambda source, voices, language: Tones(tuple(voices)))
+        patch.setattr(tts, "Hibari", Whistler)
+        patch.setattr(simul, "load_recogniser", Ear)
+        patch.setattr(evaluate, "load_recogniser", Ear)
+        patch.setattr(asr, "Whisper", Ear)
+        patch.setattr(evaluate, "require", lambda *a: None)
+        patch.setattr("echostream.units.features.packaged_whisper", lambda: Path("whisper"))
+        patch.setattr("echostream.evaluation.mos.DNSMOS.__init__", no_dnsmos)
+        yield folder
+
+
+def no_dnsmos(*arguments: object) -> None:
+    from echostream.errors import MissingExtraError
+
+    raise MissingExtraError("left out here")
+
+
+@pytest.mark.parametrize("text", SNIPPETS, ids=["session", "model", *map(str, range(2, len(SNIPPETS)))])
+def test_case_08_every_snippet_runs(sandbox: Path, text: str, capsys: pytest.CaptureFixture) -> None:
+    """With a list of arrays for the microphone, and a collector for the loudspeaker."""
+    from echostream.audio.io import load_audio
+    from echostream.checkpoint import load_bundle
+    from echostream.streaming import StreamingSession, TargetText, Waveform
+
+    talk = load_audio(ROOT / "echostream" / "assets" / "demo" / "02.ogg")
+    blocks = np.array_split(np.repeat(talk, 3), 20)  # 48 kHz
+    played: list[np.ndarray] = []
+    names = {"microphone": blocks, "play": lambda samples, rate: played.append(samples)}
+    exec(compile(text, "README.md", "exec"), names)
+    if "microphone" in text:
+        session = StreamingSession(load_bundle(), chunk_ms=320)
+        events = [event for block in blocks for event in session.push(block, sample_rate=48000)] + session.finish()
+        said = "".join(event.text for event in events if isinstance(event, TargetText))
+        assert capsys.readouterr().out == said and said.strip()
+        waves = [event.samples for event in events if isinstance(event, Waveform)]
+        assert sum(map(len, played)) == sum(map(len, waves)) > 0
+
+
+def run_python(path: str, words: list[str]) -> None:
+    name = Path(path).stem
+    script = importlib.import_module(f"scripts.{name}")
+    if path in PARSED:
+        parser = script.get_parser() if hasattr(script, "get_parser") else script.parser()
+        parser.parse_args(words)
+    elif name == "export_checkpoint":
+        asked: list[object] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "export", asked.append)
+            call(script.main, path, words)
+        assert asked and asked[0].vocoder.is_file() and (asked[0].data / "config.yaml").is_file()
+        assert [Path(path).is_file() for path in asked[0].checkpoint] == [True]
+    else:
+        call(script.main, path, words)
+
+
+def call(main: Callable[..., object], name: str, words: list[str]) -> None:
+    """Run a program in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *words])
+        try:
+            status = main()
+        except SystemExit as stop:
+            status = stop.code
+    assert not status, status
+
+
+def parse_fairseq(tool: str, words: list[str]) -> None:
+    """All flags are fairseq's or the plugin's, with values that they take."""
+    from fairseq import options
+
+    from echostream.compat import register_with_fairseq
+
+    register_with_fairseq()
+    parser = {"train": options.get_training_parser, "generate": options.get_generation_parser}[tool]()
+    # The plugin is registered already; from this directory it would be a second one of its name.
+    args = options.parse_args_and_arch(parser, [str(ROOT / word) if word == "echostream" else word for word in words])
+    assert args.task == "echostream_s2st"
+
+
+def run_train(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    run_python("scripts/train.py", words)
+    printed = shlex.split(capsys.readouterr().out)
+    assert printed[0] == "fairseq-train"
+    parse_fairseq("train", printed[1:])
+
+
+def run_pipeline(line: str, folder: Path) -> None:
+    """With a recorder and a player made of cat."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    soundfile.write(folder / "raw48k", np.repeat(tone(1.0), 3), 48000, format="RAW", subtype="PCM_16")
+    for name, text in {
+        "arecord": f'case "$*" in *raw*) cat {folder}/raw48k;; *) cat {folder}/talk.wav;; esac',
+        "aplay": f"cat > {folder}/played",
+        "echostream": f'exec {sys.executable} -m echostream "$@" --checkpoint-dir bundles/es-en',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "-o -" not in line or (folder / "played").stat().st_size > 0
+
+
+def check_install(words: list[str]) -> None:
+    """What pip would install is what setup.py and the Makefile name."""
+    setup, make = ((ROOT / name).read_text(encoding="utf-8") for name in ("setup.py", "Makefile"))
+    extras = set(re.findall(r'^    "(\w+)": \[', setup, re.MULTILINE)) | {"demo", "all"}
+    for word in words[1:]:
+        if word.startswith("torch=="):
+            assert word in make
+        for extra in re.findall(r"\[([\w,]+)\]", word):
+            assert set(extra.split(",")) <= extras
+
+
+def expand(words: list[str]) -> list[str]:
+    """As the shell does with stars."""
+    return [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+
+
+def stand_in(folder: Path, words: list[str]) -> None:
+    """The results of a fairseq-generate that was only parsed: two rows of the corpus, translated well."""
+    results = folder / words[words.index("--results-path") + 1]
+    results.mkdir(parents=True, exist_ok=True)
+    from echostream.data.manifest import read_manifest
+
+    rows = read_manifest(folder / "data" / "es-en" / "test.tsv")
+    lines = []
+    for row in rows:
+        soundfile.write(results / f"{row.id}.wav", tone(0.5), 16000)
+        texts = {"asr": row.src_text, "asr_ref": row.src_text, "st": row.tgt_text, "mt": row.tgt_text}
+        lines.append({"id": row.id, "audio": row.audio, **texts, "mt_ref": row.tgt_text, "wav": f"{row.id}.wav"})
+    (results / "generate-test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda number: " ".join(COMMANDS[number].split()[:3]))
+def test_case_08_every_command_runs(
+    sandbox: Path, number: int, capsys: pytest.CaptureFixture
+) -> None:
+    from simuleval import cli as simuleval
+    from simuleval.utils.agent import EVALUATION_SYSTEM_LIST
+
+    from echostream import cli
+
+    line = COMMANDS[number]
+    for pattern, text in INSTEAD:
+        line = re.sub(pattern, text, line)
+    for pattern, text in BEHIND.items():
+        if re.search(pattern, line) and "--limit" not in (line if "--limit" in text else ""):
+            line += f" {text}"
+    words = expand(shlex.split(line, comments=True))
+    program, rest = words[0], words[1:]
+    if "|" in words:
+        run_pipeline(line.partition(" #")[0], sandbox)
+    elif program == "make":
+        assert subprocess.run(["make", "-n", *rest], capture_output=True).returncode == 0
+    elif program == "pip":
+        check_install(rest)
+    elif program == "echostream":
+        call(cli.main, program, rest)
+    elif program == "torchrun":
+        script = rest.index("scripts/train.py")
+        assert rest[:script] == ["--nproc_per_node", "2"]
+        run_train(rest[script + 1 :], capsys)
+    elif program == "python" and rest[0] == "scripts/train.py":
+        run_train(rest[1:], capsys)
+    elif program == "python":
+        run_python(rest[0], rest[1:])
+    elif program == "fairseq-generate":
+        parse_fairseq("generate", rest)
+        stand_in(sandbox, rest)
+    elif program == "simuleval":
+        if "--source" in rest:
+            from echostream.data.manifest import read_manifest
+
+            row = read_manifest(sandbox / "data" / "es-en" / "test.tsv")[0]
+            (sandbox / "wavs.txt").write_text(f"data/es-en/{row.audio}\n")
+            (sandbox / "references.txt").write_text(f"{row.tgt_text}\n")
+        EVALUATION_SYSTEM_LIST.clear()
+        call(simuleval.main, program, rest)
+        EVALUATION_SYSTEM_LIST.clear()
+    else:
+        pytest.fail(f"nothing here knows how to run {program!r}")
+    made = re.search(r"(?:^|\s)(?:-o|--output|--subtitles|--timeline) ([\w./-]+)", line)
+    if made and made[1] != "-" and program != "fairseq-generate" and "export_checkpoint" not in line:
+        assert Path(made[1]).exists()
