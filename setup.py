@@ -62,15 +62,24 @@ EXTRAS = {
         "scikit-learn>=1.3",
     ],
     # running what `echostream export` wrote: no torch
-    "onnx": ["onnxruntime>=1.20"],
+    "onnx": ["onnxruntime>=1.22"],
     # echostream export
-    "export": [TORCH, "onnx>=1.16", "onnxruntime>=1.20"],
+    "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     # m4a, WebM and all else that libsndfile does not read, where no ffmpeg is installed: a build of the program
     "formats": ["imageio-ffmpeg>=0.5"],
     # sentences that end where the speaker pauses
     "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
-    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "onnx>=1.16", "onnxruntime>=1.20", "silero-vad==6.2.3",
-             "py-nanotts==0.1.1", "imageio-ffmpeg>=0.5"],
+    "test": [
+        "pytest>=8",
+        "hypothesis>=6",
+        "ruff>=0.6",
+        "onnx>=1.18",
+        "onnxscript>=0.5",
+        "onnxruntime>=1.22",
+        "silero-vad==6.2.3",
+        "py-nanotts==0.1.1",
+        "imageio-ffmpeg>=0.5",
+    ],
 }
 EXTRAS["demo"] = EXTRAS["simuleval"]
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

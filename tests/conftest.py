@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any, Iterator
 
 import numpy as np
 import pytest
@@ -122,6 +124,30 @@ def make_tiny_bundle(data: Path, folder: Path) -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus directory without recordings: SentencePiece models, dictionaries, CMVN, config.yaml."""
     return make_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def traced_once() -> Iterator[None]:
+    """Tracing a graph takes seconds: of all tests that ask for this, one traces a step with the same weights."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("torch")
+    from echostream.export import directory
+
+    make_graph, known = directory.make_graph, {}
+
+    def remembered(step: Any) -> Any:
+        digest = hashlib.sha256(f"{type(step).__name__} {step.inputs}".encode())
+        for name, value in [*step.named_parameters(), *step.named_buffers()]:
+            digest.update(name.encode() + value.detach().numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in known:
+            known[key] = make_graph(step).SerializeToString()
+        return onnx.ModelProto.FromString(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory, "make_graph", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

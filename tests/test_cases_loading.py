@@ -37,7 +37,7 @@ from echostream.errors import (  # noqa: E402
     ManifestError,
     SessionError,
 )
-from echostream.export.directory import export_directory, graph_writers  # noqa: E402
+from echostream.export.directory import export_directory, make_voice_graphs  # noqa: E402
 from echostream.loading import Rule, check, inside, read_array, read_json, read_npz, read_yaml  # noqa: E402
 from echostream.streaming import SessionBatch, StreamingSession  # noqa: E402
 from echostream.streaming.exported.names import graph_names  # noqa: E402
@@ -52,8 +52,11 @@ from tests.fuzz.material import noise  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
+
 @pytest.fixture(scope="module")
-def exported(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(traced_once: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_directory(tiny_bundle, tmp_path_factory.mktemp("exported") / "fp32")[0]
 
 
@@ -479,24 +482,23 @@ def load_digest(directory: Path) -> str:
 
 @pytest.mark.parametrize("changes", [
     {}, {"right_context_length": 2}, {"unit_decoder_input": "mt-tokens"}, {"unit_decoder_input": "encoder"},
-    {"st_decoder_layers": 0, "memory_size": 0},
+    {"st_decoder_layers": 0, "memory_size": 0}, {"encoder_stem": "whisper", "encoder_position_period": 50},
+    {"encoder_conv_kernel": 3, "encoder_relative_bias": True},
 ], ids=str)  # fmt: skip
 def test_16_names_of_graphs_are_those_that_are_written(changes: dict) -> None:
     """The table of names and the export say the same, so that neither changes alone."""
     from echostream.models.decoders.vocoder import CodeHiFiGAN
     from echostream.models.echostream_model import build_echostream_model
+    from echostream.models.graphs import model_graphs
 
     config, voice = tiny_config(**changes), tiny_voice()
 
-    class Both:
-        model, vocoder = build_echostream_model(config).eval(), CodeHiFiGAN(voice).eval()
-
-    names = graph_names(config, voice)
-    written = {name: write(False) for name, write in graph_writers(Both, True).items()}
-    assert set(names) == set(written)
-    for name, graph in written.items():
-        assert {value.name for value in graph.inputs} == names[name].inputs, name
-        assert {value.name for value in graph.outputs} == names[name].outputs, name
+    steps = model_graphs(build_echostream_model(config).eval())
+    written = {name: (set(step.inputs), set(step(step.example()))) for name, step in steps.items()}
+    for name, model in make_voice_graphs(CodeHiFiGAN(voice).eval()).items():
+        graph = model.graph
+        written[name] = {value.name for value in graph.input}, {value.name for value in graph.output}
+    assert graph_names(config, voice) == written
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Iterator
 
 import numpy as np
 import pytest
@@ -14,37 +16,46 @@ import yaml
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from echostream.audio.io import read_audio, write_audio  # noqa: E402
 from echostream.audio.stream import to_pcm  # noqa: E402
 from echostream.checkpoint import load_bundle, save_bundle  # noqa: E402
 from echostream.cli import main  # noqa: E402
+from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.errors import CheckpointError, ConfigError, EchoStreamError, SessionError, UnitError  # noqa: E402
-from echostream.export.check import TOLERANCE, compare  # noqa: E402
-from echostream.export.directory import export_directory  # noqa: E402
+from echostream.export import directory  # noqa: E402
+from echostream.export.check import TOLERANCE, Comparison, compare  # noqa: E402
+from echostream.export.directory import export_directory, make_voice_graphs, write_graphs  # noqa: E402
 from echostream.export.voice import upsampling  # noqa: E402
 from echostream.models.decoders.vocoder import CodeHiFiGAN  # noqa: E402
 from echostream.models.decoders.vocoder_config import VocoderConfig  # noqa: E402
 from echostream.models.echostream_model import build_echostream_model  # noqa: E402
+from echostream.models.graphs import EncoderGraph, StepGraph  # noqa: E402
 from echostream.models.subsampler import Subsampler  # noqa: E402
-from echostream.streaming import SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
+from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
 from echostream.streaming.exported.hearing import ring_ages, segment_mask, turn, write_ring  # noqa: E402
 from echostream.streaming.exported.model import ExportedModel  # noqa: E402
+from echostream.streaming.exported.names import graph_names  # noqa: E402
 from echostream.streaming.exported.stages import ExportedStages  # noqa: E402
 from echostream.streaming.exported.subsampling import patches, windows  # noqa: E402
-from echostream.streaming.stages import Extend, Listen, NewSentence, Speak, Write  # noqa: E402
+from echostream.streaming.exported.torch_model import TorchModel  # noqa: E402
+from echostream.streaming.exported.voice import ExportedSpeaker  # noqa: E402
+from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Speak, Write  # noqa: E402
 from tests.conftest import tiny_config, tiny_voice  # noqa: E402
 from tests.test_streaming import speech  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 @pytest.fixture(scope="module")
-def exported(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(traced_once: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_directory(tiny_bundle, tmp_path_factory.mktemp("exported") / "fp32")[0]
 
 
 @pytest.fixture(scope="module")
-def int8(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int8(traced_once: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_directory(tiny_bundle, tmp_path_factory.mktemp("exported") / "int8", int8=True)[0]
 
 
@@ -52,16 +63,25 @@ def bundle_of(data: Path, folder: Path, voice: VocoderConfig | None = None, **ch
     """A checkpoint directory of an untrained tiny model."""
     from echostream.models.decoders.vocoder_checkpoint import save_vocoder
 
-    torch.manual_seed(3)
     config = tiny_config(**changes)
     files = None
     if voice is not None:
         files = folder / "voice.pt", folder / "voice.json"
+        torch.manual_seed(3)
         save_vocoder(CodeHiFiGAN(voice), *files)
-    model = build_echostream_model(config)
-    if model.unit_decoder.tokens is not None:  # they start at zero
-        torch.nn.init.normal_(model.unit_decoder.tokens.weight)
-    return save_bundle(folder / "bundle", model.state_dict(), config, data, vocoder=files)
+    return save_bundle(folder / "bundle", random_model(config).state_dict(), config, data, vocoder=files)
+
+
+def random_model(config: EchoStreamConfig) -> torch.nn.Module:
+    """An untrained model in which nothing is left at zero."""
+    torch.manual_seed(3)
+    model = build_echostream_model(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        if model.unit_decoder.tokens is not None:
+            torch.nn.init.normal_(model.unit_decoder.tokens.weight)
+    return model
 
 
 def said(session: StreamingSession, samples: np.ndarray) -> tuple[list, np.ndarray]:
@@ -78,25 +98,53 @@ def said(session: StreamingSession, samples: np.ndarray) -> tuple[list, np.ndarr
 # ---------------------------------------------------------------------------------------------------- parity with torch
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(right_context_length=2, encoder_normalize_before=True),
-        dict(memory_size=0, left_context_length=9, segment_length=3),
-        dict(left_context_length=0, st_decoder_layers=0),
-        dict(left_context_length=5, right_context_length=1, shift_context=True),
-        dict(unit_decoder_input="encoder", ctc_upsample_ratio=1, st_left_context=1),
-        dict(unit_decoder_input="mt-tokens"),
-        dict(segment_length=1, memory_size=5, unit_decoder_embed_dim=16, mt_decoder_embed_dim=48, mt_decoder_heads=3),
-    ],
-    ids=["default", "right-context", "no-memory", "no-left", "shifted", "encoder-units", "token-units", "single-frame"],
-)
-def test_graphs_compute_what_torch_does(tiny_data: Path, tmp_path: Path, changes: dict) -> None:
-    directory, differences = export_directory(bundle_of(tiny_data, tmp_path, tiny_voice(), **changes), tmp_path / "out")
-    stages = {"encoder", "ASR head", "ST head", "MT decoder", "MT attention", "unit decoder", "vocoder"}
-    assert differences.keys() == stages and max(differences.values()) <= TOLERANCE
-    again = compare(load_bundle(tmp_path / "bundle"), load_bundle(directory), seed=5)
+WHISPER = dict(
+    encoder_stem="whisper", encoder_normalize_before=True, encoder_final_norm=True, encoder_activation="gelu",
+    encoder_position_period=50, memory_size=0, mt_decoder_form="whisper", st_decoder_embed_dim=16,
+    st_decoder_ffn_dim=24,
+)  # fmt: skip
+FAMILY = {
+    "default": {},
+    "right-context": dict(right_context_length=2, encoder_normalize_before=True),
+    "no-memory": dict(memory_size=0, left_context_length=9, segment_length=3),
+    "no-left": dict(left_context_length=0, st_decoder_layers=0),
+    "shifted": dict(left_context_length=5, right_context_length=1, shift_context=True),
+    "encoder-units": dict(unit_decoder_input="encoder", ctc_upsample_ratio=1, st_left_context=1),
+    "token-units": dict(unit_decoder_input="mt-tokens"),
+    "single-frame": dict(
+        segment_length=1, memory_size=5, unit_decoder_embed_dim=16, mt_decoder_embed_dim=48, mt_decoder_heads=3
+    ),
+    "gelu": dict(encoder_activation="gelu", encoder_normalize_before=True),
+    "positions": dict(encoder_position_period=7),
+    "relative-bias": dict(encoder_relative_bias=True, right_context_length=1),
+    "convolution": dict(encoder_conv_kernel=5),
+    "whisper": {**WHISPER, "right_context_length": 2},
+    "shifted-whisper": {**WHISPER, "shift_context": True, "encoder_relative_bias": True},
+    "everything": {
+        **WHISPER, "memory_size": 3, "encoder_relative_bias": True, "encoder_conv_kernel": 4, "right_context_length": 1
+    },  # fmt: skip
+}  # fmt: skip
+STAGES = {"encoder", "ASR head", "ST head", "MT decoder", "MT attention", "unit decoder"}
+
+
+@pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY)
+def test_steps_and_their_bookkeeping_compute_what_the_model_does(changes: dict) -> None:
+    """All options, run by torch, without an export."""
+    config = tiny_config(**changes)
+    bundle = SimpleNamespace(config=config, model=random_model(config), vocoder=None)
+    stepping = SimpleNamespace(config=config, model=TorchModel(bundle.model), vocoder=None)
+    differences = Comparison(bundle, stepping).run()
+    assert differences.keys() == STAGES and max(differences.values()) <= 1e-5
+    inputs = {name: set(step.inputs) for name, step in stepping.model.graphs.items()}
+    assert inputs == {name: names.inputs for name, names in graph_names(config).items()}
+
+
+@pytest.mark.parametrize("name", ["everything", "whisper"])
+def test_graphs_compute_what_torch_does(tiny_data: Path, tmp_path: Path, name: str) -> None:
+    checkpoint = bundle_of(tiny_data, tmp_path, tiny_voice(), **FAMILY[name])
+    folder, differences = export_directory(checkpoint, tmp_path / "out")
+    assert differences.keys() == STAGES | {"vocoder"} and max(differences.values()) <= TOLERANCE
+    again = compare(load_bundle(checkpoint), load_bundle(folder), seed=5)
     assert max(again.values()) <= TOLERANCE
 
 
@@ -117,19 +165,30 @@ CHOICE = dict(
     ],
     ids=["type-1-blocks", "bare", "odd-kernels", "choice", "short-choice", "wide-choice"],
 )
-def test_voices_sound_the_same(tiny_data: Path, tmp_path: Path, changes: dict) -> None:
-    voice = VocoderConfig.from_dict({**tiny_voice().to_dict(), **changes})
-    _, differences = export_directory(bundle_of(tiny_data, tmp_path, voice), tmp_path / "out")
-    assert differences["vocoder"] <= TOLERANCE
+def test_voices_sound_the_same(tmp_path: Path, changes: dict) -> None:
+    torch.manual_seed(3)
+    vocoder = CodeHiFiGAN(VocoderConfig.from_dict({**tiny_voice().to_dict(), **changes})).eval()
+    write_graphs(tmp_path, make_voice_graphs(vocoder), int8=False)
+    speaker = ExportedSpeaker(vocoder.config, ExportedModel(tmp_path), rows=1)
+    units = np.random.default_rng(0).integers(0, vocoder.config.num_embeddings, 40)
+    with torch.inference_mode():
+        expected = vocoder(torch.from_numpy(units)[None])[0][0].numpy()
+    for sizes in ([40], [1, 7, 12, 20]):
+        parts = np.split(units, np.cumsum(sizes)[:-1])
+        said = [speaker.speak(0, part, i == len(parts) - 1) for i, part in enumerate(parts)]
+        np.testing.assert_allclose(np.concatenate(said), expected, atol=TOLERANCE)
 
 
 def test_a_wrong_graph_is_refused(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from echostream.export import encoder
+    def quieter(step: StepGraph) -> Any:
+        graph = once(step)
+        if isinstance(step, EncoderGraph):
+            largest = max(graph.graph.initializer, key=lambda constant: len(constant.raw_data))
+            largest.raw_data = (0.5 * np.frombuffer(largest.raw_data, np.float32)).tobytes()
+        return graph
 
-    def forgets_the_scale(weight, bias, dim, heads):
-        return encoder.as_array(weight), encoder.as_array(bias)
-
-    monkeypatch.setattr(encoder, "scaled", forgets_the_scale)
+    once = directory.make_graph
+    monkeypatch.setattr(directory, "make_graph", quieter)
     with pytest.raises(CheckpointError, match=r"the exported encoder differs from torch by \d.*nothing was written"):
         export_directory(tiny_bundle, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -148,8 +207,9 @@ def test_a_session_says_the_same(tiny_bundle: Path, exported: Path, beam: int) -
         session.reset()
 
 
-def test_batches_of_all_ages_say_what_each_says_alone(exported: Path) -> None:
-    bundle = load_bundle(exported)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_batches_of_all_ages_say_what_each_says_alone(exported: Path, int8: Path, precision: str) -> None:
+    bundle = load_bundle(exported if precision == "fp32" else int8)
     streams = {i: speech(2.0 + 0.7 * i, seed=20 + i) for i in range(3)}
     batch = SessionBatch(bundle, capacity=3)
     events: dict[int, list] = {}
@@ -176,6 +236,8 @@ def test_batches_of_all_ages_say_what_each_says_alone(exported: Path) -> None:
         assert [type(e) for e in events[number]] == [type(e) for e in expected]
         tokens = [[e.tokens for e in found if isinstance(e, TargetText)] for found in (events[number], expected)]
         assert tokens[0] == tokens[1]
+        units = [[e.units for e in found if isinstance(e, SentenceEnd)] for found in (events[number], expected)]
+        assert units[0] == units[1] and any(units[0])
         waves = [
             np.concatenate([np.zeros(0), *(e.samples for e in found if isinstance(e, Waveform))])
             for found in (events[number], expected)
@@ -215,6 +277,54 @@ def test_int8_is_smaller_and_near(exported: Path, int8: Path) -> None:
         heard.append(stages.run([(0, Listen(features, True))])[0].frames)
     error = np.abs(heard[0] - heard[1]).mean() / np.abs(heard[0]).mean()
     assert 0 < error < 0.1  # rounded, and not wrong
+
+
+def life(config: EchoStreamConfig, seed: int) -> Iterator[list]:
+    """What a stream asks for in its life, a list of requests at a time: two sentences of its own lengths."""
+    rng = np.random.default_rng(seed)
+
+    def noise(count: int, width: int) -> np.ndarray:
+        return rng.standard_normal((count, width)).astype(np.float32)
+
+    for _ in range(2):
+        yield NewSentence()
+        for _ in range(int(rng.integers(2, 5))):
+            yield Listen(noise(int(rng.integers(1, 90)), 80), False)
+            yield Extend(noise(int(rng.integers(1, 40)), config.encoder_embed_dim))
+            for _ in range(int(rng.integers(0, 7))):
+                yield Write(int(rng.integers(4, config.mt_vocab_size)), ((1, 1),))
+            yield ReadUnits(noise(int(rng.integers(1, 4)), config.mt_decoder_embed_dim))
+    yield Listen(noise(7, 80), True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_stream_gets_bit_for_bit_what_it_gets_alone(exported: Path, int8: Path, precision: str) -> None:
+    """Whoever else is in the batch, and however old."""
+    bundle = load_bundle(exported if precision == "fp32" else int8)
+    count = 4
+
+    def answers(lives: dict[int, list]) -> dict[int, list]:
+        stages, found = ExportedStages(bundle, rows=count), {row: [] for row in lives}
+        for at in range(max(map(len, lives.values()))):
+            due = [(row, requests[at]) for row, requests in lives.items() if at < len(requests)]
+            kinds = sorted({type(request) for _, request in due}, key=str)
+            for kind in kinds:
+                some = [(row, request) for row, request in due if isinstance(request, kind)]
+                for (row, _), answer in zip(some, stages.run(some)):
+                    found[row].append(answer)
+        return found
+
+    lives = {row: list(life(bundle.config, 40 + row)) for row in range(count)}
+    together = answers(lives)
+    for row, mine in lives.items():
+        for request, expected, answer in zip(mine, answers({row: mine})[row], together[row], strict=True):
+            if answer is not None:
+                for before, now in zip(as_arrays(expected), as_arrays(answer), strict=True):
+                    np.testing.assert_array_equal(before, now, err_msg=f"stream {row}, {type(request).__name__}")
+
+
+def as_arrays(answer: Any) -> list[np.ndarray]:
+    return [answer] if isinstance(answer, np.ndarray) else list(answer)
 
 
 # ---------------------------------------------------------------------------------------------------- without torch
@@ -278,9 +388,9 @@ def test_export_and_info(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_text_alone(tiny_bundle: Path, tmp_path: Path) -> None:
-    directory, differences = export_directory(tiny_bundle, tmp_path / "out", vocoder=False)
-    assert "vocoder" not in differences and not list(directory.glob("voice*"))
-    bundle = load_bundle(directory)
+    folder, differences = export_directory(tiny_bundle, tmp_path / "out", vocoder=False)
+    assert "vocoder" not in differences and not list(folder.glob("voice*"))
+    bundle = load_bundle(folder)
     assert bundle.vocoder is None
     events = (session := StreamingSession(bundle)).push(speech(2.0, seed=9)) + session.finish()
     assert events and not any(isinstance(e, Waveform) for e in events)

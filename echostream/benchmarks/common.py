@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from echostream.checkpoint import Bundle
-from echostream.export.directory import graph_writers, write_graphs
+from echostream.export.directory import make_graphs, write_graphs
 from echostream.streaming.exported.model import ExportedModel, ExportedVoice
 
 
@@ -98,10 +98,9 @@ def interleaved_medians(
 
 def exported(bundle: Bundle, folder: Path, int8: bool, threads: int = 1) -> Bundle:
     """A torch bundle's graphs, written to ``folder`` where they are not there yet, as a bundle of their own."""
-    graphs = graph_writers(bundle, voice=True)
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        write_graphs(folder, graphs, int8)
+        write_graphs(folder, make_graphs(bundle.model, bundle.vocoder), int8)
     precision = "int8" if int8 else "fp32"
     return replace(
         bundle,

@@ -33,8 +33,10 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import ENCODER_FRAME_MS, SUBSAMPLING
 from echostream.errors import EchoStreamError
 from echostream.export.check import TOLERANCE
-from echostream.export.encoder import encoder_graph
+from echostream.export.directory import write_graphs
+from echostream.export.graphs import make_graph
 from echostream.models.echostream_encoder import EchoStreamEncoder
+from echostream.models.graphs import EncoderGraph
 from echostream.models.subsampler import Subsampler
 from echostream.streaming.exported.hearing import ExportedHearing
 from echostream.streaming.exported.model import ExportedModel
@@ -149,11 +151,11 @@ def measure(cfg: EchoStreamConfig, args: argparse.Namespace) -> dict:
         "batches": [],
     }
     with tempfile.TemporaryDirectory() as folder:
-        models = {}
+        models, graphs = {}, {"encoder": make_graph(EncoderGraph(encoder))}
         for name, int8 in ((FP32, False), (INT8, True)):
             models[name] = ExportedModel(Path(folder) / name.split()[-1], threads=args.threads)
             models[name].directory.mkdir()
-            encoder_graph(encoder, int8).save(models[name].directory / "encoder.onnx")
+            write_graphs(models[name].directory, graphs, int8)
         for batch in args.batch:
 
             def streams() -> dict[str, Step]:

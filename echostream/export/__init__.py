@@ -1,5 +1,6 @@
 """The model as ONNX graphs, one per streaming stage, that run without torch.
 
-``graph`` writes graphs, ``encoder``, ``decoders`` and ``voice`` say what is in them, ``directory`` makes the exported
-directory and ``check`` compares it with the torch model. What runs it is ``echostream.streaming.onnx_stages``.
+``graphs`` exports the steps of ``models.graphs`` and puts weights in int8, ``voice`` writes the vocoder's graphs by
+hand, ``directory`` makes the exported directory and ``check`` compares it with the torch model. What runs it is
+``echostream.streaming.exported``.
 """

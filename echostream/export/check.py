@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from echostream.checkpoint import Bundle
+from echostream.config import EchoStreamConfig
 from echostream.errors import CheckpointError
 from echostream.models.decoders.layers import AttentionProbe
-from echostream.streaming.exported.model import ExportedModel
 from echostream.streaming.exported.stages import ExportedStages
 from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Speak, Write
 
@@ -20,13 +19,26 @@ TOLERANCE = 1e-4
 ROWS = 2
 
 
-class _Recorded(ExportedModel):
-    """A model that remembers the last outputs of each graph."""
+class _Recorded:
+    """An executor of steps that remembers the last outputs of each."""
+
+    def __init__(self, model: Any):
+        self.model, self.last = model, {}
+
+    def check(self, names: tuple[str, ...]) -> None:
+        self.model.check(names)
 
     def run(self, name: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        self.last: dict[str, dict[str, np.ndarray]] = getattr(self, "last", {})
-        self.last[name] = super().run(name, feeds)
+        self.last[name] = self.model.run(name, feeds)
         return self.last[name]
+
+
+class _Runs(NamedTuple):
+    """What ``ExportedStages`` needs of a bundle."""
+
+    config: EchoStreamConfig
+    model: _Recorded
+    vocoder: Any
 
 
 class Comparison:
@@ -40,9 +52,9 @@ class Comparison:
 
     def __init__(self, bundle: Bundle, exported: Bundle, seed: int = 0):
         self.bundle, self.model = bundle, bundle.model
-        self.recorded = _Recorded(exported.model.directory, exported.model.precision)
+        self.recorded = _Recorded(exported.model)
         self.speech = exported.vocoder is not None
-        self.stages = ExportedStages(replace(exported, model=self.recorded), rows=ROWS)
+        self.stages = ExportedStages(_Runs(exported.config, self.recorded, exported.vocoder), rows=ROWS)
         self.rng = np.random.default_rng(seed)
         self.differences: dict[str, float] = {}
 
@@ -145,9 +157,9 @@ class Comparison:
             written = [None if tokens is None else tokens[at : at + n] for n in counts]
             padded = None if tokens is None else _padded(written)
             scores, lengths, state = decoder.step(_padded(read), torch.tensor(counts), state, tokens=padded)
-            self.stages.run([(row, ReadUnits(*part)) for row, part in enumerate(zip(read, written))])
             for row, n in enumerate(lengths.tolist()):
-                self._note("unit decoder", scores[row, :n], self.recorded.last["units"]["scores"][row, :n])
+                self.stages.run([(row, ReadUnits(read[row], written[row]))])
+                self._note("unit decoder", scores[row, :n], self.recorded.last["units"]["scores"][0])
             at += max(counts)
 
     def _speak(self) -> None:

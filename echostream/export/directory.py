@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Callable
+from typing import Any, Mapping
 
 import yaml
 from tqdm import tqdm
@@ -25,14 +25,15 @@ from echostream.checkpoint import (
 )
 from echostream.errors import CheckpointError
 from echostream.export.check import TOLERANCE, compare
-from echostream.export.decoders import memory_graph, mt_graph, unit_graph
-from echostream.export.encoder import encoder_graph, heads_graph
-from echostream.export.graph import Graph
+from echostream.export.graphs import in_int8, make_graph
 from echostream.export.voice import check_voice, voice_frames_graph, voice_units_graph
 from echostream.files import replacing_directory, write_text
 from echostream.info import count_parameters
 from echostream.loading import inside
 from echostream.models.decoders.vocoder import CodeHiFiGAN
+from echostream.models.echostream_model import EchoStreamModel
+from echostream.models.graphs import model_graphs
+from echostream.streaming.exported.model import VOICE_GRAPHS
 
 _SETTINGS = (*COPIED, "vocoder_config")
 
@@ -72,7 +73,7 @@ def export_directory(
     voice = vocoder and bundle.vocoder is not None
     if voice:
         check_voice(bundle.vocoder)
-    graphs = graph_writers(bundle, voice)
+    graphs = make_graphs(bundle.model, bundle.vocoder if voice else None)
     with tempfile.TemporaryDirectory() as scratch:
         _write(bundle, Path(scratch), graphs, False, voice)
         differences = compare(bundle, load_bundle(scratch))
@@ -87,35 +88,30 @@ def export_directory(
     return directory, differences
 
 
-def graph_writers(bundle: Bundle, voice: bool) -> dict[str, Callable[[bool], Graph]]:
-    """By name, what writes each graph; the argument is whether in int8."""
-    model = bundle.model
-    writers: dict[str, Callable[[bool], Graph]] = {
-        "encoder": lambda int8: encoder_graph(model.encoder, int8),
-        "heads": lambda int8: heads_graph(model.asr_head, model.st_decoder, int8),
-        "mt_memory": lambda int8: memory_graph(model.mt_decoder, int8),
-        "mt": lambda int8: mt_graph(model.mt_decoder, int8),
-        "unit_memory": lambda int8: memory_graph(model.unit_decoder, int8),
-        "units": lambda int8: unit_graph(model.unit_decoder, int8),
-    }
-    return writers | voice_writers(bundle.vocoder) if voice else writers
+def make_graphs(model: EchoStreamModel, vocoder: CodeHiFiGAN | None) -> dict[str, Any]:
+    """Each graph of a model, and of its vocoder, in single precision, by name."""
+    progress = tqdm(model_graphs(model).items(), desc="graphs", unit="graph", leave=False, disable=None)
+    graphs = {name: make_graph(step) for name, step in progress}
+    return graphs if vocoder is None else graphs | make_voice_graphs(vocoder)
 
 
-def voice_writers(vocoder: CodeHiFiGAN) -> dict[str, Callable[[bool], Graph]]:
-    """The same of a vocoder's graphs, which are never in int8."""
+def make_voice_graphs(vocoder: CodeHiFiGAN) -> dict[str, Any]:
+    """The same of a vocoder alone."""
     return {
-        "voice_units": lambda int8: voice_units_graph(vocoder),
-        "voice_frames": lambda int8: voice_frames_graph(vocoder),
+        "voice_units": voice_units_graph(vocoder).model(),
+        "voice_frames": voice_frames_graph(vocoder).model(),
     }
 
 
-def write_graphs(directory: Path, graphs: dict[str, Callable[[bool], Graph]], int8: bool) -> str:
-    """Write each graph to ``<name>.onnx``; returns the sha256 of all of them, hexadecimal."""
+def write_graphs(directory: Path, graphs: Mapping[str, Any], int8: bool) -> str:
+    """Write each graph to ``<name>.onnx``, in int8 if that is wanted and it is not of the vocoder; returns the sha256
+    of all of them, hexadecimal."""
     digest = hashlib.sha256()
-    for name, write in tqdm(graphs.items(), desc="graphs", unit="graph", leave=False, disable=None):
-        path = directory / f"{name}.onnx"
-        write(int8).save(path)
-        digest.update(path.read_bytes())
+    for name, graph in graphs.items():
+        graph = in_int8(graph) if int8 and name not in VOICE_GRAPHS else graph
+        content = graph.SerializeToString(deterministic=True)
+        (directory / f"{name}.onnx").write_bytes(content)
+        digest.update(content)
     return digest.hexdigest()
 
 
@@ -124,7 +120,7 @@ def owned(name: str) -> bool:
     return name.endswith(".onnx") or name in (CONFIG, CARD, *(FILES[n] for n in _SETTINGS))
 
 
-def _write(bundle: Bundle, directory: Path, graphs: dict[str, Callable], int8: bool, voice: bool) -> None:
+def _write(bundle: Bundle, directory: Path, graphs: Mapping[str, Any], int8: bool, voice: bool) -> None:
     digest = write_graphs(directory, graphs, int8)
     source = read_config(bundle.directory)
     files = files_of(bundle.directory, source)

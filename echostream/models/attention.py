@@ -11,6 +11,51 @@ from torch import Tensor
 from echostream.models.dropout import dropout as cheap_dropout
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention with heads packed in the width: q [B, Q, D], k and v [B, K, D] -> [B, Q, D].
+
+    In an exported graph it is one operator of ONNX Runtime, which needs a mask that is added to the scores.
+
+    Args:
+        mask: [B or 1, H or 1, Q or 1, K], as in ``attention``.
+        past: keys and values [B, H, C, d] that stand before k and v; the mask is as much wider.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _operator(q, k, v, heads, mask, past)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    if past is not None:
+        k, v = (torch.cat([old.to(new.dtype), new], dim=2) for old, new in zip(past, (k, v)))
+    return attention(q, k, v, mask, causal, dropout).transpose(1, 2).flatten(2)
+
+
+def _operator(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    width = q.shape[2] // heads
+    inputs: tuple[Tensor | None, ...] = (q, k, v, None, None, mask)  # no bias of projections, no padding mask
+    shapes: tuple = (q.shape,)
+    if past is not None:
+        present = q.shape[0], heads, past[0].shape[2] + k.shape[1], width
+        inputs, shapes = (*inputs, *past), (q.shape, present, present)
+    return torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::MultiHeadAttention",
+        inputs,
+        dict(num_heads=heads, scale=width**-0.5),
+        dtypes=(q.dtype,) * len(shapes),
+        shapes=shapes,
+        version=1,
+    )[0]
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
 ) -> Tensor:

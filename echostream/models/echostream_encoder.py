@@ -18,7 +18,13 @@ from echostream.config import EchoStreamConfig
 from echostream.errors import ConfigError
 from echostream.models.decoders.layers import sinusoidal_positions
 from echostream.models.dropout import dropout
-from echostream.models.emformer_layer import EmformerLayer, EmformerLayerState, attention_mask, relative_distance
+from echostream.models.emformer_layer import (
+    EmformerLayer,
+    EmformerLayerState,
+    attention_mask,
+    past_order,
+    relative_distance,
+)
 from echostream.models.state import State
 from echostream.models.subsampler import Stem, Subsampler, SubsamplerState, WhisperStem, append_rows, take_rows
 
@@ -261,7 +267,10 @@ class EchoStreamEncoder(nn.Module):
         start = at * self.segment_length
         done = (ready - at).clamp(0, block)
         mask = self._mask(segments + at, count - start, block, self.segment_length, queue.dtype)
+        mask = past_order(mask, block, self.memory_size, -math.inf)
         distance = self._distance(block, self.segment_length, queue.device)
+        if distance is not None:
+            distance = past_order(distance, block, self.memory_size, 0)
         h = self._split(queue[:, start:], block, self.segment_length)
         after = []
         for layer, before in zip(self.layers, layers, strict=True):
@@ -272,11 +281,15 @@ class EchoStreamEncoder(nn.Module):
     def _positions(self, start: Tensor, x: Tensor) -> Tensor:
         """Position vectors of frames x [B, N, D], the first of which is frame ``start`` [B] of its stream."""
         positions = (start[:, None] + torch.arange(x.shape[1], device=x.device)) % self.position_period
+        return self.position_vectors(positions).to(x.dtype)
+
+    def position_vectors(self, positions: Tensor) -> Tensor:
+        """Positions [...], each below the period -> [..., D]."""
         half = self.embed_dim // 2
         # Whisper's: the same sinusoids as everywhere here, but their periods reach 10,000 with the last one.
-        scale = torch.exp(torch.arange(half, device=x.device) * (-math.log(10_000.0) / (half - 1)))
-        angles = positions[:, :, None] * scale
-        return torch.cat([angles.sin(), angles.cos()], dim=-1).to(x.dtype)
+        scale = torch.exp(torch.arange(half, device=positions.device) * (-math.log(10_000.0) / (half - 1)))
+        angles = positions[..., None] * scale
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     def _distance(self, block: int, segment: int, device: torch.device) -> Tensor | None:
         if self.layers[0].relative_bias is None:
@@ -295,6 +308,11 @@ class EchoStreamEncoder(nn.Module):
         lengths = lengths // self.subsampler.factor
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
         return x.masked_fill(padding[:, :, None], 0.0), lengths
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Frames of the layers [B, N k, D] -> encoder frames [B, N, D]."""
+        x = self._norm(x)
+        return x if self.merge is None else self.merge(x)
 
     def _choose_block(self, segments: int) -> int:
         """The segments in a block, near ``block_segments``, that leave the least padding behind the last one."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echostream.models.attention import attention
+from echostream.models.attention import attend, attention
 from echostream.models.dropout import activate, dropout
 from echostream.models.gather import GatherBlocks
 from echostream.models.state import State
@@ -144,35 +144,65 @@ class EmformerLayer(nn.Module):
 
         Args:
             x: [B, G, W, D] segments, each followed by its right context.
-            mask: [B, 1, G W, K] from ``attention_mask``.
+            mask: [B, 1, G W, K] from ``attention_mask`` in the order of ``past_order``.
             state: the streams' state before the block; not changed.
             done: [B] how many of the G segments are real in each stream; only these join the state.
-            distance: as in ``forward``.
+            distance: as in ``forward``, in the same order.
 
         Returns:
             ([B, G, W, D]; the state after the block).
         """
-        batch, block, width, dim = x.shape
-        conv = state.conv
-        if self.convolution is not None:
-            x, heard = self.convolution(x, self.segment_length, conv.to(x.dtype))
-            conv = take_rows(heard, done * self.segment_length, self.convolution.kernel - 1).to(conv.dtype)
-        h = self.attention_norm(x) if self.normalize_before else x
-        qkv = self.qkv_proj(h)
-        query, own = qkv.view(batch, block * width, 3 * dim).split([dim, 2 * dim], dim=2)
-        left = state.left.to(qkv.dtype)
-        parts = [left, own]
-        memory = state.memory
+        block, width = x.shape[1:3]
+        past = torch.cat([state.memory, state.left], dim=1).unflatten(2, (2, self.num_heads, -1))
+        keys, values = past.permute(2, 0, 3, 1, 4)
+        y, kept, heard = self.attend_past(x, mask, keys, values, state.conv, distance)
+        frames, summaries = kept.split([block * width, kept.shape[1] - block * width], dim=1)
+        if width > self.segment_length:
+            frames = frames.unflatten(1, (block, width))[:, :, : self.segment_length].flatten(1, 2)
+        left = torch.cat([state.left, frames.to(state.left.dtype)], dim=1)
+        left = take_rows(left, done * self.segment_length, self.left_context_length)
+        memory, conv = state.memory, state.conv
         if self.summary_proj is not None:
-            bank = torch.cat([memory.to(qkv.dtype), self._summary_kv(x)], dim=1)
-            parts = [bank[:, : self.memory_size + block - 1], *parts]
-            memory = take_rows(bank, done, self.memory_size).to(memory.dtype)
-        kv = torch.cat(parts, dim=1).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query = query.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        attended = self._attend(query, kv[0], kv[1], self._biased(mask, distance)).view_as(x)
-        frames = own if width == self.segment_length else qkv[:, :, : self.segment_length, dim:].flatten(1, 2)
-        left = take_rows(torch.cat([left, frames], dim=1), done * self.segment_length, self.left_context_length)
-        return self._finish(x, attended), EmformerLayerState(left.to(state.left.dtype), memory, conv)
+            memory = take_rows(torch.cat([memory, summaries.to(memory.dtype)], dim=1), done, self.memory_size)
+        if heard is not None:
+            conv = take_rows(heard, done * self.segment_length, conv.shape[1]).to(conv.dtype)
+        return y, EmformerLayerState(left, memory, conv)
+
+    def attend_past(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        conv: Tensor | None = None,
+        distance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One block of segments over what is kept of those before it: no state, no loop, nothing that depends on a
+        stream's age, so that ``step`` and an exported graph are the same function.
+
+        Args:
+            x: [B, G, W, D] segments, each followed by its right context.
+            mask: [B, 1, G W, M + L + G W + G], to be added to the scores (see ``past_order``); without a memory bank
+                the last G are left out.
+            keys, values: [B, H, M + L, d] of the past, in any order that the mask (and the distance) knows.
+            conv: [B, K' - 1, D] what the convolution last saw, for layers with one.
+            distance: [G W, K] or [B, G W, K] columns of the relative bias' table, for layers with one.
+
+        Returns:
+            ([B, G, W, D]; new keys and values [B, G W + G, 2 D] of the block's frames, then of its summaries;
+            [B, K' - 1 + G S, D] what the convolution saw, None without one).
+        """
+        heard = None
+        if self.convolution is not None:
+            x, heard = self.convolution(x, self.segment_length, conv)
+        h = (self.attention_norm(x) if self.normalize_before else x).flatten(1, 2)
+        size = h.shape[1]
+        if self.summary_proj is not None:
+            # One product for frames and summaries, whose queries nobody needs: less time than a product of their own.
+            h = torch.cat([h, self.summary_proj(x[:, :, : self.segment_length].mean(dim=2))], dim=1)
+        query, key, value = self.qkv_proj(h).chunk(3, dim=2)
+        y = attend(query[:, :size], key, value, self.num_heads, self._biased(mask, distance), past=(keys, values))
+        return self._finish(x, y.view_as(x)), torch.cat([key, value], dim=2), heard
 
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -262,7 +292,9 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, left + 2 * width - 1 + memory))
 
     def forward(self, distance: Tensor) -> Tensor:
-        """[Q, K] from ``relative_distance`` -> [H, Q, K]."""
+        """[Q, K] from ``relative_distance`` -> [H, Q, K], or [B, Q, K] -> [B, H, Q, K]."""
+        if distance.dim() == 3:
+            return F.embedding(distance, self.weight.T).permute(0, 3, 1, 2)
         return self.weight[:, distance]
 
 
@@ -338,3 +370,18 @@ def attention_mask(
         parts.insert(0, sees_bank & (bank >= -before[:, None])[:, None])
     allowed = torch.cat(parts, dim=2)[:, None]
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
+
+
+def past_order(keys: Tensor, block: int, memory: int, fill: float) -> Tensor:
+    """Masks or distances [..., M + G-1 + L + G W] for ``EmformerLayer.attend_past``, whose keys are in the order
+
+        [ M summaries and L frames before the block | the block's own G x W frames | its own G summaries ].
+
+    Args:
+        block, memory: G and M.
+        fill: for the last summary, which only later blocks see.
+    """
+    if not memory:
+        return keys
+    bank, own, rest = keys.split([memory, block - 1, keys.shape[-1] - memory - block + 1], dim=-1)
+    return torch.cat([bank, rest, F.pad(own, (0, 1), value=fill)], dim=-1)

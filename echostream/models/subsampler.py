@@ -193,12 +193,20 @@ class WhisperStem(Stem):
         size = window.shape[1]
         time = torch.arange(-SUBSAMPLING_CONTEXT, size - SUBSAMPLING_CONTEXT, device=window.device)
         x = window.masked_fill((time >= lengths[:, None])[:, :, None], 0.0)
-        x = F.gelu(self.conv1(x.transpose(1, 2)))
         time = time[1:-1]  # the middle of what each saw
         inside = (time < lengths[:, None]) & ~((time < -1) & first[:, None])
-        x = F.gelu(self.conv2(x * inside.to(x.dtype)[:, None])).transpose(1, 2)
+        x = self.convolve(x, inside.to(x.dtype))
         time = torch.arange(x.shape[1], device=window.device)
         return x.masked_fill((time >= out_lengths[:, None])[:, :, None], 0.0)
+
+    def convolve(self, x: Tensor, inside: Tensor) -> Tensor:
+        """Features [B, 3 + 4 N, F] to frames [B, 2 N, D].
+
+        Args:
+            inside: [B, 1 + 4 N], 1 where the first convolution's outputs belong to the stream, else 0.
+        """
+        x = F.gelu(self.conv1(x.transpose(1, 2)))
+        return F.gelu(self.conv2(x * inside[:, None])).transpose(1, 2)
 
 
 def _is_half(x: Tensor) -> bool:

@@ -62,12 +62,13 @@ class STDecoder(nn.Module):
 
         ``lengths`` [B] need not be given: padding behind a row is never seen by its frames.
         """
-        x = self._enter(x)
+        x = self.enter(x)
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
 
-    def _enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor) -> Tensor:
+        """Encoder frames [B, T, D] in the layers' width."""
         return x if self.input is None else self.input(x)
 
     def init_state(
@@ -81,7 +82,7 @@ class STDecoder(nn.Module):
     def step(self, x: Tensor, lengths: Tensor, state: STState) -> tuple[Tensor, Tensor, STState]:
         """New frames x [B, N, D], of row b the first ``lengths[b]`` -> (scores [B, N, vocab], lengths, state)."""
         outputs = []
-        x = self._enter(x)
+        x = self.enter(x)
         # Long pushes go window by window, which keeps the cost linear in N.
         for start in range(0, x.shape[1], self.window):
             part = x[:, start : start + self.window]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.errors import EchoStreamError
-from echostream.models.attention import attention
+from echostream.models.attention import attend
 from echostream.models.dropout import activate
 from echostream.models.dropout import dropout as cheap_dropout
 from echostream.models.state import State
@@ -47,21 +47,10 @@ def init_linear(linear: nn.Linear, parts: int = 1) -> nn.Linear:
     return linear
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
-) -> Tensor:
-    """Scaled dot-product attention with heads packed in the width: q [B, Q, D], k and v [B, K, D] -> [B, Q, D].
-
-    ``mask`` [B or 1, 1, Q or 1, K] is true where attention is allowed; every query must be allowed one key at least.
-    """
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return attention(q, k, v, mask, causal, dropout).transpose(1, 2).flatten(2)
-
-
 class Visible(NamedTuple):
     """Which encoder frames a query may attend; see ``visible_frames``."""
 
-    mask: Tensor | None  # [B, 1, U or 1, T], true where allowed; None: everything
+    mask: Tensor | None  # [B, 1, U or 1, T], true where allowed or added to the scores; None: everything
     nothing: Tensor | None  # [B, U or 1, 1], true where there is no frame at all to attend
 
 
@@ -98,8 +87,11 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return q, k, v
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        return self.out(attend(q, k, v, self.heads, mask, causal, self.dropout if self.training else 0.0))
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        return self.out(attend(q, k, v, self.heads, mask, causal, self.dropout if self.training else 0.0, past))
 
 
 class CrossAttention(nn.Module):
@@ -125,15 +117,17 @@ class CrossAttention(nn.Module):
             context = context.masked_fill(visible.nothing, 0.0)
         return self.out(context)
 
-
-    def weights(self, x: Tensor, k: Tensor, visible: Visible) -> Tensor:
-        """Where each query of x [B, N, D] looks: [B, H, N, T]; zero without frames."""
-        q, k = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k))
+    def told(self, x: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
+        """``forward``, and where each query of x [B, N, D] looks: [B, H, N, T]; zero without frames."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if visible.mask is not None:
-            scores = scores.masked_fill(~visible.mask, -math.inf)
+            allowed = visible.mask.dtype == torch.bool
+            scores = scores.masked_fill(~visible.mask, -math.inf) if allowed else scores + visible.mask
         weights = scores.softmax(dim=-1)
-        return weights if visible.nothing is None else weights.masked_fill(visible.nothing[:, None], 0.0)
+        if visible.nothing is not None:
+            weights = weights.masked_fill(visible.nothing[:, None], 0.0)
+        return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
 
 
 @dataclass
@@ -236,13 +230,20 @@ class CausalLayer(nn.Module):
 
     def step(self, x: Tensor, lengths: Tensor, cache: KeyValues, mask: Tensor) -> tuple[Tensor, KeyValues]:
         """New frames x [B, N, D] after the window-1 cached ones (right-aligned); mask [B, 1, N, window-1+N]."""
-        q, k, v = self.self_attention.project(x)
+        heads = self.self_attention.heads
+        keys, values = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (cache.keys, cache.values))
+        y, k, v = self.attend_past(x, mask, keys, values)
         k, v = torch.cat([cache.keys, k], dim=1), torch.cat([cache.values, v], dim=1)
-        y = self._finish(x, self.self_attention(q, k, v, mask))
         # The cache moves by what each row brought: its last window-1 frames end at place window-1+length.
         places = lengths[:, None] + torch.arange(self.window - 1, device=x.device)
         rows = torch.arange(len(lengths), device=x.device)[:, None]
         return y, KeyValues(k[rows, places], v[rows, places])
+
+    def attend_past(self, x: Tensor, mask: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """New frames x [B, N, D] over ``keys`` and ``values`` [B, H, C, d] of the past, in any order that the mask
+        [B, 1, N, C + N] knows: ([B, N, D]; their own keys and values, each [B, N, D])."""
+        q, k, v = self.self_attention.project(x)
+        return self._finish(x, self.self_attention(q, k, v, mask, past=(keys, values))), k, v
 
 
 class _Append:
@@ -301,9 +302,12 @@ class DecoderLayer(nn.Module):
         if not self.pre_norm:
             x = self.self_norm(x)
         query = self.cross_norm(x) if self.pre_norm else x
-        if probe is not None:
-            probe(self.cross_attention.weights(query, k, visible))
-        x = x + self.dropout(self.cross_attention(query, k, v, visible))
+        if probe is None:
+            seen = self.cross_attention(query, k, v, visible)
+        else:
+            seen, weights = self.cross_attention.told(query, k, v, visible)
+            probe(weights)
+        x = x + self.dropout(seen)
         if self.pre_norm:
             return x + self.dropout(self.ffn(self.ffn_norm(x)))
         x = self.cross_norm(x)
@@ -327,6 +331,23 @@ class DecoderLayer(nn.Module):
         own = append.write(own, k, v, in_place)
         attended = self.self_attention(q, own.keys[:, : append.used], own.values[:, : append.used], mask)
         return self._finish(x, attended, memory.keys, memory.values, visible, probe), own
+
+    def attend_past(
+        self, x: Tensor, mask: Tensor, own: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor], memory_mask: Tensor,
+        probe: Probe | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """New positions x [B, N, D], without a state: the twin of ``step`` for exported graphs.
+
+        Args:
+            mask: [B, 1, N, P + N], memory_mask: [B, 1, N, T]; added to the scores.
+            own: keys and values of earlier positions, each [B, P, D]. memory: of the frames, each [B, T, D].
+
+        Returns:
+            [B, N, D], and the new positions' keys and values, each [B, N, D].
+        """
+        q, k, v = self._project(x)
+        attended = self.self_attention(q, torch.cat([own[0], k], dim=1), torch.cat([own[1], v], dim=1), mask)
+        return self._finish(x, attended, *memory, Visible(memory_mask, None), probe), k, v
 
 
 @dataclass(frozen=True)

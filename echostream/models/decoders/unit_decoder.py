@@ -66,7 +66,7 @@ class UnitDecoder(TransformerDecoder):
             if tokens is None:
                 raise EchoStreamError("unit_decoder_input is 'mt-tokens': the unit decoder needs the tokens, too")
             x = x + self.tokens(tokens) * math.sqrt(self.dim)
-        return x.repeat_interleave(self.ratio, dim=1)
+        return x.unsqueeze(2).expand(-1, -1, self.ratio, -1).flatten(1, 2)
 
     def forward(
         self, inputs: Tensor, input_lengths: Tensor, encoder_out: Tensor, encoder_lengths: Tensor,

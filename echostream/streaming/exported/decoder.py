@@ -9,6 +9,10 @@ import numpy as np
 from echostream.errors import EchoStreamError
 from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pad, pick, unstack
 
+# Attention reads the buffers in pages of so many places. In which order a softmax adds up its terms depends on how many
+# there are, but not on further pages that are masked: a stream alone and in a batch of older ones gets the same bits.
+PAGE = 16
+
 
 class ExportedDecoder(Rows):
     """A decoder for ``rows`` streams.
@@ -25,9 +29,10 @@ class ExportedDecoder(Rows):
         limit: str, rows: int,
     ):  # fmt: skip
         self.model, self.graph, self.memory_graph, self.limit = model, graph, memory_graph, limit
-        self.own = np.zeros((2 * layers, rows, positions, dim), dtype=np.float32)
+        self.places, self.most_frames = positions, frames
+        self.own = np.zeros((2 * layers, rows, pages(positions), dim), dtype=np.float32)
         # Place 0 stays zero: who sees no frame at all attends that one.
-        self.memory = np.zeros((2 * layers, rows, 1 + frames, dim), dtype=np.float32)
+        self.memory = np.zeros((2 * layers, rows, pages(1 + frames), dim), dtype=np.float32)
         self.positions, self.frames = (np.zeros(rows, dtype=np.int64) for _ in range(2))
         self.arrays = {
             "own": (self.own, 1),
@@ -51,7 +56,7 @@ class ExportedDecoder(Rows):
             EchoStreamError: a sentence outgrows its buffers.
         """
         padded, lengths = pad(frames)
-        self._check_room(self.frames[rows] + lengths, self.memory.shape[2] - 1, "encoder frames", "max_sentence_frames")
+        self._check_room(self.frames[rows] + lengths, self.most_frames, "encoder frames", "max_sentence_frames")
         new = self.model.run(self.memory_graph, {"frames": padded})["memory"]
         for i, (row, count) in enumerate(zip(rows, lengths)):
             at = 1 + self.frames[row]
@@ -59,18 +64,19 @@ class ExportedDecoder(Rows):
         self.frames[rows] += lengths
 
     def step(self, rows: list[int], given: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """The next positions: ``given`` [B, ...] makes N of them, of which each row takes its ``lengths`` [B].
+        """The next positions: ``given`` [B, ...] makes N of them, of which each row takes its ``lengths`` [B]. Rows of
+        other lengths than N get what they get alone but for the last bit.
 
         Raises:
             EchoStreamError: a sentence outgrows its buffers.
         """
-        places, before, seen = self.own.shape[2], self.positions[rows], self.frames[rows]
+        places, before, seen = self.places, self.positions[rows], self.frames[rows]
         self._check_room(before + lengths, places, "positions", self.limit)
-        used, new = int(before.max()), np.arange(int(lengths.max()))
+        used, new = pages(int(before.max())), np.arange(int(lengths.max()))
         past = np.arange(used) < before[:, None, None]
         past = np.broadcast_to(past, (len(rows), len(new), used))
         causal = np.broadcast_to(new <= new[:, None], (len(rows), len(new), len(new)))
-        frames = np.arange(int(seen.max()) + 1)
+        frames = np.arange(pages(int(seen.max()) + 1))
         visible = np.where(seen[:, None], (frames > 0) & (frames <= seen[:, None]), frames == 0)[:, None]
         visible = np.broadcast_to(visible, (len(rows), len(new), len(frames)))
         out = self.model.run(
@@ -92,8 +98,9 @@ class ExportedDecoder(Rows):
     def branch(self, row: int, places: int) -> ExportedDecoder:
         """The sentence of ``row`` as it stands, alone in a decoder of its own with so many positions more."""
         branch = copy.copy(self)
-        branch.own = self.own[:, row : row + 1, : self.positions[row] + places].copy()
-        branch.memory = self.memory[:, row : row + 1, : 1 + self.frames[row]]
+        branch.places = int(self.positions[row]) + places
+        branch.own = self.own[:, row : row + 1, : pages(branch.places)].copy()
+        branch.memory = self.memory[:, row : row + 1, : pages(1 + int(self.frames[row]))]
         branch.positions, branch.frames = self.positions[row : row + 1], self.frames[row : row + 1]
         return branch
 
@@ -126,3 +133,8 @@ class ExportedDecoder(Rows):
                 f"a sentence of {wanted.max()} {what} does not fit the {places} of its buffers; "
                 f"end the sentence earlier or raise {limit}"
             )
+
+
+def pages(count: int) -> int:
+    """So many places, or as many more as fill the last page."""
+    return -(-count // PAGE) * PAGE

@@ -1,7 +1,8 @@
 """Features to encoder frames and CTC symbols, with the exported encoder and heads.
 
-Letters: B streams, G segments, S frames (40 ms) in a segment, R frames of right context, W = S + R, L frames of left
-context, M summaries, H heads, d width of a head, Q queries.
+Letters: B streams, G segments, S frames of the layers in a segment, R of right context, W = S + R, L of left context,
+M summaries, H heads, d width of a head, Q queries, k frames of the layers per encoder frame of 40 ms (2 behind
+Whisper's stem, else 1).
 
 Keys and values of the past lie in rings: frame f in place ``f % L``, segment j's summary in place ``j % M``. Attention
 does not mind the order of its keys, so nothing is ever moved; the masks know what stands where.
@@ -15,7 +16,7 @@ import math
 import numpy as np
 
 from echostream.config import EchoStreamConfig
-from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT
+from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT, WHISPER_SILENCE
 from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pick, unstack
 from echostream.streaming.exported.subsampling import patches, windows
 from echostream.streaming.stages import Heard, Listen
@@ -24,11 +25,12 @@ MAX_SEGMENTS = 8  # computed at once when so many have arrived; the weights are 
 
 
 class ExportedHearing(Rows):
-    """Subsampler, encoder and both CTC heads for ``rows`` streams."""
+    """Stem, encoder and both CTC heads for ``rows`` streams."""
 
     def __init__(self, config: EchoStreamConfig, model: ExportedModel, rows: int):
         self.config, self.model = config, model
         self.right, self.window = config.right_context_length, config.st_left_context - 1
+        self.factor = config.frame_rate_factor
         bins = config.input_feat_per_channel * config.input_channels
         self.bins = -(-config.input_feat_per_channel // SUBSAMPLING)  # per channel, when subsampled
         dim, heads, st_heads = config.encoder_embed_dim, config.encoder_attention_heads, config.st_decoder_heads
@@ -41,7 +43,9 @@ class ExportedHearing(Rows):
         self.features = zeros(rows, waiting, bins)  # SUBSAMPLING_CONTEXT frames that were used, then those that wait
         self.waiting, self.segments, self.frames = (zeros(rows, dtype=np.int64) for _ in range(3))
         self.ring = zeros(2 * config.encoder_layers, rows, heads, places, dim // heads)
-        self.st_ring = zeros(2 * config.st_decoder_layers, rows, st_heads, self.window, dim // st_heads)
+        self.st_ring = zeros(2 * config.st_decoder_layers, rows, st_heads, self.window, config.st_dim // st_heads)
+        kept = max(0, config.encoder_conv_kernel - 1)  # what the convolutions last saw
+        self.conv = zeros(config.encoder_layers if config.encoder_conv_kernel else 0, rows, kept, dim)
         self.arrays = {
             "features": (self.features, 0),
             "waiting": (self.waiting, 0),
@@ -49,8 +53,16 @@ class ExportedHearing(Rows):
             "frames": (self.frames, 0),
             "ring": (self.ring, 1),
             "st_ring": (self.st_ring, 1),
+            "conv": (self.conv, 1),
         }
         self.most = {"waiting": waiting - SUBSAMPLING_CONTEXT}
+        for row in range(rows):
+            self.reset(row)
+
+    def reset(self, row: int) -> None:
+        super().reset(row)
+        if self.config.encoder_stem == "whisper":
+            self.features[row, SUBSAMPLING_CONTEXT - 1] = WHISPER_SILENCE
 
     def listen(self, rows: list[int], requests: list[Listen]) -> list[Heard]:
         """Answers ``Listen`` requests of different rows."""
@@ -67,12 +79,15 @@ class ExportedHearing(Rows):
                 ready[row] = max(0, waiting // SUBSAMPLING - self.right) // segment
         found: dict[int, list[Heard]] = {row: [] for row in rows}
         while any(ready.values()):
-            due = [row for row in rows if ready[row]]
-            count = min(MAX_SEGMENTS, *(ready[row] for row in due))
-            for row, heard in zip(due, self._encode(due, held, count)):
-                found[row].append(heard)
-                held[row] = held[row][SUBSAMPLING * segment * count :]
-                ready[row] -= count
+            # Only streams with as many segments go together: each is computed in the blocks in which it would be alone,
+            # whose sums differ in the last bit from those of other blocks.
+            counts = {row: min(MAX_SEGMENTS, ready[row]) for row in rows if ready[row]}
+            for count in sorted(set(counts.values())):
+                due = [row for row in counts if counts[row] == count]
+                for row, heard in zip(due, self._encode(due, held, count)):
+                    found[row].append(heard)
+                    held[row] = held[row][SUBSAMPLING * segment * count :]
+                    ready[row] -= count
         for row, request in zip(rows, requests):
             if request.finished:
                 self.reset(row)
@@ -91,36 +106,58 @@ class ExportedHearing(Rows):
 
     def _encode(self, rows: list[int], held: dict[int, np.ndarray], count: int) -> list[Heard]:
         """The next ``count`` segments of each row."""
-        segment = self.config.segment_length
-        size = count * segment + self.right
-        length = SUBSAMPLING_CONTEXT + SUBSAMPLING * size
-        features = np.zeros((len(rows), length, self.features.shape[2]), dtype=np.float32)
+        cfg, factor = self.config, self.factor
+        segment, right = factor * cfg.segment_length, factor * self.right
+        size = count * cfg.segment_length + self.right  # encoder frames
+        features = np.zeros(
+            (len(rows), SUBSAMPLING_CONTEXT + SUBSAMPLING * size, self.features.shape[2]), dtype=np.float32
+        )
         for window, row in zip(features, rows):
             part = held[row][: len(window)]
             window[: len(part)] = part
         valid = np.array([min(len(held[row]) - SUBSAMPLING_CONTEXT, SUBSAMPLING * size) for row in rows])
-        before = self.segments[rows]
+        before, frames = self.segments[rows], -(-valid // SUBSAMPLING)
+        own = np.arange(count)[:, None] * segment + np.arange(segment + right)
         feeds = {
-            "windows": windows(features, self.config.input_channels, valid, before == 0),
-            "patches": patches(size, self.bins),
-            "mask": self._mask(before, -(-valid // SUBSAMPLING), count),
+            **self._stem(features, valid, before == 0),
+            "places": own,
+            "mask": self._mask(before, factor * frames, count),
             **layers(("keys", "values"), pick(self.ring, rows)),
+            **{f"conv.{i}": part for i, part in enumerate(pick(self.conv, rows))},
         }
-        if self.right:
-            own = np.arange(count)[:, None] * segment + np.arange(segment + self.right)
-            feeds["places"] = own.reshape(-1)
+        if cfg.encoder_position_period:
+            start = before[:, None] * segment
+            feeds["positions"] = (start + np.arange(factor * size)) % cfg.encoder_position_period
+        if cfg.encoder_relative_bias:
+            sizes = segment, cfg.left_frames, right, cfg.memory_size
+            feeds["distance"] = np.stack([segment_distance(*sizes, b, count) for b in self._turned(before)])
         out = self.model.run("encoder", feeds)
-        memory, new, size = self.config.memory_size, count * segment, count * (segment + self.right)
+        memory, new, size = cfg.memory_size, count * segment, count * (segment + right)
         for i, row in enumerate(rows):
             ring, age = self.ring[:, row], int(self.segments[row])
             kept = unstack(out["kept"][i], len(ring))
-            frames = kept[:, :size].reshape(len(ring), count, -1, kept.shape[2])[:, :, :segment]  # no right contexts
+            fresh = kept[:, :size].reshape(len(ring), count, -1, kept.shape[2])[:, :, :segment]  # no right contexts
             write_ring(ring[:, :, :memory], kept[:, size:], age)
-            write_ring(ring[:, :, memory:], frames.reshape(len(ring), new, -1), age * segment)
+            write_ring(ring[:, :, memory:], fresh.reshape(len(ring), new, -1), age * segment)
+        for i in range(len(self.conv)):
+            self.conv[i, rows] = out[f"new.conv.{i}"]
         self.segments[rows] += count
         source, target = self._heads(rows, out["frames"])
-        counts = np.minimum(-(-valid // SUBSAMPLING), new)
+        counts = np.minimum(frames, count * cfg.segment_length)
         return [Heard(out["frames"][i, :n], source[i, :n], target[i, :n]) for i, n in enumerate(counts)]
+
+    def _stem(self, features: np.ndarray, valid: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]:
+        """What the stem is given: features [B, 3 + 4 N, F], [B] valid ones behind the context, [B] whether the stream
+        begins with them."""
+        if self.config.encoder_stem == "whisper":
+            time = np.arange(features.shape[1] - 2) - SUBSAMPLING_CONTEXT + 1  # the middle of what a convolution sees
+            inside = (time < valid[:, None]) & ~((time < -1) & first[:, None])
+            return {"features": features, "inside": inside.astype(np.float32)}
+        frames = patches(features.shape[1] // SUBSAMPLING, self.bins)
+        return {
+            "windows": windows(features, self.config.input_channels, valid, first),
+            "patches": frames.reshape(-1, self.bins, frames.shape[1]),
+        }
 
     def _heads(self, rows: list[int], frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The best symbol of each frame [B, N] for the ASR and the ST CTC head."""
@@ -145,15 +182,20 @@ class ExportedHearing(Rows):
 
         Args:
             before: [B] segments of the stream before these.
-            frames: [B] encoder frames of the stream from these segments' first one on, as far as it has come.
+            frames: [B] the layers' frames of the stream from these segments' first one on, as far as it has come.
         """
-        cfg = self.config
-        sizes = cfg.segment_length, cfg.left_frames, cfg.right_context_length, cfg.memory_size
-        # Once the rings are full the masks repeat: all that counts is where the oldest items stand.
-        full, period = turn(cfg.segment_length, cfg.left_frames, cfg.memory_size)
-        rows = [b if b < full else full + (b - full) % period for b in before.tolist()]
-        masks = [segment_mask(*sizes, row, n, count, cfg.shift_context) for row, n in zip(rows, frames.tolist())]
+        cfg, k = self.config, self.factor
+        sizes = k * cfg.segment_length, cfg.left_frames, k * cfg.right_context_length, cfg.memory_size
+        rows = zip(self._turned(before), frames.tolist())
+        masks = [segment_mask(*sizes, row, n, count, cfg.shift_context) for row, n in rows]
         return masks[0] if len(masks) == 1 else np.concatenate(masks)
+
+    def _turned(self, before: np.ndarray) -> list[int]:
+        """Segments before [B] that leave the rings as these do. Once the rings are full they repeat themselves: all
+        that counts is where the oldest items stand."""
+        cfg = self.config
+        full, period = turn(self.factor * cfg.segment_length, cfg.left_frames, cfg.memory_size)
+        return [b if b < full else full + (b - full) % period for b in before.tolist()]
 
 
 def turn(segment: int, left: int, memory: int) -> tuple[int, int]:
@@ -189,6 +231,21 @@ def segment_mask(
         parts.insert(0, (bank >= query - memory) & (bank >= -before))
         parts.append((np.arange(count) < query) & (np.arange(count) >= query - memory))
     return additive(np.concatenate(parts, axis=1))[None, None]
+
+
+@functools.lru_cache(maxsize=512)
+def segment_distance(segment: int, left: int, right: int, memory: int, before: int, count: int) -> np.ndarray:
+    """Columns of the relative bias for the queries and keys of ``segment_mask``, [Q, M + L + G W + G]; not to be
+    written to. The twin of ``models.emformer_layer.relative_distance``."""
+    index, width = np.arange(count), segment + right
+    own = (index[:, None] * segment + np.arange(width)).reshape(-1)
+    frames = np.concatenate([ring_ages(np.array([before * segment]), left)[0], own])
+    distance = (own[:, None] - frames + width - 1).clip(0, left + 2 * width - 2)
+    if not memory:
+        return distance
+    bank = np.concatenate([ring_ages(np.array([before]), memory)[0], index])
+    age = left + 2 * width - 2 + (index.repeat(width)[:, None] - bank).clip(1, memory)
+    return np.concatenate([age[:, :memory], distance, age[:, memory:]], axis=1)
 
 
 def ring_ages(count: np.ndarray, size: int) -> np.ndarray:

@@ -28,12 +28,19 @@ def graph_names(config: EchoStreamConfig, voice: VocoderConfig | None = None) ->
 
     own, both = ("keys", "values"), ("keys", "values", "memory_keys", "memory_values")
     st = config.st_decoder_layers
+    conv = config.encoder_layers if config.encoder_conv_kernel else 0
+    stem = "features inside" if config.encoder_stem == "whisper" else "windows patches"
+    options = {"positions": config.encoder_position_period, "distance": config.encoder_relative_bias}
+    hearing = of(
+        " ".join([stem, "places mask", *(name for name, there in options.items() if there)]), "frames kept",
+        config.encoder_layers, *own,
+    )  # fmt: skip
     tokens = " tokens" if config.unit_decoder_input == "mt-tokens" else ""
     step = "positions mask memory_mask"
     found = {
-        "encoder": of(
-            "windows patches mask" + (" places" if config.right_context_length else ""), "frames kept",
-            config.encoder_layers, *own,
+        "encoder": Names(
+            hearing.inputs.union(f"conv.{i}" for i in range(conv)),
+            hearing.outputs.union(f"new.conv.{i}" for i in range(conv)),
         ),
         "heads": of("frames mask" if st else "frames", "source target kept" if st else "source target", st, *own),
         "mt_memory": of("frames", "memory"),

@@ -8,7 +8,7 @@ import numpy as np
 
 from echostream.streaming.exported.decoder import ExportedDecoder
 from echostream.streaming.exported.hearing import ExportedHearing
-from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, ExportedModel, Rows, pad
+from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, Rows
 from echostream.streaming.exported.voice import ExportedSpeaker
 from echostream.streaming.search import Step
 from echostream.streaming.stages import (
@@ -39,7 +39,6 @@ class ExportedStages(Answering):
 
     def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True):
         config, model = bundle.config, bundle.model
-        assert isinstance(model, ExportedModel)
         voice = bundle.vocoder if speech else None
         model.check(TEXT_GRAPHS + (SPEECH_GRAPHS if speech else ()) + (VOICE_GRAPHS if voice is not None else ()))
         self.rows = rows
@@ -106,12 +105,17 @@ class ExportedStages(Answering):
         return [None] * len(rows)
 
     def _read_units(self, rows: list[int], requests: list[ReadUnits]) -> list[np.ndarray]:
-        inputs, lengths = pad([r.inputs for r in requests])
-        given = {"inputs": inputs}
-        if self.units_read_tokens:
-            given["tokens"], _ = pad([r.tokens for r in requests], np.int64)
-        out = self.units.step(rows, given, lengths * self.ratio)
-        return [scores[:n].argmax(-1) for scores, n in zip(out["scores"], lengths * self.ratio)]
+        found: dict[int, np.ndarray] = {}
+        sizes = {row: len(request.inputs) for row, request in zip(rows, requests)}
+        for size in sorted(set(sizes.values())):  # none is padded: see ``ExportedDecoder.step``
+            due = [(row, request) for row, request in zip(rows, requests) if sizes[row] == size]
+            given = {"inputs": np.stack([request.inputs for _, request in due]).astype(np.float32)}
+            if self.units_read_tokens:
+                given["tokens"] = np.stack([request.tokens for _, request in due]).astype(np.int64)
+            lengths = np.full(len(due), size * self.ratio)
+            scores = self.units.step([row for row, _ in due], given, lengths)["scores"]
+            found |= {row: part.argmax(-1) for (row, _), part in zip(due, scores)}
+        return [found[row] for row in rows]
 
     def _speak(self, rows: list[int], requests: list[Speak]) -> list[np.ndarray]:
         return [self.speaker.speak(row, request.units, request.finished) for row, request in zip(rows, requests)]
