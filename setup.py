@@ -71,6 +71,7 @@ EXTRAS = {
     "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.5",
         "hypothesis>=6",
         "ruff>=0.6",
         "onnx>=1.18",
