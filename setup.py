@@ -62,9 +62,9 @@ EXTRAS = {
         "scikit-learn>=1.3",
     ],
     # running what `echostream export` wrote: no torch
-    "onnx": ["onnxruntime>=1.22"],
+    "onnx": ["onnxruntime>=1.23"],
     # echostream export
-    "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
+    "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"],
     # m4a, WebM and all else that libsndfile does not read, where no ffmpeg is installed: a build of the program
     "formats": ["imageio-ffmpeg>=0.5"],
     # sentences that end where the speaker pauses
@@ -76,7 +76,7 @@ EXTRAS = {
         "ruff>=0.6",
         "onnx>=1.18",
         "onnxscript>=0.5",
-        "onnxruntime>=1.22",
+        "onnxruntime>=1.23",
         "silero-vad==6.2.3",
         "py-nanotts==0.1.1",
         "imageio-ffmpeg>=0.5",

@@ -17,7 +17,7 @@ import torch
 from echostream.errors import require
 from echostream.models.graphs import StepGraph
 
-OPSET = 18  # ONNX Runtime 1.20 reads it
+OPSET = 18  # older than what ONNX Runtime 1.22 reads, the first with products in 8 bits by blocks
 BLOCK = 64  # weights and inputs that share a scale; with 128, ONNX Runtime's sums depend on the number of rows
 FEW = 32  # inputs of a product too small to be worth rounding: the first convolution's
 RUNTIME = "com.microsoft"  # domain of ONNX Runtime's own operators
