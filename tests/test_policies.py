@@ -199,7 +199,8 @@ def test_a_probe_sees_the_weights_that_made_the_output(layer):
         inputs.clear()
         probed = decoder.step(torch.full((2, 1), EOS), None, state, probe=probe)
     hook.remove()
-    torch.testing.assert_close(plain[0], probed[0], atol=0, rtol=0)
+    # Weights that are told are computed by other products than those that are not: the same but for rounding.
+    torch.testing.assert_close(plain[0], probed[0], atol=1e-13, rtol=0)
     weights = probe.weights
     assert weights.shape == (2, 1, 7) and torch.allclose(weights.sum(-1), torch.ones(2, 1, dtype=torch.float64))
     assert (weights[1, 0, 5:] == 0).all()
