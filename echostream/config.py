@@ -292,6 +292,9 @@ SMALL: dict[str, Any] = dict(
     encoder_layers=10,
     encoder_attention_heads=3,
     encoder_ffn_embed_dim=768,
+    # At equal updates 6 and 17 % fewer token errors than without (ASR CTC from scratch, 1,500 updates of 60 s).
+    encoder_relative_bias=True,
+    encoder_conv_kernel=15,
     st_decoder_layers=2,
     st_decoder_heads=3,
     mt_decoder_layers=3,

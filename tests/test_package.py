@@ -84,7 +84,7 @@ def test_binaries_stay_small() -> None:
         pytest.skip("not a git checkout")
     paths = [ROOT / name for name in listed.stdout.split("\0") if name]
     binaries = [p for p in paths if p.is_file() and b"\0" in p.read_bytes()[:8000]]
-    assert sum(p.stat().st_size for p in binaries) <= 80e6  # what a version with a model of Whisper base's size may hold
+    assert sum(p.stat().st_size for p in binaries) <= 80e6  # a model of Whisper base's size
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))

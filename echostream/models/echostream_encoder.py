@@ -94,7 +94,7 @@ class EchoStreamEncoder(nn.Module):
                 output_norm=not cfg.encoder_final_norm,
                 activation=cfg.encoder_activation,
                 conv_kernel=cfg.encoder_conv_kernel,
-                relative_bias=cfg.encoder_relative_bias,
+                relative_bias=cfg.encoder_relative_bias and not cfg.full_context,  # its distances have no end
                 # A layer ends in LayerNorm in both forms. Branches as loud as the residual stream would wash out what
                 # the layers below heard: ten such layers did not leave CTC's all-blank plateau in 1,000 updates, and
                 # left it in 100 with this gain (that of GPT-2, Radford et al., 2019).
