@@ -541,3 +541,26 @@ def test_upsampling_as_a_convolution() -> None:
     y = torch.nn.functional.conv1d(padded, torch.from_numpy(weight.copy()), torch.from_numpy(bias))
     y = y.unflatten(1, (4, 2)).permute(0, 2, 3, 1).flatten(2)
     torch.testing.assert_close(y, up(x)[..., : 4 * 6], atol=1e-6, rtol=0)
+
+
+def test_int8_keeps_embeddings_in_half_precision(tmp_path):
+    """A table that is read by rows takes half of its bytes, and its rows are those of the checkpoint."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    from echostream.export.graphs import in_int8
+    from echostream.streaming.onnx_runtime import open_graph
+
+    table = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float16).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "ids"], ["rows"])], "look-up",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"])],
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["N", 64])],
+        [numpy_helper.from_array(table, "table")],
+    )  # fmt: skip
+    model = in_int8(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
+    assert sum(c.ByteSize() for c in model.graph.initializer) < 0.51 * table.nbytes
+    onnx.save(model, tmp_path / "look-up.onnx")
+    session = open_graph(tmp_path / "look-up.onnx", "look-up")
+    ids = np.array([5, 299, 0])
+    assert np.array_equal(session.run(None, {"ids": ids})[0], table[ids])

@@ -20,6 +20,7 @@ from echostream.models.graphs import StepGraph
 OPSET = 18  # older than what ONNX Runtime 1.22 reads, the first with products in 8 bits by blocks
 BLOCK = 64  # weights and inputs that share a scale; with 128, ONNX Runtime's sums depend on the number of rows
 FEW = 32  # inputs of a product too small to be worth rounding: the first convolution's
+MANY = 10_000  # numbers in a table that is worth half precision
 RUNTIME = "com.microsoft"  # domain of ONNX Runtime's own operators
 
 
@@ -67,10 +68,11 @@ def make_graph(step: StepGraph) -> Any:
 
 
 def in_int8(model: Any) -> Any:
-    """A copy in which products with weights are in int8: weights and inputs have a scale for each block of ``BLOCK``
-    numbers of a row, so that a stream gets bit for bit what it gets alone, whatever else is in its batch.
+    """A copy with large tables in half precision and products with weights in int8.
 
-    The operator (8 bits, computed in int8) costs as much as one with a single scale for all inputs, or less.
+    Weights and inputs of a product have a scale for each block of ``BLOCK`` numbers of a row, so that a stream gets bit
+    for bit what it gets alone, whatever else is in its batch. The operator (8 bits, computed in int8) costs as much as
+    one with a single scale for all inputs, or less.
     """
     onnx = require("onnx", "export")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
@@ -104,7 +106,7 @@ def in_int8(model: Any) -> Any:
         return None
 
     uses = Counter(name for node in graph.node for name in node.input)
-    nodes = []
+    nodes, halves = [], set()
     for node in graph.node:
         found = product(node)
         if node.op_type == "Add":
@@ -114,6 +116,19 @@ def in_int8(model: Any) -> Any:
                     inner = product(before)
                     if inner is not None and list(constants[bias].dims) == [inner[1].shape[1]]:
                         found = inner[0], inner[1], bias  # the product alone is then read by nobody
+        if node.op_type == "Gather" and node.input[0] in constants:
+            table = numpy_helper.to_array(constants[node.input[0]])
+            if table.dtype == np.float32 and table.size >= MANY:
+                # Embeddings in half precision, as checkpoints keep them: only the rows that are read become float32.
+                rows, half = f"{node.output[0]}.rows", f"{node.input[0]}.half"
+                if half not in halves:
+                    halves.add(half)
+                    graph.initializer.append(numpy_helper.from_array(table.astype(np.float16), half))
+                look_up = helper.make_node("Gather", [half, *node.input[1:]], [rows])
+                look_up.attribute.extend(node.attribute)
+                cast = helper.make_node("Cast", [rows], list(node.output), to=onnx.TensorProto.FLOAT)
+                nodes += [look_up, cast]
+                continue
         if found is None or len(found[1]) < FEW:
             nodes.append(node)
             continue
