@@ -358,7 +358,7 @@ def test_case_13_our_own_recording_survives_signals(number, tiny_bundle, tmp_pat
     command = [sys.executable, "-m", "echostream", "translate", "-", "-o", out, "--subtitles", subtitles]
     process = subprocess.Popen(
         [*map(str, command), "--checkpoint-dir", str(tiny_bundle)], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored from the start
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup would have it ignored
     )  # fmt: skip
     talk = to_pcm(speech(12.0, seed=9))
     process.stdin.write(talk)
