@@ -63,6 +63,22 @@ class SileroVAD:
         probability, state = self.graph.run(None, given)
         return float(np.ravel(probability)[0]), state
 
+    def read(
+        self, waiting: np.ndarray, samples: np.ndarray, state: np.ndarray
+    ) -> tuple[list[float], np.ndarray, np.ndarray]:
+        """The probability of speech in every window that ``samples`` complete behind those that were ``waiting``.
+
+        Returns:
+            (the probabilities, what waits now, the next state).
+        """
+        joined, at = np.concatenate([waiting, samples]), 0
+        found = []
+        while at + CONTEXT + WINDOW <= len(joined):
+            probability, state = self.step(joined[at : at + CONTEXT + WINDOW], state)
+            found.append(probability)
+            at += WINDOW
+        return found, joined[at:].copy(), state
+
 
 def find_silero() -> Path:
     """The graph in the installed package ``silero-vad``. Importing that package would import torch.
@@ -123,17 +139,14 @@ class PauseSegmenter(SegmenterBase):
         }
 
     def hear(self, samples: np.ndarray, memory: AudioMemory) -> AudioMemory:
-        joined = np.concatenate([memory["samples"], samples])
-        state, pauses = memory["state"], memory["pauses"].tolist()
+        probabilities, waiting, state = self.vad.read(memory["samples"], samples, memory["state"])
+        pauses = memory["pauses"].tolist()
         windows, speaking, silent_from = memory["count"].tolist()
-        at = 0
-        while at + CONTEXT + WINDOW <= len(joined):
-            probability, state = self.vad.step(joined[at : at + CONTEXT + WINDOW], state)
+        for probability in probabilities:
             if probability >= self.threshold:
                 speaking, silent_from = 1, -1
             elif speaking and silent_from < 0 and probability < self.threshold - HYSTERESIS:
                 silent_from = windows * WINDOW
-            at += WINDOW
             windows += 1
             long_enough = silent_from + SAMPLE_RATE * self.min_pause_ms // 1000
             if silent_from >= 0 and windows * WINDOW >= long_enough:
@@ -141,7 +154,7 @@ class PauseSegmenter(SegmenterBase):
                 speaking, silent_from = 0, -1
         return {
             "state": state,
-            "samples": joined[at:].copy(),
+            "samples": waiting,
             "count": np.array([windows, speaking, silent_from], dtype=np.int64),
             "pauses": np.array(pauses[-REMEMBERED:], dtype=np.int64),
         }
@@ -198,16 +211,12 @@ class SpeechGate(SegmenterBase):
         }
 
     def hear(self, samples: np.ndarray, memory: AudioMemory) -> AudioMemory:
-        joined = np.concatenate([memory["samples"], samples])
-        state, found, at = memory["state"], memory["speech"].tolist(), 0
-        while at + CONTEXT + WINDOW <= len(joined):
-            probability, state = self.vad.step(joined[at : at + CONTEXT + WINDOW], state)
-            found.append(int(probability >= self.threshold))
-            at += WINDOW
+        probabilities, waiting, state = self.vad.read(memory["samples"], samples, memory["state"])
+        found = memory["speech"].tolist() + [int(p >= self.threshold) for p in probabilities]
         return {
             "state": state,
-            "samples": joined[at:].copy(),
-            "count": memory["count"] + at // WINDOW,
+            "samples": waiting,
+            "count": memory["count"] + len(probabilities),
             "speech": np.array(found[-WINDOWS_REMEMBERED:], dtype=np.int64),
         }
 
