@@ -21,8 +21,17 @@ from echostream.audio.features import feature_extractor
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.data.config import DataConfig
 from echostream.data.corpus import (
-    catalogues, languages, manifests, recordings, sources, speech, target_units, teach, tts, voices,
-)  # fmt: skip
+    catalogues,
+    languages,
+    manifests,
+    recordings,
+    sources,
+    speech,
+    target_units,
+    teach,
+    tts,
+    voices,
+)
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
