@@ -349,6 +349,8 @@ def test_a_whole_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     for subset in ("train:0", "train:x", "train,dev:", "train:-1", "train:nan"):
         with pytest.raises(ConfigError, match="is not how often to repeat (train|dev)"):
             fairseq_train(data, tmp_path / "none", **{**options, "train_subset": subset})
+    with pytest.raises(ConfigError, match="subset 'dev:2': only what is trained on is repeated"):
+        fairseq_train(data, tmp_path / "none", **{**options, "valid_subset": "dev:2"})
 
 
 def test_prompts_are_whispers() -> None:

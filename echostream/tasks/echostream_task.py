@@ -203,6 +203,8 @@ class EchoStreamTask(FairseqTask):
             return
         training = split.startswith("train") and task_cfg is None
         names, repeats = parse_subsets(split)
+        if not training and ":" in split:
+            raise ConfigError(f"subset {split!r}: only what is trained on is repeated; leave the number out")
         dataset = SpeechToSpeechDataset(
             [Path(self.cfg.data) / f"{name}.tsv" for name in names], self.config,
             self.augmentation if training else None, self.cfg.seed, repeats, training and self.speech_alone,
