@@ -69,6 +69,7 @@ EXTRAS = {
     "formats": ["imageio-ffmpeg>=0.5"],
     # sentences that end where the speaker pauses
     "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
+    "docs": ["mkdocs-material>=9"],  # the pages in docs/ as a site: mkdocs serve
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",
