@@ -14,6 +14,7 @@ from echostream.streaming.silero import CONTEXT, WINDOW, Detector
 SAMPLES_PER_FRAME = SAMPLE_RATE * ENCODER_FRAME_MS // 1000
 HYSTERESIS = 0.15  # what is no speech must be this much less probable than what is
 REMEMBERED = 64  # pauses kept; a sentence of 40 s has not that many
+GAIN = 8.0  # silero hears what is 35 dB quieter only so; loud speech and loud noise are to it what they were
 WINDOWS_REMEMBERED = 256  # 8 s: no encoder is so far behind its sound
 
 
@@ -132,7 +133,7 @@ class SpeechGate(SegmenterBase):
         }
 
     def hear(self, samples: np.ndarray, memory: AudioMemory) -> AudioMemory:
-        probabilities, waiting, state = self.vad.read(memory["samples"], samples, memory["state"])
+        probabilities, waiting, state = self.vad.read(memory["samples"], samples * np.float32(GAIN), memory["state"])
         found = memory["speech"].tolist() + [int(p >= self.threshold) for p in probabilities]
         return {
             "state": state,
