@@ -667,7 +667,7 @@ for point in map(int, sys.argv[4:]):
 def test_17_kill_during_export(tiny_bundle: Path, exported: Path, tmp_path: Path) -> None:
     """Wherever in its writing the process is killed, the directory is the old export or the new one."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    points = [*range(0, 64, 7), 10_000]
+    points = [*range(0, 40, 5), 10_000]
     command = [sys.executable, "-c", EXPORTS_THAT_DIE, str(tiny_bundle), str(exported), str(tmp_path)]
     command += map(str, points)
     said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True).stdout
