@@ -67,9 +67,9 @@ EXTRAS = {
     "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"],
     # m4a, WebM and all else that libsndfile does not read, where no ffmpeg is installed: a build of the program
     "formats": ["imageio-ffmpeg>=0.5"],
-    # sentences that end where the speaker pauses
-    "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
     "docs": ["mkdocs-material>=9"],  # the pages in docs/ as a site: mkdocs serve
+    # sentences that end where the speaker pauses: what it needs comes with the package now
+    "pause": [],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -78,7 +78,6 @@ EXTRAS = {
         "onnx>=1.18",
         "onnxscript>=0.5",
         "onnxruntime>=1.23",
-        "silero-vad==6.2.3",
         "py-nanotts==0.1.1",
         "imageio-ffmpeg>=0.5",
     ],

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from echostream.errors import ConfigError
+from echostream.files import write_text
 from echostream.loading import read_mapping, shown
 
 ACTIVATIONS = ("relu", "gelu")
@@ -257,7 +258,8 @@ class EchoStreamConfig:
         return dataclasses.asdict(self)
 
     def to_yaml(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Raises: OutputError."""
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:

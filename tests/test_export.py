@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Iterator
@@ -19,7 +19,8 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from echostream.audio.io import read_audio, write_audio  # noqa: E402
+import echostream  # noqa: E402
+from echostream.audio.io import load_audio, read_audio, write_audio  # noqa: E402
 from echostream.audio.stream import to_pcm  # noqa: E402
 from echostream.checkpoint import load_bundle, save_bundle  # noqa: E402
 from echostream.cli import main  # noqa: E402
@@ -257,6 +258,33 @@ def test_batches_of_all_ages_say_what_each_says_alone(exported: Path, int8: Path
             for found in (events[number], expected)
         ]
         np.testing.assert_allclose(*waves, atol=1e-4)
+
+
+def test_case_03_recordings_in_a_batch_of_int8(int8: Path) -> None:
+    """Bit for bit what each recording gives alone, whoever steps beside it."""
+    bundle = load_bundle(int8)
+    demo = Path(echostream.__file__).parent / "assets" / "demo"
+    recordings = [load_audio(demo / f"{i:02}.ogg")[: 28_000 + 6_000 * i] for i in (1, 2, 3)]
+    batch = SessionBatch(bundle, capacity=3)
+    streams = {batch.join(): samples for samples in recordings}
+    events: dict[int, list] = {number: [] for number in streams}
+    for at in range(0, 60_000, 5_000):
+        for number, found in batch.push({n: samples[at : at + 5_000] for n, samples in streams.items()}).items():
+            events[number] += found
+    for number, found in batch.finish(*streams).items():
+        events[number] += found
+    for number, samples in streams.items():
+        alone = StreamingSession(bundle)
+        expected = alone.push(samples) + alone.finish()
+        assert any(isinstance(event, TargetText) for event in expected)
+        for mine, theirs in zip(events[number], expected, strict=True):
+            assert type(mine) is type(theirs)
+            for field in fields(mine):
+                values = getattr(mine, field.name), getattr(theirs, field.name)
+                if isinstance(values[0], np.ndarray):
+                    np.testing.assert_array_equal(*values)
+                elif field.name != "elapsed_s":
+                    assert repr(values[0]) == repr(values[1])  # NaN is NaN
 
 
 def test_a_saved_session_goes_on(exported: Path, tiny_bundle: Path, tmp_path: Path) -> None:
