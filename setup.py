@@ -69,6 +69,15 @@ EXTRAS = {
     "formats": ["imageio-ffmpeg>=0.5"],
     # sentences that end where the speaker pauses
     "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
+    # echostream serve, and echostream.client alone
+    "server": [
+        "starlette>=0.40",
+        "uvicorn>=0.50",  # the first whose WebSockets stop reading while the application does not
+        "websockets>=14,<16",  # as openai's extra realtime asks for
+        "prometheus_client>=0.20",
+        "onnxruntime>=1.23",
+    ],
+    "client": ["websockets>=14,<16"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -80,6 +89,13 @@ EXTRAS = {
         "silero-vad==6.2.3",
         "py-nanotts==0.1.1",
         "imageio-ffmpeg>=0.5",
+        "starlette>=0.40",
+        "uvicorn>=0.50",
+        "websockets>=14,<16",
+        "prometheus_client>=0.20",
+        "httpx>=0.27",
+        "openai[realtime]>=3.57",
+        "selenium>=4.20",
     ],
 }
 EXTRAS["demo"] = EXTRAS["simuleval"]
@@ -95,7 +111,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["echostream", "echostream.*"]),
-    package_data={"echostream": ["assets/**/*"]},
+    package_data={"echostream": ["assets/**/*", "serve/page/*"]},
     install_requires=["numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["echostream=echostream.cli:main"]},

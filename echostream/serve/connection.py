@@ -38,12 +38,13 @@ class Connection:
 
     Attributes:
         sending_since: when the message began that the client has not read yet (``time.monotonic``); 0: there is none.
+        left: the client has closed on purpose (1000) and will not come back.
     """
 
     def __init__(self, websocket: WebSocket, hub: Hub, session: Session):
         self.websocket, self.hub, self.session = websocket, hub, session
         self.sending_since = 0.0
-        self.aborted = False
+        self.aborted = self.left = False
         self._controls: deque[dict[str, Any]] = deque()
         self._wake = asyncio.Event()
         self._code: int | None = None  # to close with, when all is sent
@@ -156,7 +157,7 @@ class Connection:
 
     async def _read(self) -> None:
         """Take what the client sends, until it goes or is to go."""
-        while self._code is None:
+        while True:
             try:
                 async with asyncio.timeout(self.hub.limits.idle_s):
                     message = await self.websocket.receive()
@@ -165,6 +166,7 @@ class Connection:
                 self.close(POLICY)
                 return
             if message["type"] == "websocket.disconnect":
+                self.left = message.get("code") == 1000
                 return
             try:
                 await self.take(message)
@@ -175,6 +177,7 @@ class Connection:
                 if self._garbage >= self.hub.limits.garbage:
                     self.hub.metrics.cut.inc()
                     self.close(POLICY)
+                    return
 
 
 def same_language(asked: Any, ours: str) -> bool:

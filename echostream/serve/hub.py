@@ -229,10 +229,13 @@ class Hub:
         self.admit(host)
         session = Session(self, f"sess_{secrets.token_hex(16)}", host, rate, renderer, keep)
         await self._start(session, options)
-        if keep and self.state_dir is not None:
-            self._write(session, self._record(session, 0), None)
         log.info("%s opened", session.id)
         return session
+
+    async def remember(self, session: Session) -> None:
+        """Until its first archive, a session that can come back is a record without a stream: it begins anew."""
+        if session.keep and self.state_dir is not None and not session.received:
+            await asyncio.wait({self._write(session, self._record(session, 0), None)})
 
     async def reopen(self, session: Session, rate: int, **options: Any) -> None:
         """The session has heard nothing yet: begin it anew, with other options.
@@ -248,8 +251,6 @@ class Hub:
             self.engine.close(old)
         session.rate = rate
         await self._start(session, options)
-        if session.keep and self.state_dir is not None:
-            self._write(session, self._record(session, 0), None)
 
     async def _start(self, session: Session, options: Mapping[str, Any], path: Path | None = None) -> None:
         save_s = SAVE_S if session.keep and self.state_dir is not None else None
@@ -320,8 +321,8 @@ class Hub:
         if session.connection is not connection:
             return
         session.connection, session.detached_at = None, time.monotonic()
-        if not session.keep or (session.finished and not session.unsent and not session.sent):
-            self.drop(session, "its client is gone")
+        if not session.keep or connection.left:
+            self.drop(session, "its client has left")
 
     def cut(self, session: Session, why: str) -> None:
         """End a connection at once, whatever the client has not read."""
@@ -360,7 +361,7 @@ class Hub:
         """Write a session as it is now; what was delivered last belongs to it, and nothing later."""
         self._write(session, self._record(session, saved.samples), saved)
 
-    def _write(self, session: Session, record: dict[str, Any], saved: Saved | None) -> None:
+    def _write(self, session: Session, record: dict[str, Any], saved: Saved | None) -> asyncio.Future:
         assert self.state_dir is not None
         if saved is not None:
             record["file"] = f"{session.id}.{saved.samples}.npz"
@@ -378,7 +379,9 @@ class Hub:
                 if session.connection is not None:
                     session.connection.progress()
 
-        self._later(_save, self.state_dir, session.id, record, saved).add_done_callback(done)
+        future = self._later(_save, self.state_dir, session.id, record, saved)
+        future.add_done_callback(done)
+        return future
 
     def _later(self, work: Callable[..., Any], *args: Any) -> asyncio.Future:
         future = asyncio.get_running_loop().run_in_executor(self._writer, work, *args)

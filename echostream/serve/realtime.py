@@ -156,7 +156,8 @@ class RealtimeConnection(Connection):
 
     def ended(self) -> None:
         self.control({"type": "session.closed"})
-        self.close(1000)
+        if not self.extended:  # the others confirm what they have got, and close
+            self.close(1000)
 
     def progress(self) -> None:
         """Tell the client what it need not keep."""
@@ -230,6 +231,7 @@ class RealtimeConnection(Connection):
         if "transcription" in into:
             renderer: Any = self.session.renderer
             renderer.transcript = into["transcription"] is not None
+        await self.hub.remember(self.session)
         self.control({"type": "session.updated", "session": self.described()})
 
     async def _extend(self, asked: Any) -> None:

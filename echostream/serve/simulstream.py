@@ -118,6 +118,7 @@ class SimulstreamConnection(Connection):
         """Behind ``end_of_processing`` the next recording is a new session."""
         if not self.session.finished:
             return
+        self.session.connection = None
         self.hub.drop(self.session, "it is complete")
         try:
             session = await open_session(self.hub, self.session.host)
