@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from websockets.sync.client import connect  # noqa: E402
 from echostream.audio.stream import to_pcm  # noqa: E402
 from echostream.checkpoint import load_bundle  # noqa: E402
 from echostream.cli import build_parser  # noqa: E402
-from echostream.client import Client, sound_of, translate  # noqa: E402
+from echostream.client import Client, Translation, sound_of, translate  # noqa: E402
 from echostream.errors import ConfigError, ServerError  # noqa: E402
 from echostream.serve.app import Access, Server  # noqa: E402
 from echostream.serve.command import listen, serve  # noqa: E402
@@ -376,10 +379,8 @@ def test_health_metrics_and_pages(live):
 # Nothing lost.
 
 
-async def broken(client: Client, samples: np.ndarray, at: list[int]) -> Any:
-    """Translate with the connection broken after these samples."""
-    from echostream.client import Translation
-
+async def broken(client: Client, samples: np.ndarray, at: list[int], end: bool = True) -> Translation:
+    """Translate with the connection broken after these samples; without ``end``, as far as it goes by itself."""
     found = Translation()
 
     async def listen() -> None:
@@ -392,14 +393,18 @@ async def broken(client: Client, samples: np.ndarray, at: list[int]) -> Any:
         if i in at:
             await asyncio.sleep(0.15)
             await client.break_connection()
-    await client.finish()
-    await listener
+    if end:
+        await client.finish()
+    else:
+        await asyncio.sleep(0.3)
+        listener.cancel()
+    await asyncio.wait({listener})
     return found
 
 
 def same(found: Any, wanted: Expected) -> None:
     assert found.text == wanted.text
-    assert len(found.samples) == len(wanted.samples) and np.abs(found.samples - wanted.samples).max() < 1e-3
+    assert len(found.samples) == len(wanted.samples) and np.abs(found.samples - wanted.samples).max(initial=0) < 1e-3
     numbers = [event["sequence"] for event in found.events if "sequence" in event]
     assert numbers == sorted(set(numbers))
 
@@ -521,3 +526,64 @@ def test_a_taken_port_is_one_line():
 
 def test_sound_of_decodes(live):
     assert sound_of({"delta": base64.b64encode(np.array([16384], "<i2").tobytes()).decode()}).tolist() == [0.5]
+
+
+class Process:
+    """``echostream serve`` as a process of its own."""
+
+    def __init__(self, bundle: Path, *flags: str):
+        command = [sys.executable, "-m", "echostream", "serve", "--port", "0", "--checkpoint-dir", str(bundle), *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def url(self) -> str:
+        """Its address, once it is ready."""
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        assert line, self.process.stderr.read()  # type: ignore[union-attr]
+        return "ws" + line.partition("on http")[2].split("/ ")[0].strip().rstrip("/")
+
+    def kill(self, number: int = signal.SIGKILL) -> str:
+        """End it; returns what it logged."""
+        self.process.send_signal(number)
+        return self.process.communicate(timeout=30)[1]
+
+
+def test_kill_9_under_load_loses_and_repeats_nothing(tiny_bundle, bundle, tmp_path):
+    """Two processes share a directory; one is killed with two streams in it, which go on in the other."""
+    samples = [heard(speech(7.0, seed=seed)) for seed in (5, 6)]
+    flags = ("--state-dir", str(tmp_path / "state"), "--speed", "1000", "--sessions", "2", "--no-speech")
+    first, second = Process(tiny_bundle, *flags), Process(tiny_bundle, *flags)
+    try:
+        address = [first.url()]
+        other = second.url()
+
+        async def work() -> list[tuple[Any, Client]]:
+            async with (
+                Client(lambda: address[0], 16_000) as one,
+                Client(lambda: address[0], 16_000) as two,
+            ):
+                clients = [one, two]
+                tasks = [asyncio.create_task(broken(c, s[:80_000], [], end=False)) for c, s in zip(clients, samples)]
+                found = [await task for task in tasks]
+                while not all(client._base for client in clients):  # both have been archived once
+                    await asyncio.sleep(0.01)
+                address[0] = other
+                first.kill()
+                for client, part in zip(clients, samples):
+                    await client.send(part[80_000:])
+                    await client.finish()
+                for translation, client in zip(found, clients):
+                    async for event in client:
+                        translation.take(event)
+                return list(zip(found, clients))
+
+        for (found, client), part in zip(asyncio.run(work()), samples):
+            wanted = alone(bundle, part, speech=False)
+            same(found, wanted)
+            assert client.reconnects == 1 and found.text.count(" ") > 5
+        said = second.kill(signal.SIGTERM)
+        assert second.process.returncode == 0
+        assert "resumed" in said and not any(word in said for word in ("Traceback", found.text[:12]))
+    finally:
+        for process in (first, second):
+            if process.process.poll() is None:
+                process.kill()
