@@ -78,6 +78,8 @@ EXTRAS = {
         "onnxruntime>=1.23",
     ],
     "client": ["websockets>=14,<16"],
+    # echostream.serve.ray: replicas
+    "ray": ["ray[serve]>=2.50", "starlette>=0.40", "prometheus_client>=0.20", "onnxruntime>=1.23"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",

@@ -36,6 +36,7 @@ from echostream.errors import AudioError, ServerError, require
 PIECE_S = 0.2  # of sound in a message
 ACK_S = 0.5  # between two confirmations
 MOST_UNSENT_S = 30.0  # of sound before ``send`` waits
+REFUSED = 4000  # a closing code from here on is an HTTP status, where a proxy cannot refuse before the upgrade
 UNKNOWN_S = 5.0  # that a session may be unknown, while one process hands it to the next
 
 
@@ -154,7 +155,12 @@ class Client:
         except (OSError, self._exceptions.WebSocketException, asyncio.TimeoutError) as error:
             raise ServerError(f"no connection to {url}: {error or type(error).__name__}") from None
         self._connection = connection
-        created = json.loads(await connection.recv())
+        try:
+            created = json.loads(await connection.recv())
+        except self._exceptions.ConnectionClosed as closed:
+            code = closed.rcvd.code - REFUSED if closed.rcvd is not None else 0
+            status = code if 400 <= code < 600 else None
+            raise ServerError(closed.rcvd.reason if status else "the connection was closed", status) from None
         described = created.get("session", {})
         if created.get("type") != "session.created" or "echostream" not in described:
             await connection.close()

@@ -43,6 +43,7 @@ _HEADERS = {
     "media-src 'self' blob:; frame-ancestors 'self'",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
 }  # fmt: skip
+REFUSED = 4000  # a closing code of ours is this and the HTTP status
 KEY_PROTOCOL = "openai-insecure-api-key."  # how a browser hands over a token: as a WebSocket subprotocol
 
 
@@ -89,6 +90,7 @@ class Server:
         bundle: a loaded checkpoint.
         said: how to translate, by names (see ``resolve``).
         spell: how whoever said it spells an option, for errors.
+        drain_at_end: drain when the application is shut down, where nobody calls ``drain`` before.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -103,9 +105,10 @@ class Server:
         state_dir: Path | None = None,
         log_text: bool = False,
         spell: Callable[[str], str] = str,
+        drain_at_end: bool = False,
     ):
         self.limits, self.access, self.metrics = limits, access, Metrics()
-        self.state_dir, self.log_text = state_dir, log_text
+        self.state_dir, self.log_text, self.drain_at_end = state_dir, log_text, drain_at_end
         self.languages = (bundle.source_lang, bundle.target_lang)
         said = dict(said or {})
         if bundle.vocoder is None:
@@ -148,6 +151,8 @@ class Server:
             yield
         finally:
             watch.cancel()
+            if self.drain_at_end:
+                await hub.drain()
             await hub.close()
 
     async def drain(self) -> None:
@@ -196,7 +201,7 @@ class Server:
             else:
                 session = await hub.open(host, RATE, RealtimeRenderer(extended), keep=extended)
         except Refused as refused:
-            await websocket.send_denial_response(_refusal(refused))
+            await _refuse(websocket, refused)
             return
         connection = RealtimeConnection(websocket, hub, session, extended, self.languages)
         session.connection = connection
@@ -214,7 +219,7 @@ class Server:
             self.access.check(websocket)
             session = await open_session(hub, host)
         except Refused as refused:
-            await websocket.send_denial_response(_refusal(refused))
+            await _refuse(websocket, refused)
             return
         connection = SimulstreamConnection(websocket, hub, session, self.languages)
         session.connection = connection
@@ -234,6 +239,15 @@ def _number(text: str) -> int:
         return int(text)
     except ValueError:
         raise Refused(400, "session, samples and last_event: two of them are whole numbers") from None
+
+
+async def _refuse(websocket: WebSocket, refused: Refused) -> None:
+    """Before the upgrade, where the server can (uvicorn does, Ray Serve does not); else the code tells."""
+    if "websocket.http.response" in websocket.scope.get("extensions", {}):
+        await websocket.send_denial_response(_refusal(refused))
+        return
+    await websocket.accept()
+    await websocket.close(REFUSED + refused.status, refused.message)
 
 
 def _refusal(refused: Refused) -> Response:

@@ -1,8 +1,9 @@
 """The thread that computes: all streams with a whole chunk of sound step together, and none waits for another's sound.
 
-Whoever is ready when the thread is free takes part in the next step, with one decision each; so a stream that has much
-sound waiting (a file, a client that catches up) delays the others by one decision at most. What comes out is handed to
-an event loop, in order. The thread never touches a connection, and connections never touch the model.
+Whoever is ready when the thread is free takes part in the next step, with one decision each. A stream whose sound comes
+faster than it was spoken (a file) is served out of its turn only while nobody else waits: it delays the others by one
+decision at most. What comes out is handed to an event loop, in order. The thread never touches a connection, and
+connections never touch the model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from echostream.serve.rows import Rows
 from echostream.streaming.events import Event, SentenceEnd
 
 log = logging.getLogger("echostream.serve")
+CATCH_UP_S = 30.0  # of sound that a stream may be ahead of the clock on the wall when it comes from an archive
 LONGEST_UNSAVED_S = 30.0  # of sound, after which a stream is saved at no sentence's end, too
 
 
@@ -80,6 +82,7 @@ class Stream:
         self.pushed = 0  # samples that the model has
         self.saved_at = 0  # ``pushed`` when last saved
         self.ended_at = 0.0
+        self.began = 0.0  # when its first sample would have been spoken, were it live
         self.ended = self.gone = self.save_now = False
 
 
@@ -127,7 +130,10 @@ class Engine:
     def feed(self, stream: Stream, samples: np.ndarray) -> None:
         """Sound, int16 [N]."""
         with self._changed:
-            stream.pending.append((samples, time.perf_counter()))
+            now = time.perf_counter()
+            if not stream.began:
+                stream.began = now - stream.pushed / stream.rate - (CATCH_UP_S if stream.pushed else 0.0)
+            stream.pending.append((samples, now))
             stream.waiting += len(samples)
             self._changed.notify()
 
@@ -199,11 +205,17 @@ class Engine:
             return False
         return stream.ended or stream.save_now or stream.waiting >= self._chunk(stream)
 
+    def _early(self, stream: Stream, now: float) -> bool:
+        """Is this decision of sound that could not have been spoken yet?"""
+        heard_s = stream.pushed / stream.rate
+        return not stream.save_now and bool(stream.waiting) and heard_s > now - stream.began + self.chunk_ms / 1000
+
     def _step(self) -> None:
         """One decision for each stream that is ready, and the end of those that end."""
         began = time.perf_counter()
         with self._changed:
             streams = [stream for stream in self._streams if self._ready(stream) and not stream.gone]
+            streams = [stream for stream in streams if not self._early(stream, began)] or streams
             parts = {stream: _cut(stream, self._chunk(stream)) for stream in streams}
             ending = [stream for stream in streams if stream.ended and not stream.waiting]
         if not streams:
