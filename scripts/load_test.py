@@ -285,7 +285,8 @@ async def load(args: argparse.Namespace, server: Server, count: int, lists: list
     await asyncio.gather(*others, return_exceptions=True)
     delays = np.array([delay for result in results for delay in result.delays] or [float("nan")])
     sound = count * args.seconds
-    late = [m for t, m in memory if t <= 60] or [0.0]
+    minute = [m for t, m in memory if t <= 60] or [0.0]
+    running = [m for t, m in memory if t <= args.seconds] or [0.0]
     found = {
         "clients": count, "sound_s": sound, "events": len(delays), "late": int((delays > LATE_S).sum()),
         **{f"p{q}_ms": round(float(np.percentile(delays, q)) * 1000, 1) for q in (50, 95, 99)},
@@ -295,7 +296,7 @@ async def load(args: argparse.Namespace, server: Server, count: int, lists: list
         "speech_s": round(sum(result.speech_s for result in results), 1),
         "end_p95_ms": round(float(np.percentile([result.end_s for result in results], 95)) * 1000),
         "memory_mb": round(max((m for _, m in memory), default=0.0), 1),
-        "growth_mb": round(memory[-1][1] - late[-1], 1) if memory else 0.0,
+        "growth_mb": round(running[-1] - minute[-1], 1), "memory_mb_each_30_s": [round(m) for _, m in memory[::30]],
         "server_cpu": round(cpu / seconds, 3), "client_cpu": round(own / seconds, 3),
         "cpu_ms_per_s": round(1000 * cpu / sound, 1), "load_average": os.getloadavg()[0],
     }  # fmt: skip
@@ -321,6 +322,7 @@ def show(runs: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server goes, too
     require("websockets", "client")
     lists = playlists(args)
     texts = [] if args.no_check else texts_alone(args, lists)
