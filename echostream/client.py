@@ -113,7 +113,8 @@ class Client:
             raise AudioError(f"sound is {samples.dtype} {list(samples.shape)}; send mono int16 or float32")
         if samples.dtype.kind == "f":
             samples = np.frombuffer(to_pcm(samples), dtype="<i2")
-        self._sound.append(samples)
+        piece = max(1, round(PIECE_S * self.rate))
+        self._sound.extend(samples[i : i + piece] for i in range(0, len(samples), piece))
         self._total += len(samples)
         self._changed.set()
         while self._total - self._sent > MOST_UNSENT_S * self.rate and not self._closed:
@@ -217,11 +218,10 @@ class Client:
             wait_s = min(1.0, wait_s * 1.6)
 
     async def _send(self, connection: Any) -> None:
-        piece = max(1, round(PIECE_S * self.rate))
         while True:
             self._changed.clear()
             while self._sent < self._total:
-                part = self._part(self._sent, piece)
+                part = self._part(self._sent)
                 coded = base64.b64encode(part.tobytes()).decode("ascii")
                 await connection.send(json.dumps({"type": "session.input_audio_buffer.append", "audio": coded}))
                 self._sent += len(part)
@@ -231,12 +231,12 @@ class Client:
                 return
             await self._changed.wait()
 
-    def _part(self, begin: int, most: int) -> np.ndarray:
-        """Kept sound from sample ``begin`` on."""
+    def _part(self, begin: int) -> np.ndarray:
+        """Kept sound from sample ``begin`` on, a message's worth."""
         at = self._base
         for samples in self._sound:
             if begin < at + len(samples):
-                return samples[begin - at : begin - at + most]
+                return samples[begin - at :]
             at += len(samples)
         raise AssertionError("sound that is to be sent is kept")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -76,8 +77,8 @@ def test_clients_of_a_killed_replica_go_on_in_the_other(port, tiny_bundle, tmp_p
         archived, go_on = [asyncio.Event() for _ in samples], asyncio.Event()
         tasks = [asyncio.create_task(one(part, event, go_on)) for part, event in zip(samples, archived)]
         await asyncio.wait_for(asyncio.gather(*(event.wait() for event in archived)), 120)
-        owner = next(iter(replicas()))
-        os.kill(owner, signal.SIGKILL)
+        record = json.loads(next((tmp_path / "state").glob("*.json")).read_text())
+        os.kill(int(record["owner"].split("-")[0]), signal.SIGKILL)
         go_on.set()
         return await asyncio.gather(*tasks)
 
@@ -85,11 +86,3 @@ def test_clients_of_a_killed_replica_go_on_in_the_other(port, tiny_bundle, tmp_p
     for (found, _), part in zip(results, samples):
         same(found, alone(bundle, part, speech=False))
     assert sum(client.reconnects for _, client in results) >= 1
-
-
-def replicas() -> list[int]:
-    """Processes of the replicas that hold a session."""
-    from ray.util.state import list_actors
-
-    found = [actor for actor in list_actors() if "EchoStream" in actor.class_name and actor.state == "ALIVE"]
-    return [actor.pid for actor in found]

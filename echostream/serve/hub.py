@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import secrets
 import time
@@ -192,7 +193,7 @@ class Hub:
         self.log_text = log_text
         self.sessions: dict[str, Session] = {}
         self.draining = False
-        self.owner = secrets.token_hex(8)
+        self.owner = f"{os.getpid()}-{secrets.token_hex(8)}"
         self._rows = 0  # taken, or about to be
         self._writer = ThreadPoolExecutor(1, "echostream-archive")
         self._writes: set[asyncio.Future] = set()
