@@ -300,6 +300,9 @@ class Hub:
         loop = asyncio.get_running_loop()
         try:
             record = await loop.run_in_executor(self._writer, _read, self.state_dir / f"{identifier}.json")
+            if identifier in self.sessions:  # meanwhile, by another connection
+                return self.sessions[identifier]
+            self.admit(host)
             session = Session(self, identifier, host, int(record["rate"]), renderer(), keep=True)
             session.renderer.load(record["renderer"])
             session.received = session.safe = int(record["samples"])
@@ -402,8 +405,10 @@ class Hub:
                         self.drop(session, "its client has not come back")
                 elif connection.sending_since and now - connection.sending_since > self.limits.unsent_s:
                     self.cut(session, "it does not read what it is sent")
-                elif now - session.created > self.limits.session_s:
+                elif now - session.created > self.limits.session_s + 30:
                     self.drop(session, "its time is over")
+                elif now - session.created > self.limits.session_s:
+                    session.end()
 
     async def drain(self) -> None:
         """No new sessions; those that can move are archived and sent away, the others get their time to end."""
