@@ -392,7 +392,10 @@ async def broken(client: Client, samples: np.ndarray, at: list[int], end: bool =
         await client.send(samples[i : i + 1600])
         if i in at:
             await asyncio.sleep(0.15)
+            before = client.reconnects
             await client.break_connection()
+            while client.reconnects == before:
+                await asyncio.sleep(0.005)
     if end:
         await client.finish()
     else:
@@ -463,7 +466,7 @@ def test_sigterm_moves_sessions_to_the_next_process(bundle, recordings, expected
 
 
 def test_draining_lets_other_clients_end(bundle):
-    with serving(bundle, Limits(sessions=2, drain_s=0.3)) as live:
+    with serving(bundle, Limits(sessions=2, drain_s=20.0)) as live:
         with connect(f"{live.ws}/v1/realtime/translations") as socket:
             events_of(socket, "session.created")
             live.uvicorn.handle_exit(15, None)
@@ -474,8 +477,10 @@ def test_draining_lets_other_clients_end(bundle):
             with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
                 connect(f"{live.ws}/v1/realtime/translations")
             assert refused.value.response.status_code == 503
+            assert live.thread.is_alive()
+            socket.send('{"type": "session.close"}')
             events_of(socket, "session.closed")
-        live.thread.join(10)
+        live.thread.join(15)
         assert not live.thread.is_alive()
 
 
