@@ -16,7 +16,7 @@ help:
 	@echo "make demo   translate a dozen spoken Spanish sentences while they are spoken; results in demo-output/"
 	@echo "make test   run the tests"
 	@echo "make lint   check the style"
-	@echo "make bench  measure the speed on this machine (about 5 minutes) and write BENCHMARKS.md with a picture"
+	@echo "make bench  measure the speed on this machine (about 5 minutes) and write docs/benchmarks.md with a picture"
 	@echo "make clean  remove .venv and demo-output"
 
 $(VENV)/.installed: setup.py
@@ -40,7 +40,7 @@ lint: $(VENV)/.installed
 
 # Close what else is running: the page tells the load. BENCH_ARGS='--clock cpu' on a machine that is never quiet.
 bench: $(VENV)/.installed
-	$(BIN)/python scripts/benchmark.py all --report BENCHMARKS.md $(BENCH_ARGS)
+	$(BIN)/python scripts/benchmark.py all --report docs/benchmarks.md $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output

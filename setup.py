@@ -80,6 +80,7 @@ EXTRAS = {
     "client": ["websockets>=14,<16"],
     # echostream.serve.ray: replicas
     "ray": ["ray[serve]>=2.50", "starlette>=0.40", "prometheus_client>=0.20", "onnxruntime>=1.23"],
+    "docs": ["mkdocs-material>=9"],  # the pages in docs/ as a site: mkdocs serve
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",

@@ -146,7 +146,79 @@ def test_references_are_drawn_anew_in_every_epoch(corpus, tmp_path):
     epoch = next(e for e in range(1, 61) if seen[e - 1][0] != rows[0].tgt_text)
     items.set_epoch(epoch)
     batch = items.collater([items[i] for i in range(len(items))])
+    lengths = batch["unit_lengths"].tolist()
+    assert lengths.count(0) == 1 and lengths.index(0) == next(
+        i for i, item in enumerate(items.items) if item.utterances == (0,)
+    )
+    batch = items.collater([item_of(items, 0)])
     assert batch["units"] is None and batch["unit_lengths"] is None
+
+
+@pytest.fixture
+def with_speech_alone(corpus, tmp_path):
+    """``train`` as it is, and ``heard``: a row with its source text alone, two without any."""
+    rows = read_manifest(corpus / "dev.tsv")[:3]
+    none = np.zeros(0, dtype=np.int16)
+    rows = [dataclasses.replace(row, src_text=row.src_text if i == 0 else "", tgt_text="", units=none)
+            for i, row in enumerate(rows)]  # fmt: skip
+    write_manifest(tmp_path / "heard.tsv", rows)
+    return [corpus / "train.tsv", tmp_path / "heard.tsv"]
+
+
+def test_speech_without_text(corpus, with_speech_alone):
+    """It is not joined with what has text, and its targets in a batch are empty."""
+    config = DataConfig.load(corpus)
+    joining = Augmentation(JoinPolicy(probability=1.0, smallest=2, largest=3))
+    data = SpeechToSpeechDataset(with_speech_alone, config, joining, seed=1, speech_alone=True)
+    kinds = [{(bool(data.utterances[u].src_text), bool(data.utterances[u].tgt_text)) for u in item.utterances}
+             for item in data.items]  # fmt: skip
+    assert all(len(kind) == 1 for kind in kinds) and sum(len(item.utterances) for item in data.items) == 15
+    assert any(kind == {(False, False)} and len(item.utterances) == 2 for kind, item in zip(kinds, data.items))
+    data = SpeechToSpeechDataset(with_speech_alone, config, Augmentation(), seed=1, speech_alone=True)
+    place = {item.utterances[0]: i for i, item in enumerate(data.items)}
+    batch = data.collater([data[place[u]] for u in (0, 12, 13)])
+    known = data.utterances[0]
+    texts = [config.source.encode(data.utterances[u].src_text) for u in (0, 12, 13)]
+    assert batch["src_text_lengths"].tolist() == [len(text) for text in texts]
+    assert batch["src_text_lengths"][1] > 0 and batch["src_text_lengths"][2] == 0
+    assert batch["tgt_text_lengths"].tolist()[1:] == [0, 0] and batch["target_lengths"].tolist()[1:] == [1, 1]
+    assert batch["unit_lengths"].tolist() == [len(known.units), 0, 0]
+    batch = data.collater([data[place[13]]])
+    assert batch["units"] is None and batch["src_text"].shape == (1, 0)
+
+
+def test_speech_without_text_is_for_teachers(corpus, with_speech_alone, tmp_path):
+    for options in ({}, {"augmentation": Augmentation()}):
+        with pytest.raises(ManifestError, match="line 2: tgt_text is empty in row 'dev0'; .*distill-weight"):
+            SpeechToSpeechDataset(with_speech_alone, DataConfig.load(corpus), **options)
+    text = with_speech_alone[1].read_text(encoding="utf-8")
+    path = tmp_path / "units.tsv"
+    path.write_text(text.replace("\t\t\t0\n", "\t\t3 4\t2\n"), encoding="utf-8")
+    with pytest.raises(ManifestError, match="line 2: tgt_audio has units, but tgt_text, whose they would be, is empty"):
+        SpeechToSpeechDataset([path], DataConfig.load(corpus), Augmentation(), speech_alone=True)
+    path.write_text(text.replace("\t0\n", "\t5\n"), encoding="utf-8")
+    with pytest.raises(ManifestError, match="tgt_audio is empty in row 'dev0'"):
+        SpeechToSpeechDataset([path], DataConfig.load(corpus), Augmentation(), speech_alone=True)
+
+
+def test_repeats(corpus):
+    """So often an epoch has the utterances of each manifest; where all come once, nothing is drawn."""
+    paths, config = [corpus / "train.tsv", corpus / "dev.tsv"], DataConfig.load(corpus)
+    once = SpeechToSpeechDataset(paths, config, Augmentation(), seed=2)
+    data = SpeechToSpeechDataset(paths, config, Augmentation(), seed=2, repeats=[0.5, 2.25])
+    same = SpeechToSpeechDataset(paths, config, Augmentation(), seed=2, repeats=[1.0, 1.0])
+    assert [item.utterances for item in once.items] == [item.utterances for item in same.items]
+    counts = np.zeros(len(data.utterances))
+    for epoch in range(1, 201):
+        data.set_epoch(epoch)
+        found = np.bincount([u for item in data.items for u in item.utterances], minlength=len(counts))
+        assert set(found[:12]) <= {0, 1} and set(found[12:]) <= {2, 3} and len(data.sizes) == len(data) == found.sum()
+        counts += found / 200
+    assert abs(counts[:12] - 0.5).max() < 0.12 and abs(counts[12:] - 2.25).max() < 0.12
+    few = SpeechToSpeechDataset(paths, config, Augmentation(), seed=2, repeats=[0.001, 1.0])
+    assert len(few) == 4
+    with pytest.raises(ConfigError, match="epoch 1 has no utterance"):
+        SpeechToSpeechDataset(paths[1:], config, Augmentation(), seed=2, repeats=[0.001])
 
 
 def test_bad_references_are_told(corpus, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fairseq")
@@ -16,7 +17,8 @@ torch = pytest.importorskip("torch")
 from echostream import compat  # noqa: E402
 from echostream.constants import EOS, NUM_SPECIALS, PAD, UNK  # noqa: E402
 from echostream.data.dataset import collate_targets, pad  # noqa: E402
-from echostream.errors import CheckpointError, ConfigError  # noqa: E402
+from echostream.data.manifest import read_manifest, write_manifest  # noqa: E402
+from echostream.errors import CheckpointError, ConfigError, ManifestError  # noqa: E402
 from echostream.models.echostream_model import EchoStreamModel, build_echostream_model  # noqa: E402
 from echostream.models.whisper_init import encoder_weights, whisper_config  # noqa: E402
 from echostream.text import Vocabulary  # noqa: E402
@@ -205,6 +207,64 @@ def test_joined_items_teach_frames_alone(source: Path) -> None:
     assert "_distill_tokens" not in log and log["_distill_frames"] == 36
 
 
+def silent_about(sample: dict, rows: list[int], columns: tuple[str, ...] = ("src_text", "tgt_text")) -> dict:
+    """The batch, one sentence a row, with no texts in ``columns`` for ``rows``; units 1 and 2 for all that have any."""
+    sample = dict(sample)
+    for column in columns:
+        sample[column], sample[f"{column}_lengths"] = sample[column].clone(), sample[f"{column}_lengths"].clone()
+        sample[column][rows], sample[f"{column}_lengths"][rows] = PAD, 0
+    if "tgt_text" in columns:
+        sentences = [[] if i in rows else row[: n - 1].tolist()
+                     for i, (row, n) in enumerate(zip(sample["target"], sample["target_lengths"]))]  # fmt: skip
+        previous, targets = collate_targets(sentences)
+        sample.update(targets, net_input={**sample["net_input"], "prev_output_tokens": previous})
+    known = [i not in rows or "tgt_text" not in columns for i in range(len(sample["target"]))]
+    sample["units"], sample["unit_lengths"] = pad([[5, 6] if is_known else [] for is_known in known])
+    if not any(known):
+        sample["units"] = sample["unit_lengths"] = None
+    return sample
+
+
+@pytest.mark.parametrize("options", [{}, {"distill_target": "both"}, {"mt_visible": "ctc"}, {"unit_loss": "ce"},
+                                     {"sentence_avg": True}])  # fmt: skip
+def test_speech_without_text_is_taught_frames_alone(source: Path, options: dict) -> None:
+    """What is added by rows without text is their frames' loss; the others' losses stay as they were."""
+    model = student(ctc_upsample_ratio=4)
+    loss = criterion(source, asr_weight=0.3, st_weight=0.2, mt_weight=0.3, unit_weight=0.2, **options)
+    alone = criterion(source, sentence_avg=options.get("sentence_avg", False))
+    torch.manual_seed(3)  # mt_visible draws a chunk
+    labelled = loss(model, silent_about(batch([60, 33], [[THE, A, N], [INN]]), []))
+    silent = silent_about(batch([90, 36], [[THE], [A]]), [0, 1])
+    unlabelled = loss(model, silent)
+    torch.manual_seed(3)
+    both = loss(model, silent_about(batch([60, 33, 90, 36], [[THE, A, N], [INN], [THE], [A]]), [2, 3]))
+    assert both[0].item() == pytest.approx(labelled[0].item() + unlabelled[0].item(), rel=1e-4)
+    assert unlabelled[0].item() == pytest.approx(alone(model, silent)[0].item(), rel=1e-5) and unlabelled[0] > 0
+    # Tokens of the labelled rows; a token per 30 frames of the others.
+    sizes = (2.0, 2.0) if options.get("sentence_avg") else (4.0 + 2.0, 3.0 + 1.2)
+    assert (labelled[1], unlabelled[1]) == pytest.approx(sizes) and both[1] == pytest.approx(sum(sizes))
+    for key in ("_asr_nll", "_st_nll", "_mt_nll", "_mt_tokens", "_mt_correct", "_unit_nll", "_unit_targets"):
+        assert float(both[2][key]) == pytest.approx(float(labelled[2][key]), rel=1e-4) and key not in unlabelled[2]
+    model.zero_grad(set_to_none=True)
+    unlabelled[0].backward()
+    with_gradient = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert with_gradient == {"encoder"}
+    assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+def test_speech_with_its_source_text_alone(source: Path) -> None:
+    model = student()
+    loss = criterion(source, asr_weight=0.3, st_weight=0.2, mt_weight=0.3, unit_weight=0.2, distill_target="both")
+    sample = silent_about(batch([60], [[THE]]), [0], ("tgt_text",))
+    value, size, log = loss(model, sample)
+    expected = criterion(source, asr_weight=0.3)(model, sample)[0]
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5) and size == 2.0
+    assert "_asr_nll" in log and not {"_st_nll", "_mt_nll", "_unit_nll", "_distill_kl"} & set(log)
+    value.backward()
+    with_gradient = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert with_gradient == {"encoder", "asr_head"}
+
+
 def test_no_teacher_unless_there_is_a_weight_and_a_training(source: Path) -> None:
     model, sample = student(), batch([40, 30], [[THE], [A]])
     sample["net_input"]["src_tokens"] = sample["net_input"]["src_tokens"].nan_to_num()
@@ -272,6 +332,25 @@ def test_a_whole_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert not state.get("criterion") and all(torch.isfinite(value).all() for value in kept.values())
     with pytest.raises(CheckpointError, match="encoder_embed_dim is 16, but the teacher's frames have 32"):
         fairseq_train(data, tmp_path / "narrow", encoder_embed_dim=16, encoder_ffn_embed_dim=32, **options)
+    # Recordings without text beside the others, three times an epoch; only a teacher of frames can use them.
+    none = np.zeros(0, dtype=np.int16)
+    heard = [replace(row, src_text="", tgt_text="", units=none) for row in read_manifest(data / "dev.tsv")]
+    write_manifest(data / "heard.tsv", heard)
+    options["train_subset"] = "train,heard:3"
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        fairseq_train(data, tmp_path / "heard", **options)
+    assert "train,heard:3: 16 utterances" in caplog.text
+    kept = weights(tmp_path / "heard/checkpoint_last.pt")
+    assert all(torch.isfinite(value).all() for value in kept.values())
+    for changes in ({"distill_target": "tokens"}, {"distill_weight": 0.0}):
+        with pytest.raises(ManifestError, match="heard.tsv, line 2: src_text is empty in row 'dev0'"):
+            fairseq_train(data, tmp_path / "none", **{**options, **changes})
+    for subset in ("train:0", "train:x", "train,dev:", "train:-1", "train:nan"):
+        with pytest.raises(ConfigError, match="is not how often to repeat (train|dev)"):
+            fairseq_train(data, tmp_path / "none", **{**options, "train_subset": subset})
+    with pytest.raises(ConfigError, match="subset 'dev:2': only what is trained on is repeated"):
+        fairseq_train(data, tmp_path / "none", **{**options, "valid_subset": "dev:2"})
 
 
 def test_prompts_are_whispers() -> None:

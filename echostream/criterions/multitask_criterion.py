@@ -6,6 +6,9 @@ tokens (by 1 with ``--sentence-avg``). The trainer divides by the sum of these w
 sentences in which nothing depends on what else is in the batch: gradient accumulation and several workers give what one
 large batch would, and long sentences count as they do in ordinary translation training. What a teacher adds in training
 (``--distill-weight``, see ``distillation``) is averaged over its frames or tokens and weighted in the same way.
+
+A sentence that lacks a loss's targets has no part in it. Without a target text it weighs what its length usually has of
+tokens, so that a teacher's frames count as much for it as for any other, and it is in the divisor as any other is.
 """
 
 # No postponed annotations here: fairseq reads the types of the dataclass's fields.
@@ -14,7 +17,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +40,9 @@ from echostream.text import collapse_ctc
 LENGTH_WINDOW = 2000
 LENGTH_WINDOW_LEAST = 1000
 LENGTH_SHARE = 0.01
+
+# Spanish speech has an MT target token in 260 to 320 ms; a row without a target text weighs as if it had one in 300.
+FRAMES_PER_TOKEN = 30
 
 CTC_PARTS = ("asr", "st", "unit")
 PARTS = ("asr", "st", "mt", "unit")
@@ -139,6 +145,11 @@ class MultitaskCriterion(FairseqCriterion):
         return frozenset(parts)
 
     @property
+    def teaches_frames(self) -> bool:
+        """Can a training learn from speech whose texts nobody knows?"""
+        return self.distill_weight > 0 and self.distill_target != "tokens"
+
+    @property
     def distills(self) -> bool:
         """Is there a teacher now? Validation has none."""
         return self.training and self.distill_weight > 0
@@ -152,33 +163,39 @@ class MultitaskCriterion(FairseqCriterion):
         windows = sample["windows"]
         if windows is not None:
             windows = SentenceWindows(windows["row"], windows["start"], windows["end"])
+        known = _known(sample)
+        parts = frozenset(part for part in self.parts if part not in known or bool(known[part].any()))
         visible = None
-        if self.training and self.mt_visible == "ctc" and self.parts & {"mt", "unit"}:
+        if self.training and self.mt_visible == "ctc" and parts & {"mt", "unit"}:
             visible = partial(heard_when_due, sample=sample, windows=windows, chunk=draw_chunk())
-        parts = self.parts if sample["units"] is not None else self.parts - {"unit"}
         out = model(**sample["net_input"], windows=windows, visible=visible, parts=parts)
-        frames = -(-sample["net_input"]["src_lengths"] // SUBSAMPLING)
+        source_frames = sample["net_input"]["src_lengths"]
+        frames = -(-source_frames // SUBSAMPLING)
         row_of, rows = sample["sentence_row"], len(frames)
         # Weight of each sentence, and of each row: a joined row weighs as much as its sentences do together.
         sentence = torch.ones_like(row_of) if self.sentence_avg else sample["target_lengths"]
         sentence = sentence.float()
         row = torch.zeros(rows, device=sentence.device).index_add_(0, row_of, sentence)
+        if not self.sentence_avg:
+            row = torch.where(known["st"], row, (source_frames / FRAMES_PER_TOKEN).clamp(min=1.0))
         losses: dict[str, Tensor] = {}
         log: dict[str, Any] = {}
-        if self.weights["asr"]:
-            target, lengths = sample["src_text"], sample["src_text_lengths"]
-            losses["asr"] = self._ctc("asr", out["asr_logits"], frames, target, lengths, row, log)
-        if self.weights["st"]:
-            target, lengths = sample["tgt_text"], sample["tgt_text_lengths"]
-            losses["st"] = self._ctc("st", out["st_logits"], frames, target, lengths, row, log)
-        if self.weights["mt"]:
-            target, lengths = sample["target"], sample["target_lengths"]
-            losses["mt"] = self._cross_entropy(out["mt_logits"], target, lengths, sentence, log)
+        if "asr" in parts:
+            targets = sample["src_text"], sample["src_text_lengths"]
+            losses["asr"] = self._ctc("asr", *_of(known["asr"], out["asr_logits"], frames, *targets, row), log)
+        if "st" in parts:
+            targets = sample["tgt_text"], sample["tgt_text_lengths"]
+            losses["st"] = self._ctc("st", *_of(known["st"], out["st_logits"], frames, *targets, row), log)
+        if "mt" in parts and self.weights["mt"]:
+            targets = sample["target"], sample["target_lengths"]
+            losses["mt"] = self._cross_entropy(*_of(known["mt"], out["mt_logits"], *targets, sentence), log)
         if "unit" in parts:
-            losses["unit"] = self._unit_loss(out, sample, sentence, log)
+            targets = sample["units"], sample["unit_lengths"]
+            outputs = out["unit_logits"], out["unit_lengths"]
+            losses["unit"] = self._unit_loss(*_of(known["unit"], *outputs, *targets, sentence), log)
         loss = sum(self.weights[part] * value for part, value in losses.items())
         if self.distills:
-            loss = loss + self.distill_weight * self._distill(out, sample, row, sentence, log)
+            loss = loss + self.distill_weight * self._distill(out, sample, row, sentence, known["mt"], log)
         sample_size = float(row.sum())
         log.update(
             loss=loss.detach(),
@@ -243,9 +260,15 @@ class MultitaskCriterion(FairseqCriterion):
         log["_mt_correct"] = ((logits.argmax(-1) == target) & mask).sum()
         return (smoothed.sum(1) * weight / lengths).sum()
 
-    def _unit_loss(self, out: dict[str, Any], sample: dict[str, Any], weight: Tensor, log: dict[str, Any]) -> Tensor:
-        logits, lengths = out["unit_logits"], out["unit_lengths"]
-        target, target_lengths = sample["units"], sample["unit_lengths"]
+    def _unit_loss(
+        self,
+        logits: Tensor,
+        lengths: Tensor,
+        target: Tensor,
+        target_lengths: Tensor,
+        weight: Tensor,
+        log: dict[str, Any],
+    ) -> Tensor:
         if self.unit_loss == "ctc":
             return self._ctc("unit", logits, lengths, target, target_lengths, weight, log)
         # Frame-aligned: position p of n is to be unit floor(p * U / n), so that every unit gets an even share.
@@ -271,9 +294,18 @@ class MultitaskCriterion(FairseqCriterion):
         return (nll.sum(1) * weight / lengths.clamp(min=1)).sum()
 
     def _distill(
-        self, out: dict[str, Any], sample: dict[str, Any], row: Tensor, sentence: Tensor, log: dict[str, Any]
+        self,
+        out: dict[str, Any],
+        sample: dict[str, Any],
+        row: Tensor,
+        sentence: Tensor,
+        known: Tensor,
+        log: dict[str, Any],
     ) -> Tensor:
-        """What the teacher's frames and distributions cost, weighted by ``row`` [B] and ``sentence`` [S]."""
+        """What the teacher's frames and distributions cost, weighted by ``row`` [B] and ``sentence`` [S].
+
+        Distributions are those of the sentences whose target text is ``known`` [S].
+        """
         if self._teacher is None:
             self._teacher = WhisperTeacher(self.distill_source, self.distill_target, self.task)
         teacher, row_of = self._teacher, sample["sentence_row"]
@@ -285,7 +317,8 @@ class MultitaskCriterion(FairseqCriterion):
             loss = loss + (error * row).sum()
             log["_distill_error"], log["_distill_frames"] = (error.detach() * counts).sum(), int(counts.sum())
         if self.distill_target != "frames":
-            alone = (torch.bincount(row_of, minlength=len(row))[row_of] == 1).nonzero()[:, 0]
+            alone = (torch.bincount(row_of, minlength=len(row))[row_of] == 1) & known
+            alone = alone.nonzero()[:, 0]
             if len(alone):
                 taught, known = teacher.distributions(lesson, row_of[alone], sample["target"][alone])
                 divergence, counts = token_loss(taught, known, out["mt_logits"][alone], teacher.entries)
@@ -343,3 +376,19 @@ class MultitaskCriterion(FairseqCriterion):
         if total.get("_mt_tokens"):
             share = 100 * total["_mt_correct"] / total["_mt_tokens"]
             metrics.log_scalar("mt_acc", share, total["_mt_tokens"], 25, round=2)
+
+
+def _known(sample: dict[str, Any]) -> dict[str, Tensor]:
+    """Which rows [B] have targets of the CTC losses, and which sentences [S] of the MT decoder's and the units'."""
+    units = sample["unit_lengths"]
+    return {
+        "asr": sample["src_text_lengths"] > 0,
+        "st": sample["tgt_text_lengths"] > 0,
+        "mt": sample["target_lengths"] > 1,  # more than the end symbol
+        "unit": torch.zeros_like(sample["sentence_row"], dtype=torch.bool) if units is None else units > 0,
+    }
+
+
+def _of(known: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+    """The ``known`` rows of each."""
+    return tensors if bool(known.all()) else [tensor[known] for tensor in tensors]

@@ -7,7 +7,7 @@ L CTC target tokens, U MT target tokens, V units.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from echostream.constants import EOS, FRAME_LENGTH, FRAME_SHIFT, NUM_SPECIALS, PAD
 from echostream.data.augment import SpecAugment, add_noise, change_gain, change_speed, fit_length
 from echostream.data.augmentation import SpeechAugment
-from echostream.data.config import DataConfig
+from echostream.data.config import DataConfig, Subwords
 from echostream.data.joining import EXTRA_HOPS, Item, JoinPolicy, plan_epoch
-from echostream.data.manifest import Utterance, read_manifest
+from echostream.data.manifest import COLUMNS, SPEECH, Utterance, read_manifests
 from echostream.data.source import is_features, load_features, load_samples
-from echostream.errors import ManifestError
+from echostream.errors import ConfigError, ManifestError
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,8 @@ class SpeechToSpeechDataset(BucketedDataset):
 
     Of an utterance with several references (see ``manifest``) training draws one source and one target text anew in
     every epoch; units are those of the manifest's own target text, so that an item with another one has none. Without
-    augmentation there are the manifest's own texts alone.
+    augmentation there are the manifest's own texts alone. An utterance that lacks a text, of use to a teacher of frames
+    (``speech_alone``), has no tokens of it and is not joined with others that have it.
 
     The epoch's items are planned in ``set_epoch``, so that ``num_tokens`` is the true number of feature frames of what
     ``__getitem__`` gives, joined and speed-perturbed items included. All randomness follows from (seed, epoch, index).
@@ -117,6 +118,9 @@ class SpeechToSpeechDataset(BucketedDataset):
         config: the data directory's files.
         augmentation: what to do in training; None (validation, test) gives every utterance as it is, in file order.
         seed: of all random choices.
+        repeats: how often an epoch of training has the utterances of each manifest (default: once each). Of 2.3 every
+            utterance comes twice, and three of ten, others in every epoch, a third time.
+        speech_alone: rows may lack their texts.
 
     Raises:
         ManifestError: a row cannot be used, or a unit is beyond the unit dictionary.
@@ -128,10 +132,14 @@ class SpeechToSpeechDataset(BucketedDataset):
         config: DataConfig,
         augmentation: Augmentation | None = None,
         seed: int = 1,
+        repeats: Sequence[float] | None = None,
+        speech_alone: bool = False,
     ):
         paths = [manifests] if isinstance(manifests, (str, Path)) else list(manifests)
         self.name = ", ".join(map(str, paths))
-        self.utterances: list[Utterance] = read_manifest(*paths)
+        tables = read_manifests(paths, SPEECH if speech_alone else COLUMNS)
+        self.utterances: list[Utterance] = [row for rows in tables for row in rows]
+        self.repeats = np.repeat(repeats or [1.0] * len(tables), [len(rows) for rows in tables])
         self.root = config.root
         self.extractor, self.cmvn = config.extractor, config.cmvn
         # A manifest counts Kaldi's frames; of the samples that give n of these others give so many more.
@@ -145,18 +153,9 @@ class SpeechToSpeechDataset(BucketedDataset):
                 f"manifest {self.name}: row {self.utterances[int(self.fixed_speed.argmax())].id!r} names ready "
                 f"features, which are Kaldi's; features: {self.extractor.name} are made from recordings"
             )
-        several = augmentation is not None
-        self.src_references = [
-            [config.source.encode(text) for text in (u.references("src_text") if several else [u.src_text])]
-            for u in self.utterances
-        ]
-        self.tgt_references = [
-            [config.target.encode(text) for text in (u.references("tgt_text") if several else [u.tgt_text])]
-            for u in self.utterances
-        ]
-        for u, src, tgt in zip(self.utterances, self.src_references, self.tgt_references):
-            if not all(src) or not all(tgt):
-                raise ManifestError(f"manifest {self.name}: row {u.id!r} has no subwords in its source or target text")
+        self.src_references = [self._encode(u, "src_text", config.source) for u in self.utterances]
+        self.tgt_references = [self._encode(u, "tgt_text", config.target) for u in self.utterances]
+        for u in self.utterances:
             if u.units.max(initial=-1) >= config.num_units:
                 raise ManifestError(
                     f"manifest {self.name}: row {u.id!r} holds unit {u.units.max()}, "
@@ -172,6 +171,16 @@ class SpeechToSpeechDataset(BucketedDataset):
         self.sizes = np.zeros(0, dtype=np.int64)
         self.set_epoch(1)
 
+    def _encode(self, utterance: Utterance, column: str, subwords: Subwords) -> list[list[int]]:
+        """Tokens of every text that may be drawn; a single empty list for an utterance without one."""
+        texts = utterance.references(column)[: None if self.augmentation is not None else 1]
+        tokens = [subwords.encode(text) for text in texts]
+        if not all(tokens):
+            raise ManifestError(
+                f"manifest {self.name}: row {utterance.id!r} has no subwords in its source or target text"
+            )
+        return tokens or [[]]
+
     # --- the epoch's plan
 
     def set_epoch(self, epoch: int) -> None:
@@ -185,9 +194,26 @@ class SpeechToSpeechDataset(BucketedDataset):
         else:
             rng = np.random.default_rng([self.seed, epoch])
             augmentation = self.augmentation
-            self.items = plan_epoch(self.frames, self.fixed_speed, augmentation.speeds, augmentation.join, rng)
+            self.items = []
+            for group in self._groups():
+                items = plan_epoch(
+                    self.frames[group], self.fixed_speed[group], augmentation.speeds, augmentation.join, rng
+                )
+                for item in items:
+                    self.items.append(replace(item, utterances=tuple(group[list(item.utterances)].tolist())))
             self._draw_references()
         self.sizes = np.array([item.n_frames + self.further_frames for item in self.items], dtype=np.int64)
+
+    def _groups(self) -> list[np.ndarray]:
+        """The epoch's utterances, some of them several times: numbers of those that have the same texts."""
+        rng = np.random.default_rng([self.seed, self.epoch, 0, 0, len(self.utterances)])
+        counts = np.floor(self.repeats + rng.random(len(self.repeats))).astype(np.int64)
+        drawn = np.repeat(np.arange(len(counts)), counts)
+        if not len(drawn):
+            raise ConfigError(f"{self.name}: epoch {self.epoch} has no utterance; repeat them more often")
+        has = 2 * np.array([bool(texts[0]) for texts in self.src_references])
+        has = (has + np.array([bool(texts[0]) for texts in self.tgt_references]))[drawn]
+        return [drawn[has == kind] for kind in np.unique(has)]
 
     def _draw_references(self) -> None:
         """One source and one target text for every utterance; the generator is no item's and not the plan's."""
@@ -317,9 +343,9 @@ class SpeechToSpeechDataset(BucketedDataset):
         Returns:
             ``net_input``: ``src_tokens`` [B, T, 80], ``src_lengths`` [B], ``prev_output_tokens`` [S, U];
             ``target`` [S, U] (MT, with end symbols), ``target_lengths`` [S]; ``src_text``, ``tgt_text`` [B, L] (CTC)
-            with ``*_lengths`` [B]; ``units`` [S, V] (dictionary indices) with ``unit_lengths`` [S], None where a
-            sentence has none; ``windows``:
-            ``row``, ``start``, ``end`` [S], or None when no item joins several sentences; ``sentence_row`` [S];
+            with ``*_lengths`` [B], 0 where it is not known; ``units`` [S, V] (dictionary indices) with
+            ``unit_lengths`` [S], 0 where they are not known, both None if there are none at all; ``windows``: ``row``,
+            ``start``, ``end`` [S], or None when no item joins several sentences; ``sentence_row`` [S];
             ``ntokens`` (MT target tokens), ``nsentences`` (S); ``clean`` [B, T, 80] where items have it.
         """
         if not samples:
@@ -331,7 +357,7 @@ class SpeechToSpeechDataset(BucketedDataset):
         src_text, src_text_lengths = pad([s["src_text"] for s in samples])
         tgt_text, tgt_text_lengths = pad([s["tgt_text"] for s in samples])
         units = unit_lengths = None
-        if all(len(u) for s in samples for u in s["units"]):
+        if any(len(u) for s in samples for u in s["units"]):
             units, unit_lengths = pad_units([u for s in samples for u in s["units"]])
         rows = torch.tensor([i for i, s in enumerate(samples) for _ in s["sentences"]])
         windows = None

@@ -2,7 +2,8 @@
 
 ``id src_audio src_n_frames src_text tgt_text tgt_audio tgt_n_frames``; further columns (``voice``, ...) are allowed and
 kept. No quoting: a quotation mark is a letter like any other. ``tgt_text.1``, ``src_text.1``, ``tgt_text.2`` ... are
-further references of a row, such as a teacher's; a row without one leaves the cell empty.
+further references of a row, such as a teacher's; a row without one leaves the cell empty. Speech to learn from a
+teacher's frames alone has no texts at all: empty cells, and ``tgt_n_frames`` 0.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from echostream.files import write_text
 from echostream.text_file import iter_lines
 
 COLUMNS = ("id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames")
-TEXT_COLUMNS = ("src_text", "tgt_text", "tgt_audio")
+TEXTS = ("src_text", "tgt_text")
+TEXT_COLUMNS = (*TEXTS, "tgt_audio")
 RECORDING = ("id", "src_audio", "tgt_text")
+SPEECH = ("id", "src_audio", "src_n_frames", "tgt_audio", "tgt_n_frames")
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,10 @@ class Utterance:
     extra: dict[str, str] = field(default_factory=dict)
 
     def references(self, column: str) -> list[str]:
-        """Every text of ``src_text`` or ``tgt_text``: the row's own, then those of ``column.1``, ``column.2`` ..."""
+        """Every text of ``src_text`` or ``tgt_text``: the row's own, if any, then ``column.1``, ``column.2`` ..."""
         names = [name for name in self.extra if name.startswith(f"{column}.") and name[len(column) + 1 :].isdecimal()]
         further = (self.extra[name] for name in sorted(names, key=lambda name: int(name[len(column) + 1 :])))
-        return [getattr(self, column), *(text for text in further if text.strip())]
+        return [text for text in (getattr(self, column), *further) if text.strip()]
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,29 @@ def read_manifest(*paths: str | Path, need: Sequence[str] = COLUMNS) -> list[Utt
 
     Args:
         need: columns without which a row is of no use. To translate recordings and score the text, ``RECORDING`` is
-            enough: no units, and no lengths. A column that is not needed may be missing or empty; what is there must
-            be right all the same.
+            enough: no units, and no lengths; to learn from a teacher's frames, ``SPEECH``: no texts. A column that is
+            not needed may be missing or empty; what is there must be right all the same.
 
     Raises:
         ManifestError: a file is missing or empty, a column is missing, or a row does not hold what its columns
             promise, or an id has been before; the message names the file, the line and the value.
     """
-    rows, seen = [], set()
-    for row, where in (found for path in paths for found in _read_rows(Path(path), need)):
-        utterance = _parse({**dict.fromkeys(COLUMNS, ""), **row}, where, need)
-        if utterance.id in seen:
-            raise ManifestError(f"{where}: id {utterance.id!r} appears twice")
-        seen.add(utterance.id)
-        rows.append(utterance)
-    return rows
+    return [row for rows in read_manifests(paths, need) for row in rows]
+
+
+def read_manifests(paths: Sequence[str | Path], need: Sequence[str] = COLUMNS) -> list[list[Utterance]]:
+    """``read_manifest`` of several, each one's rows by themselves; no id may be in two of them."""
+    manifests, seen = [], set()
+    for path in paths:
+        rows = []
+        for row, where in _read_rows(Path(path), need):
+            utterance = _parse({**dict.fromkeys(COLUMNS, ""), **row}, where, need)
+            if utterance.id in seen:
+                raise ManifestError(f"{where}: id {utterance.id!r} appears twice")
+            seen.add(utterance.id)
+            rows.append(utterance)
+        manifests.append(rows)
+    return manifests
 
 
 def read_text_pairs(path: str | Path) -> list[TextPair]:
@@ -149,7 +160,12 @@ def _parse(row: dict[str, str], where: str, need: Sequence[str]) -> Utterance:
         need = [column for column in need if column != "tgt_audio"]
     for column in ("id", "src_audio", "src_text", "tgt_text", "tgt_audio"):
         if column in need and not row[column].strip():
-            raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
+            hint = ", or train with a teacher of frames (--distill-weight, --distill-target)" if column in TEXTS else ""
+            raise ManifestError(
+                f"{where}: {column} is empty in row {row['id']!r}; leave such rows out when preparing the corpus{hint}"
+            )
+    if row["tgt_audio"].strip() and not row["tgt_text"].strip():
+        raise ManifestError(f"{where}: tgt_audio has units, but tgt_text, whose they would be, is empty")
     path = PurePath(row["src_audio"])
     if path.is_absolute() or ".." in path.parts:
         raise ManifestError(f"{where}: src_audio {_short(row['src_audio'])!r} leads out of the audio root")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from fairseq.criterions import FairseqCriterion
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
@@ -25,7 +26,7 @@ from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
 from echostream.data.joining import JoinPolicy
 from echostream.data.text_pairs import TextPairDataset
-from echostream.errors import ManifestError, require
+from echostream.errors import ConfigError, ManifestError, require
 from echostream.models.echostream_model import SentenceWindows
 from echostream.text import SPECIALS, collapse_ctc
 
@@ -113,6 +114,7 @@ class EchoStreamTask(FairseqTask):
     def __init__(self, cfg: EchoStreamTaskConfig, config: DataConfig):
         super().__init__(cfg)
         self.config = config
+        self.speech_alone = False  # may training have rows without text? Not before a criterion has a use for them
         self._source = _dictionary(config.path("dict_src"))
         self._target = _dictionary(config.path("dict_tgt"))
         config.check_units()
@@ -180,14 +182,19 @@ class EchoStreamTask(FairseqTask):
         """(feature frames of an item, MT target tokens of a sentence)."""
         return self.cfg.max_source_positions, self.cfg.max_target_positions
 
+    def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> FairseqCriterion:
+        criterion = super().build_criterion(cfg, from_checkpoint)
+        self.speech_alone = getattr(criterion, "teaches_frames", False)
+        return criterion
+
     def load_dataset(self, split: str, combine: bool = False, task_cfg: Any = None, **kwargs: Any) -> None:
         """Load ``DATA/<split>.tsv``, or several manifests: ``train,train_own``. Splits that start with ``train`` are
-        augmented while training.
+        augmented while training, and may say how often an epoch has a manifest: ``train:0.5,train_recordings:3``.
 
         fairseq-generate and fairseq-validate pass the checkpoint's ``task_cfg``: then every split is read as it is.
 
         Raises:
-            ManifestError: the manifest is missing or a row cannot be used.
+            ManifestError: the manifest is missing or a row cannot be used. ConfigError: a bad number behind a name.
         """
         if self.reads_text:
             self.datasets[split] = TextPairDataset(Path(self.cfg.data) / f"{split}.tsv", self.config)
@@ -195,13 +202,18 @@ class EchoStreamTask(FairseqTask):
             logger.info("%s: %d sentence pairs, %d with units", split, len(self.datasets[split]), with_units)
             return
         training = split.startswith("train") and task_cfg is None
-        self.datasets[split] = SpeechToSpeechDataset(
-            [Path(self.cfg.data) / f"{name}.tsv" for name in split.split(",")], self.config,
-            self.augmentation if training else None, self.cfg.seed,
+        names, repeats = parse_subsets(split)
+        if not training and ":" in split:
+            raise ConfigError(f"subset {split!r}: only what is trained on is repeated; leave the number out")
+        dataset = SpeechToSpeechDataset(
+            [Path(self.cfg.data) / f"{name}.tsv" for name in names], self.config,
+            self.augmentation if training else None, self.cfg.seed, repeats, training and self.speech_alone,
         )
+        self.datasets[split] = dataset
+        hours = dataset.frames / 360_000
         logger.info(
-            "%s: %d utterances, %.2f h%s", split, len(self.datasets[split].utterances),
-            self.datasets[split].frames.sum() / 360_000, ", augmented" if training else "",
+            "%s: %d utterances, %.2f h%s", split, len(dataset.utterances), hours.sum(),
+            f", augmented, {(hours * dataset.repeats).sum():.2f} h an epoch" if training else "",
         )
 
     # --- training and validation
@@ -293,6 +305,26 @@ class EchoStreamTask(FairseqTask):
     ) -> list[list[dict[str, Tensor]]]:
         with torch.no_grad():
             return generator.generate(models, sample, prefix_tokens=prefix_tokens, constraints=constraints)
+
+
+def parse_subsets(split: str) -> tuple[list[str], list[float]]:
+    """Names of a split's manifests and how often each is repeated: ``train,own:3`` gives 1 and 3.
+
+    Raises:
+        ConfigError: a number is none, or not above 0.
+    """
+    names, repeats = [], []
+    for entry in split.split(","):
+        name, colon, number = entry.partition(":")
+        try:
+            repeat = float(number) if colon else 1.0
+        except ValueError:
+            repeat = 0.0
+        if not 0 < repeat < float("inf"):
+            raise ConfigError(f"subset {entry!r}: {number!r} is not how often to repeat {name}; a number above 0 is")
+        names.append(name)
+        repeats.append(repeat)
+    return names, repeats
 
 
 def _dictionary(path: Path) -> Dictionary:

@@ -1,4 +1,5 @@
-"""Steps of ``scripts/prepare_corpus.py``: catalogues, text, speech, target, units, manifests, all, respeak and teach.
+"""Steps of ``scripts/prepare_corpus.py``: catalogues, text, speech, target, units, manifests, all, respeak, teach and
+recordings.
 
 Every step reads what the steps before it left in the output directory, does only what is missing, and notes its
 settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
@@ -19,7 +20,18 @@ from typing import Callable, Iterable
 from echostream.audio.features import feature_extractor
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.data.config import DataConfig
-from echostream.data.corpus import catalogues, languages, manifests, sources, speech, target_units, teach, tts, voices
+from echostream.data.corpus import (
+    catalogues,
+    languages,
+    manifests,
+    recordings,
+    sources,
+    speech,
+    target_units,
+    teach,
+    tts,
+    voices,
+)
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
@@ -28,6 +40,7 @@ from echostream.data.manifest import write_manifest as write_utterances
 from echostream.errors import ConfigError, ManifestError, require
 from echostream.evaluation.systems import read_results
 from echostream.files import keep_apart, run_command, write_json
+from echostream.streaming.pause import SileroVAD
 from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
@@ -65,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     _catalogue_options(steps.add_parser("catalogues", help=text, description=text))
     text = "give a manifest Whisper's translations and transcripts as further references"
     _teach_options(steps.add_parser("teach", help=text, description=text))
+    text = "cut recordings that nobody has written down into pieces to train on with a teacher's frames"
+    _recordings_options(steps.add_parser("recordings", help=text, description=text))
     return parser
 
 
@@ -206,6 +221,24 @@ def _teach_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-shards", type=int, default=1, help="processes that share the work")
     parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
     parser.set_defaults(run=run_teach)
+
+
+def _recordings_options(parser: argparse.ArgumentParser) -> None:
+    cut = recordings.Cut()
+    parser.add_argument("recordings", type=Path, nargs="+", metavar="PATH",
+                        help="recordings of speech in any language, or directories of them")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR",
+                        help="gets the manifest and recordings/, with what is written meanwhile")
+    parser.add_argument("--manifest", default="train_recordings", metavar="NAME")
+    parser.add_argument("--shortest", type=float, default=cut.shortest, help="seconds of a piece at least")
+    parser.add_argument("--longest", type=float, default=cut.longest, help="seconds of a piece at most")
+    parser.add_argument("--pause-ms", type=int, default=cut.pause_ms, help="silence from which they may be cut")
+    parser.add_argument("--threshold", type=float, default=cut.threshold, help="probability that counts as speech")
+    parser.add_argument("--vad-model", type=Path, help="silero_vad.onnx (default: of the package silero-vad)")
+    parser.add_argument("--audio-format", choices=("wav", "flac"), default="wav")
+    parser.add_argument("--num-shards", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
+    parser.set_defaults(run=run_recordings)
 
 
 def run_text(args: argparse.Namespace) -> None:
@@ -488,6 +521,26 @@ def run_teach(args: argparse.Namespace) -> None:
     note_step(argparse.Namespace(**settings), f"teach-{args.output.stem}", counts=dict(tally))
     print(f"teach: {dict(counts)}")
     print(f"{args.output.name}: {dict(sorted(tally.items()))}")
+
+
+def run_recordings(args: argparse.Namespace) -> None:
+    """A manifest without text of what people say; all shards' pieces that are there by now are in it."""
+    cut = recordings.Cut(args.shortest, args.longest, args.pause_ms, args.threshold)
+    found = recordings.find_recordings(args.recordings)
+    path = args.output / f"{args.manifest}.tsv"
+    keep_apart({"the manifest": path}, {name: file for name, file in found.items()})
+    counts = recordings.cut_recordings(
+        args.output, found, SileroVAD.load(args.vad_model), cut, f".{args.audio_format}", args.shard, args.num_shards,
+        progress_bar("recordings", unit="file"),
+    )
+    lines = Ledger(args.output / "recordings", "pieces", recordings.LEDGER_COLUMNS).read().values()
+    rows = recordings.rows_of(lines)
+    if not rows:
+        raise ManifestError(f"{', '.join(map(str, args.recordings))}: no speech of {args.shortest:g} s or more")
+    write_utterances(path, rows)
+    note_step(args, f"recordings-{args.manifest}", counts=dict(counts))
+    print(f"recordings: {dict(counts)}")
+    print(f"{path.name}: {len(rows)} pieces, {sum(row.n_frames for row in rows) / 360_000:.3f} h")
 
 
 def _speaker(voice: str) -> str:
