@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.errors import EchoStreamError
-from echostream.models.attention import attend
+from echostream.models.attention import attend, parted
 from echostream.models.dropout import activate
 from echostream.models.dropout import dropout as cheap_dropout
 from echostream.models.state import State
@@ -134,7 +134,7 @@ class CrossAttention(nn.Module):
 
     def told(self, x: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         """``forward``, and where each query of x [B, N, D] looks: [B, H, N, T]; zero without frames."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k, v))
+        q, k, v = (parted(t, self.heads) for t in (self.q(x), k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if visible.mask is not None:
             allowed = visible.mask.dtype == torch.bool
@@ -354,14 +354,17 @@ class DecoderLayer(nn.Module):
         """New positions x [B, N, D], without a state: the twin of ``step`` for exported graphs.
 
         Args:
-            mask: [B, 1, N, P + N], memory_mask: [B, 1, N, T]; added to the scores.
-            own: keys and values of earlier positions, each [B, P, D]. memory: of the frames, each [B, T, D].
+            mask: [B, 1, N, N + P], memory_mask: [B, 1, N, T]; added to the scores.
+            own: keys and values of earlier positions, each [B, H, P, d]. memory: of the frames, each [B, H, T, d].
 
         Returns:
             [B, N, D], and the new positions' keys and values, each [B, N, D].
         """
         q, k, v = self._project(x)
-        attended = self.self_attention(q, torch.cat([own[0], k], dim=1), torch.cat([own[1], v], dim=1), mask)
+        # The new ones first, so that sums run over them alike however much room there is behind the earlier ones.
+        heads = self.self_attention.heads
+        keys, values = (torch.cat([parted(new, heads), old], dim=2) for new, old in zip((k, v), own))
+        attended = self.self_attention(q, keys, values, mask)
         return self._finish(x, attended, *memory, Visible(memory_mask, None), probe), k, v
 
 
