@@ -237,7 +237,8 @@ def test_speech_that_is_longer_than_its_source_falls_behind() -> None:
     say(9.0, 1.0, 0)  # the player has waited
     clock.take(SentenceEnd(
         sentence=0, source_time_s=9.5, reason="finish", source_text="", text="", tokens=(), frames=(), units=(),
-        waveform=np.zeros(0, np.float32), sample_rate=1000, start_s=0, end_s=9, first_heard_s=0, last_heard_s=9, lag=None,
+        waveform=np.zeros(0, np.float32), sample_rate=1000, start_s=0, end_s=9, first_heard_s=0, last_heard_s=9,
+        lag=None,
     ))  # fmt: skip
     assert [word.seconds for word in clock.words] == pytest.approx([2.875, 5, 10]) and clock.free == 10
 
