@@ -1,5 +1,5 @@
-"""Steps of ``scripts/prepare_corpus.py``: catalogues, text, speech, target, units, manifests, all, respeak, teach and
-recordings.
+"""Steps of ``scripts/prepare_corpus.py``: catalogues, text, speech, target, units, manifests, all, respeak, teach,
+recordings and import-streamspeech.
 
 Every step reads what the steps before it left in the output directory, does only what is missing, and notes its
 settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
@@ -27,6 +27,7 @@ from echostream.data.corpus import (
     recordings,
     sources,
     speech,
+    streamspeech,
     target_units,
     teach,
     tts,
@@ -80,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     _teach_options(steps.add_parser("teach", help=text, description=text))
     text = "cut recordings that nobody has written down into pieces to train on with a teacher's frames"
     _recordings_options(steps.add_parser("recordings", help=text, description=text))
+    text = "make a data directory of StreamSpeech's, its features staying where they are"
+    _streamspeech_options(steps.add_parser("import-streamspeech", help=text, description=text))
     return parser
 
 
@@ -195,6 +198,31 @@ def _respeak_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generated", type=Path, nargs="+", required=True, metavar="FILE",
                         help="generate-<subset>.jsonl of fairseq-generate, over recordings of the split train")
     parser.add_argument("--manifest", required=True, metavar="NAME", help="name of the new manifest")
+
+
+def _streamspeech_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="its data directory, such as fr-en/fbank2unit")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="our data directory")
+    parser.add_argument("--look-in", type=Path, nargs="*", default=[], metavar="DIR",
+                        help="where else its files may lie: configs/fr-en of its repository, the features' folder")
+    parser.add_argument("--source-lang", default="", metavar="CODE", help="default: by a folder's name (fr-en)")
+    parser.add_argument("--target-lang", default="", metavar="CODE")
+    parser.add_argument("--num-units", type=int, default=DEFAULT_UNITS, help="its --target-code-size")
+    parser.set_defaults(run=run_import_streamspeech)
+
+
+def run_import_streamspeech(args: argparse.Namespace) -> None:
+    if not args.directory.is_dir():
+        raise ManifestError(f"data directory {args.directory} does not exist")
+    keep_apart({"--output": args.output}, {"the data directory": args.directory})
+    pair = args.source_lang, args.target_lang
+    found = streamspeech.import_directory(args.directory, args.output, args.look_in, pair, args.num_units)
+    for name, count in found.rows.items():
+        left_out = ", ".join(f"{many} with {reason}" for reason, many in found.skipped[name].items())
+        print(f"{name}: {count} utterances" + (f"; left out: {left_out}" if left_out else ""))
+    for line in found.unused:
+        print(f"not used: {line}")
+    print(f"python scripts/train.py --config {args.output / 'train.yaml'} --save-dir ...")
 
 
 def run_catalogues(args: argparse.Namespace) -> None:
