@@ -16,7 +16,7 @@ help:
 	@echo "make demo   translate a dozen spoken Spanish sentences while they are spoken; results in demo-output/"
 	@echo "make test   run the tests"
 	@echo "make lint   check the style"
-	@echo "make bench  measure the speed on this machine (about 5 minutes) and write BENCHMARKS.md with a picture"
+	@echo "make bench  measure the speed on this machine (about 5 minutes) and write docs/benchmarks.md with a picture"
 	@echo "make clean  remove .venv and demo-output"
 
 $(VENV)/.installed: setup.py
@@ -25,7 +25,7 @@ $(VENV)/.installed: setup.py
 # torch first and alone: an unpinned torch, asked for by another package, may bring gigabytes of another build.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,demo,test]'
-# What these two need beyond it are numba, which no test runs, and a tokenizer that is no wheel.
+# What these two ask for besides: another torch, numba, which no test runs, and a tokenizer that is no wheel.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		simulstream==1.0.0 librosa==0.11.0 lazy_loader==0.6 pycountry 'OmniSTEval>=0.1.10,<0.2'
 	@touch $@
@@ -41,7 +41,7 @@ lint: $(VENV)/.installed
 
 # Close what else is running: the page tells the load. BENCH_ARGS='--clock cpu' on a machine that is never quiet.
 bench: $(VENV)/.installed
-	$(BIN)/python scripts/benchmark.py all --report BENCHMARKS.md $(BENCH_ARGS)
+	$(BIN)/python scripts/benchmark.py all --report docs/benchmarks.md $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output

@@ -69,8 +69,20 @@ EXTRAS = {
     "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"],
     # m4a, WebM and all else that libsndfile does not read, where no ffmpeg is installed: a build of the program
     "formats": ["imageio-ffmpeg>=0.5"],
-    # sentences that end where the speaker pauses
-    "pause": ["onnxruntime>=1.17", "silero-vad==6.2.3"],
+    # echostream serve, and echostream.client alone
+    "server": [
+        "starlette>=0.40",
+        "uvicorn>=0.50",  # the first whose WebSockets stop reading while the application does not
+        "websockets>=14,<16",  # as openai's extra realtime asks for
+        "prometheus_client>=0.20",
+        "onnxruntime>=1.23",
+    ],
+    "client": ["websockets>=14,<16"],
+    # echostream.serve.ray: replicas
+    "ray": ["ray[serve]>=2.50", "starlette>=0.40", "prometheus_client>=0.20", "onnxruntime>=1.23"],
+    "docs": ["mkdocs-material>=9"],  # the pages in docs/ as a site: mkdocs serve
+    # sentences that end where the speaker pauses: what it needs comes with the package now
+    "pause": [],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -79,9 +91,15 @@ EXTRAS = {
         "onnx>=1.18",
         "onnxscript>=0.5",
         "onnxruntime>=1.23",
-        "silero-vad==6.2.3",
         "py-nanotts==0.1.1",
         "imageio-ffmpeg>=0.5",
+        "starlette>=0.40",
+        "uvicorn>=0.50",
+        "websockets>=14,<16",
+        "prometheus_client>=0.20",
+        "httpx>=0.27",
+        "openai[realtime]>=3.57",
+        "selenium>=4.20",
     ],
 }
 EXTRAS["demo"] = EXTRAS["simuleval"]
@@ -97,7 +115,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["echostream", "echostream.*"]),
-    package_data={"echostream": ["assets/**/*"]},
+    package_data={"echostream": ["assets/**/*", "serve/page/*"]},
     install_requires=["numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["echostream=echostream.cli:main"]},

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from echostream.streaming.exported.model import ExportedModel, ExportedVoice
 
 FORMAT = "echostream/1"
-EXPORTED_FORMAT = "echostream-onnx/2"  # graphs in place of weights, written by ``echostream export``
+EXPORTED_FORMAT = "echostream-onnx/3"  # graphs in place of weights, written by ``echostream export``
 BACKENDS = ("torch", "onnx")
 FILES = {
     "model": "model.pt",

@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     from echostream.checkpoint import BACKENDS
+    from echostream.serve import command as serving
     from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments
 
     raw = argparse.RawDescriptionHelpFormatter
@@ -110,6 +111,15 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--int8", action="store_true", help="weights of encoder and decoders as int8: faster, inexact")
     export.add_argument("--no-vocoder", action="store_true", help="text and units only")
 
+    server = commands.add_parser(
+        "serve",
+        help="translate many live streams: a page with a microphone, and WebSockets",
+        description=serving.DESCRIPTION,
+        formatter_class=raw,
+    )
+    server.set_defaults(run=run_serve)
+    serving.add_arguments(server)
+
     speak = commands.add_parser(
         "vocode", help="speak a file of units", description=vocode.DESCRIPTION, formatter_class=raw
     )
@@ -148,6 +158,12 @@ def run_translate(args: argparse.Namespace) -> int:
 
     args.checkpoint_dir = checkpoint_directory(args.checkpoint_dir)
     return translate(args)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    from echostream.serve.command import serve
+
+    return serve(args)
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -190,7 +206,7 @@ def checkpoint_directory(path: Path | None) -> Path:
 
     if path is None and not (DEFAULT_BUNDLE / "config.yaml").is_file():
         raise CheckpointError(
-            f"no model is shipped in {DEFAULT_BUNDLE}; train one as README.md says, or name a checkpoint directory"
+            f"no model is shipped in {DEFAULT_BUNDLE}; train one as docs/training.md says, or name a checkpoint directory"
         )
     path = DEFAULT_BUNDLE if path is None else path
     if not path.is_dir():

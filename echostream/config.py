@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from echostream.errors import ConfigError
+from echostream.files import write_text
 from echostream.loading import read_mapping, shown
 
 ACTIVATIONS = ("relu", "gelu")
@@ -33,6 +34,7 @@ LIMITS: dict[str, int] = {
     "unit_decoder_layers": 64, "unit_decoder_heads": 256, "unit_decoder_embed_dim": 8192, "unit_decoder_ffn_dim": 65536,
     "encoder_position_period": 1_000_000, "encoder_conv_kernel": 1024, "st_decoder_embed_dim": 8192,
     "st_decoder_ffn_dim": 65536, "ctc_upsample_ratio": 128, "max_sentence_frames": 16384, "max_target_tokens": 4096,
+    "mt_decoder_prompt": 1024,
 }  # fmt: skip
 
 
@@ -111,6 +113,7 @@ class EchoStreamConfig:
         "LayerNorm before, GELU, learnt positions, one matrix for embedding and output",
         DECODER_FORMS,
     )
+    mt_decoder_prompt: int = _option(0, "learnt keys and values that every layer of the MT decoder sees before a sentence")
     mt_vocab_size: int = _option(6000, "target dictionary size (the same dictionary as the ST head's)")
     # Unit decoder
     unit_decoder_input: str = _option(
@@ -255,7 +258,8 @@ class EchoStreamConfig:
         return dataclasses.asdict(self)
 
     def to_yaml(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Raises: OutputError."""
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
@@ -283,7 +287,7 @@ class EchoStreamConfig:
 # Lengths and counts that may be left at nothing.
 _MAY_BE_ZERO = frozenset({
     "right_context_length", "left_context_length", "memory_size", "st_decoder_layers", "encoder_position_period",
-    "encoder_conv_kernel", "st_decoder_embed_dim", "st_decoder_ffn_dim",
+    "encoder_conv_kernel", "st_decoder_embed_dim", "st_decoder_ffn_dim", "mt_decoder_prompt",
 })  # fmt: skip
 
 SMALL: dict[str, Any] = dict(

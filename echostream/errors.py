@@ -50,6 +50,18 @@ class SessionError(EchoStreamError):
     """A streaming session was asked for something out of turn, or a saved one does not fit."""
 
 
+class ServerError(EchoStreamError):
+    """A server refuses a session or has lost it, or there is no connection.
+
+    Attributes:
+        status: its HTTP status, if it answered.
+    """
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
+
+
 class MissingExtraError(EchoStreamError, ImportError):
     """A package of an optional extra is not installed."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from echostream.checkpoint import FILES, load_bundle, save_bundle
 from echostream.constants import NUM_SPECIALS
+from echostream.data.config import DataConfig
 from echostream.errors import require
 from echostream.text import Vocabulary
 
@@ -47,7 +48,7 @@ def import_whisper(args: argparse.Namespace) -> Path:
     from echostream.models.echostream_model import build_echostream_model
     from echostream.models.whisper_init import decoder_weights, encoder_weights, whisper_config
     from echostream.whisper.source import whisper_source
-    from echostream.whisper.tokens import WhisperBPE, piece_origins
+    from echostream.whisper.tokens import WhisperBPE, piece_origins, prompt
     from echostream.whisper.weights import read_whisper
 
     path = whisper_source(args.source)
@@ -67,10 +68,12 @@ def import_whisper(args: argparse.Namespace) -> Path:
     )
     torch.manual_seed(1)  # of what is new
     model = build_echostream_model(config)
-    origins = piece_origins(WhisperBPE.load(path), target)
+    bpe = WhisperBPE.load(path)
+    origins = piece_origins(bpe, target)
+    asked = prompt(whisper.dims.n_vocab, bpe.end_of_text, DataConfig.load(args.data).source_lang)
     for part, weights in (
         (model.encoder, encoder_weights(whisper, config)),
-        (model.mt_decoder, decoder_weights(whisper, config, origins)),
+        (model.mt_decoder, decoder_weights(whisper, config, origins, asked)),
     ):
         part.load_state_dict({**part.state_dict(), **weights})
     save_bundle(args.output, model.state_dict(), config, args.data)

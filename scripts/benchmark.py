@@ -6,7 +6,7 @@
     python scripts/benchmark.py stream --backend onnx-int8  # the same through exported graphs
     python scripts/benchmark.py vocoder                     # speaking, offline and in chunks of 320 ms
     python scripts/benchmark.py train                       # training cost of the Emformer layers
-    python scripts/benchmark.py all --report BENCHMARKS.md  # all of it in short, as a page with a picture
+    python scripts/benchmark.py all --report docs/benchmarks.md  # all of it in short, as a page with a picture
     python scripts/benchmark.py stream --minutes 2 --clock cpu --json figures.json
 
 Tables go to the screen, ``--json FILE`` keeps the figures. Where contenders are compared they take turns within one

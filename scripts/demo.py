@@ -50,7 +50,7 @@ def main() -> None:
 def demonstrate(args: argparse.Namespace) -> None:
     start = time.monotonic()
     if not (args.checkpoint_dir / "config.yaml").is_file():
-        raise EchoStreamError(f"there is no checkpoint in {args.checkpoint_dir}; train one as README.md says")
+        raise EchoStreamError(f"there is no checkpoint in {args.checkpoint_dir}; train one as docs/training.md says")
     sentences = read_sentences(args.sentences)
     log = run.simulate(
         [args.sentences.parent / row["audio"] for row in sentences],

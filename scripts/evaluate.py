@@ -13,6 +13,7 @@ Resynthesis judges the voice alone.
     python scripts/evaluate.py report --system offline=runs/es-en/generate-test.jsonl --system ctc=runs/es-en/simul \
         --sweep runs/es-en/sweep --longform runs/es-en/longform --manifest data/es-en/test.tsv --output report.md
     python scripts/evaluate.py resynthesis data/es-en --vocoder runs/vocoder
+    python scripts/evaluate.py nospeech --minutes 10
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from echostream.audio.io import load_audio  # noqa: E402
 from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle  # noqa: E402
 from echostream.data.manifest import RECORDING, read_manifest  # noqa: E402
 from echostream.errors import EchoStreamError, MissingExtraError, require  # noqa: E402
-from echostream.evaluation import longform, quality, run, sweep  # noqa: E402
+from echostream.evaluation import longform, no_speech, quality, run, sweep  # noqa: E402
 from echostream.evaluation.asr import RECOGNISERS, Recogniser, load_recogniser  # noqa: E402
 from echostream.evaluation.streams import stream, stream_live  # noqa: E402
 from echostream.evaluation.systems import keep_heard, read_results, read_systems  # noqa: E402
@@ -175,6 +176,16 @@ def main(argv: list[str] | None = None) -> None:
     add_vocoder_arguments(speaking)
     speaking.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS))
     speaking.add_argument("--json", type=Path, metavar="FILE", help="gets the figures and what was heard, too")
+
+    quiet = commands.add_parser("nospeech", help="words made of silence, noise, hum and music; right are none")
+    quiet.add_argument("--minutes", type=float, default=10.0, help="of each sound (default: 10)")
+    quiet.add_argument("--sounds", nargs="+", choices=tuple(no_speech.SOUNDS), default=list(no_speech.SOUNDS))
+    quiet.add_argument("--seed", type=int, default=1)
+    add_model(quiet)
+    add_policy_arguments(quiet)
+    add_segmenter_arguments(quiet)
+    quiet.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: 1)")
+    quiet.add_argument("--output", type=Path, metavar="FILE", help="gets the figures as JSON")
 
     args = parser.parse_args(argv)
     try:
@@ -488,11 +499,25 @@ def resynthesis_table(args: argparse.Namespace) -> None:
         write_json(args.json, report)
 
 
+def no_speech_table(args: argparse.Namespace) -> None:
+    bundle = load(args)
+    options = {"speech": False, **session_options(args, bundle)}
+    results, rows = {}, []
+    for name in tqdm(args.sounds, unit="sound"):
+        found = no_speech.listen(bundle, name, 60 * args.minutes, options, args.seed)
+        results[name] = found._asdict()
+        rows.append([name, f"{args.minutes:g}", str(found.target), str(found.source), found.text[:60]])
+    print(markdown(["sound", "minutes", "words", "words of the transcript", "begins"], rows))
+    if args.output:
+        write_json(args.output, {"model": bundle.digest, "gate": args.speech_gate or "on", "sounds": results})
+
+
 def load(args: argparse.Namespace) -> Bundle:
     import torch
 
-    if args.threads < 1 or args.batch < 1:
-        raise EchoStreamError(f"--threads {args.threads} and --batch {args.batch} must be at least 1")
+    batch = getattr(args, "batch", 1)
+    if args.threads < 1 or batch < 1:
+        raise EchoStreamError(f"--threads {args.threads} and --batch {batch} must be at least 1")
     torch.set_num_threads(args.threads)
     return load_bundle(args.checkpoint_dir, args.device)
 
@@ -523,6 +548,7 @@ COMMANDS = {
     "cascade": cascade_results,
     "report": write_report,
     "resynthesis": resynthesis_table,
+    "nospeech": no_speech_table,
 }
 
 if __name__ == "__main__":

@@ -342,6 +342,36 @@ def test_case_13_two_recordings_in_one_pipe():
         samples_of(one + wav((1, 16), values, 8000))
 
 
+@pytest.mark.parametrize("between", [b"", b"TAG" + bytes(125), bytes(300), b"ID3\x04\0\0\0\0\0\x0a" + bytes(10)])
+def test_case_13_mp3s_behind_each_other_are_all_heard(between, tmp_path):
+    """The first one says how long it is; libsndfile believes it and ends there."""
+    parts = [mp3(tone(seconds)) for seconds in (0.8, 0.5, 0.3)]
+    path = tmp_path / "joined.mp3"
+    path.write_bytes(between.join(parts))
+    expected = np.concatenate([np.concatenate(list(open_pipe(io.BytesIO(part), 16_000).blocks)) for part in parts])
+    for source in (open_file(path), open_pipe(io.BytesIO(path.read_bytes()), 16_000)):
+        np.testing.assert_array_equal(np.concatenate(list(source.blocks)), expected)
+        source.close()
+    np.testing.assert_array_equal(load_audio(path), expected)
+
+
+def test_case_13_mp3s_of_two_rates_are_refused(tmp_path):
+    path = tmp_path / "joined.mp3"
+    path.write_bytes(mp3(tone(0.5)) + mp3(tone(0.5), 24_000))
+    with pytest.raises(AudioError, match="joined.mp3 goes on at 24000 Hz after 16000 Hz"):
+        load_audio(path)
+
+
+def tone(seconds: float) -> np.ndarray:
+    return (0.3 * np.sin(0.2 * np.arange(int(16_000 * seconds)))).astype(np.float32)
+
+
+def mp3(samples: np.ndarray, rate: int = 16_000) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="MP3")
+    return file.getvalue()
+
+
 def test_case_13_nothing_is_no_recording(tmp_path, tiny_bundle, capsys):
     path = tmp_path / "nothing.wav"
     path.write_bytes(wav((1, 16), np.zeros(0, "<i2"), 16000))

@@ -632,32 +632,55 @@ def test_16_every_array_of_a_saved_session(tiny_bundle: Path, exported: Path, tm
 # ------------------------------------------------------------------------------------------- 17: whole or not at all
 
 
-def test_17_kill_during_export(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Whenever the process is killed, the directory is the old export, the new one, or none that loads."""
-    out = tmp_path / "out"
-    export_directory(tiny_bundle, out)
-    old = load_bundle(out).digest
-    code = (
-        "import sys\nfrom echostream.export.directory import export_directory\n"
-        "print('go', flush=True)\nexport_directory(sys.argv[1], sys.argv[2], int8=True)\nprint('done', flush=True)\n"
-    )
+EXPORTS_THAT_DIE = """
+import os, shutil, signal, sys
+import onnx
+from echostream.export import directory
+from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS
+
+source, exported, folder = sys.argv[1:4]
+names = (*TEXT_GRAPHS, *SPEECH_GRAPHS, *VOICE_GRAPHS)
+graphs = {name: onnx.load(f"{exported}/{name}.onnx") for name in names}  # for tracing takes seconds
+directory.make_graphs = lambda model, vocoder: graphs
+directory.compare = lambda bundle, exported: {}
+events = "open os.mkdir os.rename os.remove os.rmdir shutil.rmtree shutil.copyfile ctypes.dlopen".split()
+for point in map(int, sys.argv[4:]):
+    out = f"{folder}/{point}"
+    shutil.copytree(exported, out)
+    if (pid := os.fork()) == 0:
+        left = point
+
+        def hook(event, args):
+            global left
+            if event in events and (event == "ctypes.dlopen" or folder in str(args[:1])):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        directory.export_directory(source, out, int8=True)
+        os._exit(0)
+    print(point, os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def test_17_kill_during_export(tiny_bundle: Path, exported: Path, tmp_path: Path) -> None:
+    """Wherever in its writing the process is killed, the directory is the old export or the new one."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    found = set()
-    command = [sys.executable, "-c", code, str(tiny_bundle), str(out)]
-    for delay in (0.4, 0.8, 1.2, None):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env)
-        assert process.stdout.readline() == b"go\n"
-        try:
-            process.wait(delay)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        process.stdout.close()
-        bundle = load_bundle(out)
-        found.add(bundle.model.precision)
+    points = [*range(0, 40, 5), 10_000]
+    command = [sys.executable, "-c", EXPORTS_THAT_DIE, str(tiny_bundle), str(exported), str(tmp_path)]
+    command += map(str, points)
+    said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True).stdout
+    ends = dict(map(int, line.split()) for line in said.splitlines())
+    assert list(ends) == points and ends[10_000] == 0 and sum(code == signal.SIGKILL for code in ends.values()) > 5
+    old = load_bundle(exported).digest
+    found = {}
+    for point in points:
+        bundle = load_bundle(tmp_path / str(point))
+        found[point] = bundle.model.precision
         assert (bundle.digest == old) == (bundle.model.precision == "fp32")
-        StreamingSession(bundle).push(noise(0.4))
-    assert "int8" in found
+    assert found[0] == "fp32" and found[10_000] == "int8"
+    StreamingSession(bundle).push(noise(0.4))
 
 
 def test_17_a_failed_save_keeps_the_one_before(

@@ -1,4 +1,4 @@
-"""Every Python snippet and every command of the README, run in its order, in one directory.
+"""Every Python snippet and every command of the README and the pages in docs/, run in their order, in one directory.
 
 Small stand-ins take the place of long work: a corpus of 64 pairs spoken by tones, an untrained model of 0.1M
 parameters, a recogniser that hears one word. What trains or measures for minutes is parsed by its own parser and goes
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import yaml
 
 pytest.importorskip("torch")
 pytest.importorskip("simuleval")
@@ -32,16 +33,22 @@ from tests.test_corpus import Tones, Whistler, pairs, tone  # noqa: E402
 from tests.test_whisper_init import write_tiny_whisper  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-SNIPPETS = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = [
+NAVIGATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", *(f"docs/{n}" for n in NAVIGATION))}
+# Later pages need what earlier ones make: corpora first.
+ORDER = sorted(PAGES, key=lambda name: name not in ("docs/training.md", "docs/evaluation.md"))
+BLOCKS = [
+    block for name in ORDER for block in re.findall(r"^```(\w*)\n(.*?)^```", PAGES[name], re.MULTILINE | re.DOTALL)
+]
+SNIPPETS = list(dict.fromkeys(text for language, text in BLOCKS if language == "python"))
+EVERY_COMMAND = [
     shlex.join(words) if "|" not in words else line
     for language, text in BLOCKS
     if language != "python"
     for line in text.replace("\\\n", " ").split("\n")
     if (words := shlex.split(line, comments=True))
 ]
+COMMANDS = list(dict.fromkeys(line.partition(" #")[0].strip() for line in EVERY_COMMAND))  # each once
 
 # Options of small stand-ins: what is put behind a command, or replaced in it.
 BEHIND = {
@@ -71,10 +78,30 @@ INSTEAD = [
     (r"--minutes 60", "--updates 2"),  # minutes are measured by training, even in a dry run
     (r"--count 10 --minutes 5", "--count 1 --sentences 2"),
 ]
-PARSED = ("scripts/benchmark.py", "scripts/train_vocoder.py")
+PARSED = ("scripts/benchmark.py", "scripts/load_test.py", "scripts/train_vocoder.py")
 
 
-def test_case_08_the_readme_has_snippets_and_commands() -> None:
+def test_every_page_stands_in_the_navigation() -> None:
+    assert sorted(NAVIGATION) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert len(PAGES["README.md"].splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    """To files of the project, and to headings of their pages."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, heading = target.partition("#")
+        page = (ROOT / name).parent / path if path else ROOT / name
+        assert page.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_case_08_the_pages_have_snippets_and_commands() -> None:
     assert len(SNIPPETS) >= 2 and len(COMMANDS) >= 30
     assert not [command for command in COMMANDS if "…" in command]
 
@@ -296,6 +323,11 @@ def test_case_08_every_command_runs(
         assert subprocess.run(["make", "-n", *rest], capture_output=True).returncode == 0
     elif program == "pip":
         check_install(rest)
+    elif program == "echostream" and rest[0] == "serve":  # tests/test_serve.py runs it
+        cli.build_parser().parse_args(rest)
+    elif program == "serve":  # Ray's
+        module, _, name = rest[1].partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
     elif program == "echostream":
         call(cli.main, program, rest)
     elif program == "torchrun":

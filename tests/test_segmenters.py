@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from echostream.audio.io import load_audio
 from echostream.errors import CheckpointError, ConfigError, MissingExtraError
-from echostream.streaming import SentenceEnd, StreamingSession
-from echostream.streaming.pause import PauseSegmenter, SileroVAD, SpeechGate, find_silero
+from echostream.evaluation import no_speech
+from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, silero
+from echostream.streaming.pause import PauseSegmenter, SpeechGate
+from echostream.streaming.policy import CTCCountPolicy
 from echostream.streaming.punctuation import CTPunctuation, CTSegmenter
-from echostream.streaming.segmenter import CombinedSegmenter, PunctuationSegmenter, Spoken, make_segmenter
+from echostream.streaming.segmenter import CombinedSegmenter, NoSegmenter, PunctuationSegmenter, Spoken, make_segmenter
+from echostream.streaming.silero import load_silero
 from echostream.text import Vocabulary
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+ASSETS = Path(silero.WEIGHTS).parents[1]
+REFERENCE = [  # of silero_vad_16k_op15.onnx in silero-vad 6.2.3
+    0.001868, 0.007606, 0.009401, 0.008105, 0.119376, 0.945535, 0.990279, 0.998657, 0.999697, 0.999713,
+    0.999733, 0.999921, 0.999942, 0.999953, 0.999972, 0.999974, 0.999956, 0.999990, 0.999987, 0.999982,
+    0.999982, 0.999858, 0.999808, 0.999467, 0.999951, 0.999923, 0.999893, 0.999964, 0.999989, 0.999996,
+    0.999996,
+]  # fmt: skip
 TOKENS = ["<blank>", "hola", "como", "estas", "hoy", "qu", "é", "it's", "<unk>"]
 MARKS = ["<unk>", "_", "，", "。", "？", "、"]
 AFTER = {"hola": "，", "estas": "？", "hoy": "。", "é": "。"}  # what the small graph sets behind which token
@@ -161,7 +172,7 @@ def sound(*parts: tuple[float, float]) -> np.ndarray:
 
 
 def test_pauses_end_sentences(tmp_path):
-    segmenter = PauseSegmenter(SileroVAD.load(write_vad(tmp_path / "vad.onnx")), min_pause_ms=480)
+    segmenter = PauseSegmenter(load_silero(write_vad(tmp_path / "vad.onnx")), min_pause_ms=480)
     samples = sound((1.0, 0), (1.024, 0.1), (0.256, 0), (1.024, 0.1), (1.0, 0), (1.0, 0.1))
     whole = segmenter.hear(samples, segmenter.init_audio())
     # Silence before the first word and a short one are none; the long one begins at 3.304 s.
@@ -209,7 +220,7 @@ def test_a_session_that_listens(name, tmp_path):
 
 
 def test_the_gate_opens_about_speech_only(tmp_path):
-    gate = SpeechGate(SileroVAD.load(write_vad(tmp_path / "vad.onnx")), margin_ms=200)
+    gate = SpeechGate(load_silero(write_vad(tmp_path / "vad.onnx")), margin_ms=200)
     samples = sound((2.0, 0.001), (1.024, 0.1), (2.0, 0.001))
     whole = gate.hear(samples, gate.init_audio())
     opened = [frame for frame in range(125) if gate.voiced(frame, whole)]
@@ -228,27 +239,116 @@ def test_the_gate_opens_about_speech_only(tmp_path):
 def test_no_words_where_nobody_speaks(tmp_path):
     from tests.test_streaming import BUNDLES, speech, translate
 
-    bundle, vad = BUNDLES["mt"], write_vad(tmp_path / "vad.onnx")
-    gated = make_segmenter("none+speech", bundle.source_dict, bundle.target_dict, vad_model=vad)
-    quiet = sound((4.0, 0.002))
-    assert translate(bundle, quiet, segmenter=make_segmenter("none", bundle.source_dict, bundle.target_dict))
-    assert translate(bundle, quiet, segmenter=gated) == []
-    voice = speech(4.0, seed=9)
-    assert translate(bundle, voice, segmenter=gated) == translate(bundle, voice, segmenter="none")
+    bundle, gated = BUNDLES["mt"], dict(segmenter="none", speech_gate=True, vad_model=write_vad(tmp_path / "vad.onnx"))
+    quiet, voice = sound((4.0, 0.002)), speech(4.0, seed=9)
+    assert translate(bundle, quiet, segmenter="none") and translate(bundle, quiet, **gated) == []
+    assert translate(bundle, voice, **gated) == translate(bundle, voice, segmenter="none")
+    # Silence before and behind speech changes neither its first word nor its last.
+    framed = translate(bundle, np.concatenate([quiet, voice, quiet]), **gated)
+    assert [e.first_heard_s > 3.5 for e in framed if isinstance(e, SentenceEnd)][:1] == [True]
     with pytest.raises(ConfigError, match="margin_ms is -1"):
-        SpeechGate(gated.parts[1].vad, margin_ms=-1)
+        SpeechGate(load_silero(), margin_ms=-1)
 
 
-def test_the_real_detector_without_torch():
-    if importlib.util.find_spec("silero_vad") is None:
-        pytest.skip("silero-vad is not installed")
+def bundle_without(bundle: SimpleNamespace) -> SimpleNamespace:
+    """The same without what it prefers, and so with the gate."""
+    return SimpleNamespace(**{**vars(bundle), "policy": {}})
+
+
+def test_the_gate_is_the_default():
+    from tests.test_streaming import BUNDLES
+
+    bundle = bundle_without(BUNDLES["mt"])
+    for segmenter in (None, "none", "pause", NoSegmenter()):
+        assert StreamingSession(bundle, segmenter=segmenter).engine.segmenter.name.endswith("+speech(0.5, 480 ms)")
+        session = StreamingSession(bundle, segmenter=segmenter, speech_gate=False)
+        assert "speech" not in session.engine.segmenter.name
+    own = CombinedSegmenter((NoSegmenter(), SpeechGate(load_silero(), 0.7)))
+    assert StreamingSession(bundle, segmenter=own).engine.segmenter is own
+    with pytest.raises(ConfigError, match="speech_gate is 'yes'; it must be true or false"):
+        StreamingSession(bundle, speech_gate="yes")
+    with pytest.raises(ConfigError, match="vad_model is for segmenter pause"):
+        StreamingSession(bundle, speech_gate=False, vad_model="vad.onnx")
+    session = StreamingSession(bundle, policy=CTCCountPolicy(1, 1))
+    assert not session.push(sound((3.0, 0.05))) + session.finish()
+
+
+def test_a_gated_session_is_split_saved_and_batched(tmp_path):
+    """Real speech between noise: any split, an archive and neighbours in a batch change nothing."""
+    from tests.test_streaming import BUNDLES, assert_same, cut, translate
+
+    bundle = bundle_without(BUNDLES["mt"])
+    spoken_words = load_audio(next(ASSETS.glob("demo/01.*")))[:48000]
+    samples = np.concatenate([sound((1.0, 0.01)), spoken_words, sound((1.5, 0.01))])
+    whole = translate(bundle, samples, segmenter="none")
+    assert any(isinstance(e, SentenceEnd) for e in whole)
+    assert_same(translate(bundle, samples, cut(len(samples), np.random.default_rng(5), 7000), segmenter="none"), whole)
+    options = dict(policy=CTCCountPolicy(1, 1), segmenter="none")
+    first, second = StreamingSession(bundle, **options), StreamingSession(bundle, **options)
+    events = first.push(samples[:40001])
+    first.save(tmp_path / "saved.npz")
+    assert (tmp_path / "saved.npz").stat().st_size < 1 << 20
+    second.restore(tmp_path / "saved.npz")
+    assert_same(events + second.push(samples[40001:]) + second.finish(), whole)
+    batch = SessionBatch(bundle, 3, **options)
+    streams = {batch.join(): part for part in (samples, sound((4.0, 0.05)), spoken_words)}
+    found = {number: [] for number in streams}
+    for at in range(0, len(samples), 4000):
+        parts = {number: part[at : at + 4000] for number, part in streams.items()}
+        for number, some in batch.push(parts).items():
+            found[number] += some
+    for number, some in batch.finish(*streams).items():
+        found[number] += some
+    alone = (whole, [], translate(bundle, spoken_words, segmenter="none"))
+    for number, expected in zip(streams, alone):
+        assert_same(found[number], expected)
+
+
+def test_sounds_that_are_no_speech_and_speech():
+    """The network that comes with the package: what it says of sounds and of a recording."""
+    gate = SpeechGate(load_silero())
+
+    def share(samples: np.ndarray) -> float:
+        return float(gate.hear(samples, gate.init_audio())["speech"].mean())
+
+    for name in no_speech.SOUNDS:
+        assert share(np.concatenate(list(no_speech.play(name, 6.0)))) == 0, name
+    voice = load_audio(next(ASSETS.glob("demo/01.*")))
+    assert share(voice) > 0.6 and share(voice * np.float32(10 ** (-35 / 20))) > 0.5
+
+
+def test_the_network_gives_what_the_graph_gives():
+    """Probabilities of silero_vad_16k_op15.onnx for the first second of a recording."""
+    net = load_silero()
+    found = net.read(np.zeros(64, np.float32), load_audio(next(ASSETS.glob("demo/01.*")))[:16000], net.init_state())[0]
+    np.testing.assert_allclose(found, REFERENCE, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("stft"), "lacks the array 'stft'"),
+        (lambda a: a.update({"out.bias": np.full(1, np.nan, np.float32)}), "out.bias holds NaN"),
+        (lambda a: a.update({"conv0.bias": np.zeros(3, np.float32)}), "conv0.bias has shape"),
+    ],
+)
+def test_damaged_networks_are_refused(change, message, tmp_path):
+    arrays = dict(silero.load_silero().weights)
+    change(arrays)
+    np.savez(tmp_path / "vad.npz", **arrays)
+    with pytest.raises(CheckpointError, match=message):
+        silero.SileroNetwork.load(tmp_path / "vad.npz")
+
+
+def test_the_detector_needs_neither_torch_nor_onnxruntime():
     check = """
 import sys, numpy as np
-from echostream.streaming.pause import SileroVAD, PauseSegmenter
-segmenter = PauseSegmenter(SileroVAD.load(), 300)
+sys.modules["torch"] = sys.modules["onnxruntime"] = None
+from echostream.streaming.pause import PauseSegmenter
+from echostream.streaming.silero import load_silero
+segmenter = PauseSegmenter(load_silero(), 300)
 memory = segmenter.hear(np.zeros(32000, np.float32), segmenter.init_audio())
 assert memory["count"].tolist() == [62, 0, -1], memory["count"]
-sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
@@ -294,8 +394,8 @@ def test_names(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         make_segmenter("pause", words, words, vad_model=tmp_path / "none.onnx")
     with pytest.raises(CheckpointError, match="silero's silero_vad.onnx"):
-        SileroVAD.load(model / "model.onnx")
-    vad = SileroVAD.load(write_vad(tmp_path / "vad.onnx"))
+        load_silero(model / "model.onnx")
+    vad = load_silero(write_vad(tmp_path / "vad.onnx"))
     for values, message in ((dict(min_pause_ms=10), "min_pause_ms is 10"), (dict(threshold=1.0), "threshold is 1.0")):
         with pytest.raises(ConfigError, match=message):
             PauseSegmenter(vad, **values)
@@ -305,7 +405,4 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     vad = write_vad(tmp_path / "vad.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'echostream\[onnx\]'"):
-        SileroVAD.load(vad)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"vad_model.*pip install 'echostream\[pause\]'"):
-        find_silero()
+        load_silero(vad)

@@ -18,14 +18,13 @@ from echostream.errors import CheckpointError, ConfigError  # noqa: E402
 from echostream.models.decoders.transformer_decoder import MTDecoder  # noqa: E402
 from echostream.models.echostream_encoder import EchoStreamEncoder  # noqa: E402
 from echostream.models.whisper_init import (  # noqa: E402
-    TIMESTAMPS,
     chosen_layers,
     decoder_weights,
     encoder_weights,
     whisper_config,
 )
 from echostream.whisper.reference import WhisperReference  # noqa: E402
-from echostream.whisper.tokens import TokenOrigins  # noqa: E402
+from echostream.whisper.tokens import TIMESTAMPS, TokenOrigins  # noqa: E402
 from echostream.whisper.weights import WhisperWeights  # noqa: E402
 from tests.whisper_models import DIMS, ctranslate2_variables, random_parameters, write_ctranslate2  # noqa: E402
 
@@ -56,21 +55,29 @@ def test_the_encoder_with_full_context_is_whispers() -> None:
     torch.testing.assert_close(got, expected.unflatten(1, (20, 2)).mean(2), rtol=0, atol=1e-4)
 
 
-def test_the_decoder_is_whispers_from_the_last_token_of_its_prompt_on() -> None:
+PROMPT = (101, 102, 103, SIZES.n_vocab - TIMESTAMPS - 1)
+
+
+def test_the_decoder_is_whispers_behind_its_prompt() -> None:
+    """Exactly so while silence is heard, whose keys and values stand for the prompt's."""
     source = whisper()
-    # A Whisper whose text begins three positions earlier reads what ours reads, but for the embedding of </s>.
-    name = "decoder.positional_embedding"
-    moved = whisper(**{name: np.roll(source.parameters[name], -3, 0)})
     cfg = whisper_config(SIZES, **SMALL)
     origins = TokenOrigins(((), (), (99,), (), *((i,) for i in range(3, 10)), (20, 30)))
     decoder = MTDecoder(cfg).eval()
-    decoder.load_state_dict(decoder_weights(source, cfg, origins))
+    decoder.load_state_dict(decoder_weights(source, cfg, origins, PROMPT))
     tokens = torch.tensor([[EOS, 5, 9, 4, 10]])
-    theirs = torch.tensor([[SIZES.n_vocab - TIMESTAMPS - 1, *(origins.tokens[i][0] for i in tokens[0, 1:])]])
-    encoded = torch.randn(1, 6, SIZES.n_audio_state)
+    theirs = torch.tensor([[*PROMPT, *(origins.tokens[i][0] for i in tokens[0, 1:])]])
+    reference = WhisperReference.from_weights(source)
+    encoded = reference.encode(torch.full((1, SIZES.n_mels, 2 * SIZES.n_audio_ctx), WHISPER_SILENCE))
     with torch.no_grad():
-        got, _ = decoder(tokens, encoded, torch.tensor([6]))
-        expected = WhisperReference.from_weights(moved).decode(theirs, encoded)
+        got, _ = decoder(tokens, encoded, torch.tensor([encoded.shape[1]]))
+        expected = reference.decode(theirs, encoded)[:, len(PROMPT) - 1 :]
+        state = decoder.extend(encoded, torch.tensor([encoded.shape[1]]), decoder.init_state(1))
+        streamed = []
+        for part in (tokens[:, :1], tokens[:, 1:4], tokens[:, 4:]):
+            scores, _, state = decoder.step(part, None, state)
+            streamed.append(scores)
+    torch.testing.assert_close(torch.cat(streamed, dim=1), got, rtol=1e-4, atol=1e-4)
     assert got.shape == (1, 5, 12)
     entries = [EOS, *range(4, 11)]
     torch.testing.assert_close(
@@ -84,11 +91,11 @@ def test_the_decoder_is_whispers_from_the_last_token_of_its_prompt_on() -> None:
 def test_a_shallower_decoder_takes_evenly_spaced_layers() -> None:
     assert [chosen_layers(6, n) for n in (1, 2, 3, 4, 6)] == [[5], [2, 5], [1, 3, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
     source, origins = whisper(), TokenOrigins(((),) * 2 + ((99,),) + ((),) + ((1,),) * 8)
-    weights = decoder_weights(source, whisper_config(SIZES, mt_decoder_layers=2, **SMALL), origins)
+    weights = decoder_weights(source, whisper_config(SIZES, mt_decoder_layers=2, **SMALL), origins, PROMPT)
     expected = source.parameters["decoder.blocks.2.mlp.0.weight"]
     np.testing.assert_array_equal(weights["layers.1.ffn.inner.weight"], expected)
     with pytest.raises(CheckpointError, match="mt_decoder_layers is 4; tiny has 3"):
-        decoder_weights(source, whisper_config(SIZES, mt_decoder_layers=4, **SMALL), origins)
+        decoder_weights(source, whisper_config(SIZES, mt_decoder_layers=4, **SMALL), origins, PROMPT)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -98,9 +105,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(CheckpointError, match="encoder_layers is 3, but tiny has 2"):
         encoder_weights(source, whisper_config(SIZES, encoder_layers=3, **SMALL))
     with pytest.raises(ConfigError, match="mt_decoder_form is 'vaswani'"):
-        decoder_weights(source, whisper_config(SIZES, mt_decoder_form="vaswani", **SMALL), TokenOrigins(((1,),)))
+        decoder_weights(source, whisper_config(SIZES, mt_decoder_form="vaswani", **SMALL), TokenOrigins(((1,),)), PROMPT)
+    with pytest.raises(ConfigError, match="mt_decoder_prompt is 2; Whisper's is 3 long, or 0"):
+        decoder_weights(
+            source, whisper_config(SIZES, mt_decoder_prompt=2, **SMALL), TokenOrigins(((),) * 12), PROMPT
+        )
     with pytest.raises(CheckpointError, match="mt_vocab_size is 12, the dictionary has 5 entries"):
-        decoder_weights(source, whisper_config(SIZES, **SMALL), TokenOrigins(((), (), (99,), (), (1,))))
+        decoder_weights(source, whisper_config(SIZES, **SMALL), TokenOrigins(((), (), (99,), (), (1,))), PROMPT)
 
 
 def tokenizer(directory: Path) -> None:

@@ -181,13 +181,13 @@ def test_broken_origins_are_refused(contents: bytes | None, tmp_path: Path) -> N
         np.savez(path, tokens=np.arange(5), counts=np.array([1, 2]))
     else:
         path.write_bytes(contents)
-    with pytest.raises(ManifestError, match="origin.npz holds no token origins"):
+    with pytest.raises(ManifestError, match="(token origins .*origin.npz|origin.npz holds no token origins)"):
         TokenOrigins.load(path)
 
 
 BROKEN = {
     "nothing": ({}, "neither tokenizer.json, nor vocab.json"),
-    "no-json": ({"tokenizer.json": "{"}, "no JSON"),
+    "no-json": ({"tokenizer.json": "{"}, "is not JSON"),
     "no-model": ({"tokenizer.json": "{}"}, "lacks 'model'"),
     "no-end": ({"tokenizer.json": '{"model": {"vocab": {}, "merges": []}}'}, "no token <|endoftext|>"),
     "letters": ({"vocab.json": '{"日": 0, "<|endoftext|>": 1}', "merges.txt": ""}, "no byte-level BPE"),

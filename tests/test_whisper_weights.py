@@ -174,7 +174,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (write_huggingface(d, TENSORS) / "config.json").write_text('{"model_type": "bert"}'), "'bert'"
     ),
     "hf-no-config": (lambda d: (write_huggingface(d, TENSORS) / "config.json").unlink(), "config.json does not exist"),
-    "hf-bad-json": (lambda d: (write_huggingface(d, TENSORS) / "config.json").write_text("{"), "no JSON"),
+    "hf-bad-json": (lambda d: (write_huggingface(d, TENSORS) / "config.json").write_text("{"), "is not JSON"),
     "hf-heads": (
         lambda d: (write_huggingface(d, TENSORS) / "generation_config.json").write_text(
             '{"alignment_heads": [[3, 0]]}'

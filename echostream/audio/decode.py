@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import numpy as np
 
-from echostream.audio.formats import FFMPEG_FORMATS, MP3, Format, mp3_length
+from echostream.audio.formats import FFMPEG_FORMATS, MP3, MPEG_HEAD, Format, mp3_length, next_mp3
 from echostream.audio.wav import PcmStream, Reader, read_bytes, wav_stream
 from echostream.errors import AudioError
 
@@ -105,6 +105,12 @@ class Window:
         self.place += len(data)
         return data
 
+    def behind(self) -> bytes:
+        """All that has been read behind the length, a little more than that if there is more."""
+        self.place = self.length
+        self.read(MPEG_HEAD)
+        return bytes(self.held[max(0, self.length - self.start) :])
+
     def _more(self, count: int) -> bytes:
         try:
             return b"" if self.error else self.more(count)
@@ -158,15 +164,36 @@ class Decoder:
                 raise AudioError(
                     f"{self.name} begins like {self.form.name} but cannot be read as one: {reason_of(error)}"
                 ) from None
-            with file:
-                self.found.put(file.samplerate)
-                for samples in file_blocks(file, self.name):
-                    self.found.put(samples)
-                    if self.closed:
-                        return
+            self.found.put(file.samplerate)
+            while file is not None:
+                with file:
+                    for samples in file_blocks(file, self.name):
+                        self.found.put(samples)
+                        if self.closed:
+                            return
+                source, file = self._next_file(source, file.samplerate)
             self.found.put(self._wrong(source))
         except BaseException as error:
             self.found.put(self._wrong(source) or error)
+
+    def _next_file(self, source: Any, rate: int) -> tuple[Any, soundfile.SoundFile | None]:
+        """The MP3 behind the one that was read: one that tells its length ends there, also where others follow."""
+        if self.form is not MP3 or source.length == LENGTH:
+            return source, None
+        rest = source.behind()
+        place = next_mp3(rest[:MPEG_HEAD])
+        if place is None:
+            return source, None
+        self.head = rest[place:]
+        following = self._window()
+        try:
+            file = open_forward(following)
+        except (RuntimeError, TypeError, OSError):
+            return source, None  # it only looked like one
+        if file.samplerate != rate:
+            file.close()
+            raise AudioError(f"{self.name} goes on at {file.samplerate} Hz after {rate} Hz; give its parts one by one")
+        return following, file
 
     def _wrong(self, source: Any) -> Exception | None:
         """What went wrong with the pipe, if anything."""

@@ -126,6 +126,14 @@ def mp3_length(head: bytes) -> tuple[int, int | None]:
     return start + 200, start + int.from_bytes(frame[place + 8 + 4 * (flags[3] & 1) :][:4], "big")
 
 
+def next_mp3(data: bytes) -> int | None:
+    """Where in ``data``, which follows an MP3, another one begins; before it may be tags and padding."""
+    for place, byte in enumerate(data):
+        if byte in (0xFF, 0x49) and sniff(data[place:]) is MP3:
+            return place
+    return None
+
+
 _AC3 = b"\x0b\x77"
 
 

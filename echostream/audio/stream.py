@@ -16,7 +16,7 @@ from typing import BinaryIO, Callable, Iterator
 import numpy as np
 
 from echostream.audio.decode import Decoder, Ffmpeg, file_blocks, find_ffmpeg, open_forward, reason_of
-from echostream.audio.formats import HEAD, MPEG_HEAD, sniff, wants_more
+from echostream.audio.formats import HEAD, MP3, MPEG_HEAD, mp3_length, next_mp3, sniff, wants_more
 from echostream.audio.resample import check_rate
 from echostream.audio.wav import MOST_CHANNELS, OPEN_END, PcmStream, read_bytes, sox_stream, wav_header, wav_stream
 from echostream.errors import AudioError, MissingAudioError
@@ -77,6 +77,10 @@ def open_file(path: str | Path, block_ms: int = 100, rate: int = 16000, channels
         raise AudioError(f"{path} cannot be read as audio: it is {form.name}")
     if form is not None and form.name == "a SoX stream":
         return _opened(path, lambda file: sox_stream(file.read, file.read(4), str(path)))
+    if form is MP3 and _mp3_behind(path):
+        raw = open(path, "rb")
+        decoder = Decoder(form, raw.read(HEAD), raw.read, str(path))
+        return AudioSource(str(path), decoder.rate, decoder.blocks(), None, True, _both(decoder.close, raw.close))
     try:
         # By number, for a name may be anything but text.
         file = open_forward(os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
@@ -117,6 +121,18 @@ def _opened(path: Path, read: Callable[[BinaryIO], PcmStream]) -> AudioSource:
         file.close()
         raise
     return AudioSource(str(path), stream.rate, stream.blocks(), None, True, file.close)
+
+
+def _mp3_behind(path: Path) -> bool:
+    """Does another MP3 follow the one that a file begins with? libsndfile stops where the first one says it ends."""
+    with open(path, "rb") as raw:
+        wanted, _ = mp3_length(raw.read(MPEG_HEAD))
+        raw.seek(0)
+        _, length = mp3_length(raw.read(min(wanted, 1 << 24)))
+        if length is None:
+            return False
+        raw.seek(length)
+        return next_mp3(raw.read(MPEG_HEAD)) is not None
 
 
 def _sound_behind(path: Path, frames: int) -> bool:

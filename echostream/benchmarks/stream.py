@@ -328,7 +328,8 @@ def run(args: argparse.Namespace) -> dict:
         ]
         if args.sessions:
             threads = args.batch_threads
-            report["batch"] = run_batch(load(threads), backend, args.sessions, threads, per_sentence, clock)
+            model = load(threads)
+            report["batches"] = [run_batch(model, backend, n, threads, per_sentence, clock) for n in args.sessions]
     first, final = report["marks"][0], report["marks"][-1]
     report["p50_last_over_first"] = final["ms"]["whole"]["p50"] / first["ms"]["whole"]["p50"]
     counted = args.backend == "torch"
@@ -508,12 +509,16 @@ def show(report: dict) -> None:
         f"{stream['subwords_per_second']:.2f} subwords/s, {stream['units_per_subword']:.2f} units a subword, "
         f"{stream['speech_seconds_per_second']:.2f} s of speech per second"
     )
-    if "batch" in report:
-        batch = report["batch"]
+    for batch in report.get("batches", []):
         print(
             f"{batch['sessions']} sessions in a batch, {batch['threads']} thread(s): {batch['ms']['p50']:.0f} / "
             f"{batch['ms']['p95']:.0f} {unit} for a chunk of each, real-time factor {batch['real_time_factor']:.2f}"
         )
+
+
+def _counts(text: str) -> list[int]:
+    """``1,16`` as numbers; zeros are left out."""
+    return [n for n in map(int, text.split(",")) if n]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -528,6 +533,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the default model's unit decoder reads (default: encoder)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="sentences timed at each mark (default: 5)")
-    parser.add_argument("--sessions", type=int, default=8, help="sessions in a batch, 0: no batch (default: 8)")
+    parser.add_argument(
+        "--sessions", type=_counts, default=[8], metavar="N,N", help="sessions in a batch, 0: no batch (default: 8)"
+    )
     parser.add_argument("--batch-threads", type=int, default=2, help="threads for the batch (default: 2)")
     add_options(parser)

@@ -21,7 +21,7 @@ def attend(
     dropout: float = 0.0,
     past: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention with heads packed in the width: q [B, Q, D], k and v [B, K, D] -> [B, Q, D].
+    """Attention with heads packed in the width: q [B, Q, D], k and v [B, K, D] or [B, H, K, d] -> [B, Q, D].
 
     In an exported graph it is one operator of ONNX Runtime, which needs a mask that is added to the scores.
 
@@ -31,10 +31,15 @@ def attend(
     """
     if torch.onnx.is_in_onnx_export():
         return _operator(q, k, v, heads, mask, past)
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (parted(t, heads) for t in (q, k, v))
     if past is not None:
         k, v = (torch.cat([old.to(new.dtype), new], dim=2) for old, new in zip(past, (k, v)))
     return attention(q, k, v, mask, causal, dropout).transpose(1, 2).flatten(2)
+
+
+def parted(x: Tensor, heads: int) -> Tensor:
+    """[B, N, D] as [B, H, N, d]; what is parted already stays as it is."""
+    return x if x.dim() == 4 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _operator(

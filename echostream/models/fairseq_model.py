@@ -21,7 +21,7 @@ from echostream.models.text_encoder import TextEncoder
 from echostream.models.whisper_init import decoder_weights, encoder_weights, whisper_config
 from echostream.text import Vocabulary
 from echostream.whisper.source import whisper_source
-from echostream.whisper.tokens import WhisperBPE, piece_origins
+from echostream.whisper.tokens import WhisperBPE, piece_origins, prompt
 from echostream.whisper.weights import PUBLISHED, read_whisper
 
 require("fairseq", "train")
@@ -183,8 +183,10 @@ def start_from_whisper(model: EchoStreamModel, source: str, option: str, task: A
         part, weights = model.encoder, encoder_weights(whisper, model.config)
     else:
         vocabulary = Vocabulary.load(task.config.path("dict_tgt"))
-        origins = piece_origins(WhisperBPE.load(path), vocabulary)
-        part, weights = model.mt_decoder, decoder_weights(whisper, model.config, origins)
+        bpe = WhisperBPE.load(path)
+        asked = prompt(whisper.dims.n_vocab, bpe.end_of_text, task.config.source_lang)
+        weights = decoder_weights(whisper, model.config, piece_origins(bpe, vocabulary), asked)
+        part = model.mt_decoder
     part.load_state_dict({**part.state_dict(), **weights})
     logger.info("%s: took over %d weights of Whisper's %s", source, len(weights), option.removesuffix("_init"))
 

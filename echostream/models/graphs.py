@@ -181,10 +181,10 @@ class MemoryGraph(StepGraph):
 class DecoderGraph(StepGraph):
     """N new positions of a decoder; base of the two.
 
-    Inputs, besides what the positions read: ``positions`` [B, N]; ``mask`` [B, 1, N, P + N] for self-attention,
-    ``memory_mask`` [B, 1, N, T]; per layer ``keys.i``, ``values.i`` [B, P, D], ``memory_keys.i``, ``memory_values.i``
-    [B, T, D]. The first place of the encoder frames' buffers holds zeros: a position that sees no frame attends that
-    one, which gives exactly nothing.
+    Inputs, besides what the positions read: ``positions`` [B, N]; ``mask`` [B, 1, N, N + P] for self-attention (the new
+    positions first), ``memory_mask`` [B, 1, N, T]; per layer ``keys.i``, ``values.i`` [B, H, P, d], ``memory_keys.i``,
+    ``memory_values.i`` [B, H, T, d]. The first place of the encoder frames' buffers holds zeros: a position that sees
+    no frame attends that one, which gives exactly nothing.
 
     Outputs: ``scores`` [B, N, symbols]; ``kept`` [B, N, 2 layers * D], the new positions' keys and values.
     """
@@ -194,11 +194,12 @@ class DecoderGraph(StepGraph):
         self.decoder, weight = decoder, decoder.layers[0].self_norm.weight
         table = decoder.position_vectors(torch.arange(decoder.max_positions, device=weight.device), weight.dtype)
         self.register_buffer("table", table.detach(), persistent=False)
-        self.inputs = {"positions": ("B", "N"), "mask": ("B", 1, "N", "P+N"), "memory_mask": ("B", 1, "N", "T")}
-        self.examples = {"B": 2, "N": 3, "P": 5, "P+N": 8, "T": 7}
+        self.inputs = {"positions": ("B", "N"), "mask": ("B", 1, "N", "N+P"), "memory_mask": ("B", 1, "N", "T")}
+        self.examples = {"B": 2, "N": 3, "P": 5, "N+P": 8, "T": 7}
+        heads, width = decoder.heads, decoder.dim // decoder.heads
         for i in range(len(decoder.layers)):
-            self.inputs |= {f"{name}.{i}": ("B", "P", decoder.dim) for name in ("keys", "values")}
-            self.inputs |= {f"{name}.{i}": ("B", "T", decoder.dim) for name in ("memory_keys", "memory_values")}
+            self.inputs |= {f"{name}.{i}": ("B", heads, "P", width) for name in ("keys", "values")}
+            self.inputs |= {f"{name}.{i}": ("B", heads, "T", width) for name in ("memory_keys", "memory_values")}
 
     def decode(self, x: Tensor, given: Arrays, weights: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The layers over x [B, N, D] without positions -> ([B, N, D], ``kept``); ``weights`` gets where each layer
@@ -240,7 +241,7 @@ class UnitGraph(DecoderGraph):
         if decoder.tokens is not None:
             inputs["tokens"] = "B", "U"
         self.inputs = inputs | self.inputs
-        self.examples |= {"U": 3, "N": 3 * decoder.ratio, "P+N": 5 + 3 * decoder.ratio}
+        self.examples |= {"U": 3, "N": 3 * decoder.ratio, "N+P": 5 + 3 * decoder.ratio}
 
     def forward(self, given: Arrays) -> Arrays:
         x, kept = self.decode(self.decoder.upsample(given["inputs"], given.get("tokens")), given)

@@ -159,6 +159,7 @@ def _try_on(engine: Engine, stream: Stream) -> None:
     assert sentence is not None and stream.audio is not None
     memory = engine.segmenter.hear(np.zeros(0, np.float32), stream.audio) if engine.segmenter.listens else stream.audio
     engine.segmenter.find(sentence.source, sentence.target, stream.frames, memory)
+    engine.segmenter.voiced(stream.frames, memory)
     if len(sentence.memory) != len(engine.policy.initial()) and not sentence.begun:
         raise ValueError("the policy remembers something of a sentence that has not begun")
     progress = Progress(sentence.visible, 0, 0, (), len(sentence.tokens), sentence.inputs_read, True)

@@ -81,16 +81,23 @@ class SessionBatch:
         del self._tracks[number]
 
     @in_turn
-    def push(self, samples: Mapping[int, np.ndarray], sample_rate: int = SAMPLE_RATE) -> dict[int, list[Event]]:
+    def push(
+        self, samples: Mapping[int, np.ndarray], sample_rate: int | Mapping[int, int] = SAMPLE_RATE
+    ) -> dict[int, list[Event]]:
         """Hear more of some streams: their numbers and samples [N] each. Returns the events of each.
+
+        Args:
+            sample_rate: of all of them, or of each by its number.
 
         Raises:
             AudioError, SessionError: as ``StreamingSession.push``; then nothing of any stream was heard.
         """
         if not isinstance(samples, Mapping):
             raise SessionError(f"push() takes the samples of each stream by its number, not {type(samples).__name__}")
+        rates = sample_rate if isinstance(sample_rate, Mapping) else dict.fromkeys(samples, sample_rate)
         pending = {
-            number: self._hearing.push(self._track(number), part, sample_rate) for number, part in samples.items()
+            number: self._hearing.push(self._track(number), part, rates.get(number))
+            for number, part in samples.items()
         }
         events: dict[int, list[Event]] = {number: [] for number in samples}
         while pending:

@@ -43,7 +43,7 @@ KNOBS = {
 
 
 SEGMENTER_OPTIONS = (
-    "segmenter", "punctuation_model", "punctuation_side", "vad_model", "min_pause_ms", "max_sentence_s",
+    "segmenter", "punctuation_model", "punctuation_side", "vad_model", "min_pause_ms", "speech_gate", "max_sentence_s",
 )  # fmt: skip
 
 
@@ -97,7 +97,12 @@ def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) ->
     parser.add_argument("--punctuation-model", type=Path, metavar="DIR", help="ct: a CT-Transformer's directory (ONNX)")
     parser.add_argument("--punctuation-side", choices=CT_SIDES, help="ct: it reads ST or ASR text (default: target)")
     parser.add_argument(
-        "--vad-model", type=Path, metavar="FILE", help="pause: silero_vad.onnx (default: of the package silero-vad)"
+        "--vad-model", type=Path, metavar="FILE", help="another version's silero_vad.onnx (default: our own network)"
+    )
+    parser.add_argument(
+        "--speech-gate",
+        choices=("on", "off"),
+        help="off: let words count where silero's detector hears nobody speak, too (default: on)",
     )
     parser.add_argument(
         "--min-pause-ms", type=int, metavar="MS", help="pause: silence that ends a sentence (default: 600)"
@@ -122,5 +127,7 @@ def session_options(args: Namespace, bundle: Bundle) -> dict[str, Any]:
     """
     names = ("policy", *KNOBS, *SEGMENTER_OPTIONS, "chunk_ms", "beam")
     said = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if "speech_gate" in said:
+        said["speech_gate"] = said["speech_gate"] == "on"
     found = resolve(bundle, said, spell=lambda name: f"--{name.replace('_', '-')}")
     return found._asdict()

@@ -1,99 +1,21 @@
-"""What silero's voice activity detector is good for, through ONNX Runtime alone: pauses, and words for no speech.
-
-Silero VAD (https://github.com/snakers4/silero-vad, MIT) reads 512 samples (32 ms at 16 kHz) with the 64 before them and
-gives the probability that someone speaks; its state is carried along. Versions 5 and 6 of the model share this form.
-"""
+"""What silero's voice activity detector is good for: pauses, and no words for no speech."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from echostream.constants import ENCODER_FRAME_MS, SAMPLE_RATE
-from echostream.errors import CheckpointError, ConfigError, MissingExtraError
-from echostream.streaming.onnx_runtime import describe_inputs, open_graph
+from echostream.errors import ConfigError
 from echostream.streaming.segmenter import AudioMemory, Ending, SegmenterBase, Spoken
+from echostream.streaming.silero import CONTEXT, WINDOW, Detector
 
-WINDOW = 512  # samples the detector reads at a time
-CONTEXT = 64  # samples before them that it reads again
 SAMPLES_PER_FRAME = SAMPLE_RATE * ENCODER_FRAME_MS // 1000
 HYSTERESIS = 0.15  # what is no speech must be this much less probable than what is
 REMEMBERED = 64  # pauses kept; a sentence of 40 s has not that many
+GAIN = 8.0  # silero hears what is 35 dB quieter only so; loud speech and loud noise are to it what they were
 WINDOWS_REMEMBERED = 256  # 8 s: no encoder is so far behind its sound
-
-
-@dataclass(frozen=True)
-class SileroVAD:
-    """The detector's graph; itself without memory."""
-
-    path: Path
-    graph: Any = field(repr=False, compare=False)
-    inputs: tuple[str, ...] = ()
-
-    @classmethod
-    def load(cls, path: str | Path | None = None) -> SileroVAD:
-        """Open ``path``, or the graph inside the installed package ``silero-vad`` (which is found, not imported).
-
-        Raises:
-            MissingExtraError: no path is given and the package is not installed, or ONNX Runtime is not.
-            CheckpointError: the file is missing, or a graph with other inputs.
-        """
-        path = Path(path) if path is not None else find_silero()
-        graph = open_graph(path, "voice activity detector")
-        inputs = tuple(value.name for value in graph.get_inputs())
-        if not {"input", "state"} <= set(inputs) <= {"input", "state", "sr"} or len(graph.get_outputs()) != 2:
-            raise CheckpointError(
-                f"{path} has the inputs {describe_inputs(graph)}; silero's silero_vad.onnx (version 5 or 6) has input, "
-                "state and sr"
-            )
-        return cls(path, graph, inputs)
-
-    def init_state(self) -> np.ndarray:
-        return np.zeros((2, 1, 128), dtype=np.float32)
-
-    def step(self, samples: np.ndarray, state: np.ndarray) -> tuple[float, np.ndarray]:
-        """The probability of speech in float32 [CONTEXT + WINDOW] samples, and the next state [2, 1, 128]."""
-        given = {"input": samples[None].astype(np.float32), "state": state}
-        if "sr" in self.inputs:
-            given["sr"] = np.array(SAMPLE_RATE, dtype=np.int64)
-        probability, state = self.graph.run(None, given)
-        return float(np.ravel(probability)[0]), state
-
-    def read(
-        self, waiting: np.ndarray, samples: np.ndarray, state: np.ndarray
-    ) -> tuple[list[float], np.ndarray, np.ndarray]:
-        """The probability of speech in every window that ``samples`` complete behind those that were ``waiting``.
-
-        Returns:
-            (the probabilities, what waits now, the next state).
-        """
-        joined, at = np.concatenate([waiting, samples]), 0
-        found = []
-        while at + CONTEXT + WINDOW <= len(joined):
-            probability, state = self.step(joined[at : at + CONTEXT + WINDOW], state)
-            found.append(probability)
-            at += WINDOW
-        return found, joined[at:].copy(), state
-
-
-def find_silero() -> Path:
-    """The graph in the installed package ``silero-vad``. Importing that package would import torch.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    spec = importlib.util.find_spec("silero_vad")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "data" / "silero_vad.onnx"
-        if path.is_file():
-            return path
-    raise MissingExtraError(
-        "the pause segmenter needs silero_vad.onnx: give its path (vad_model), or pip install 'echostream[pause]'"
-    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +33,7 @@ class PauseSegmenter(SegmenterBase):
         ConfigError: a value is out of range.
     """
 
-    vad: SileroVAD = field(repr=False)
+    vad: Detector = field(repr=False)
     min_pause_ms: int = 600
     threshold: float = 0.5
 
@@ -183,7 +105,7 @@ class SpeechGate(SegmenterBase):
         ConfigError: a value is out of range.
     """
 
-    vad: SileroVAD = field(repr=False)
+    vad: Detector = field(repr=False)
     threshold: float = 0.5
     margin_ms: int = 480
 
@@ -211,7 +133,7 @@ class SpeechGate(SegmenterBase):
         }
 
     def hear(self, samples: np.ndarray, memory: AudioMemory) -> AudioMemory:
-        probabilities, waiting, state = self.vad.read(memory["samples"], samples, memory["state"])
+        probabilities, waiting, state = self.vad.read(memory["samples"], samples * np.float32(GAIN), memory["state"])
         found = memory["speech"].tolist() + [int(p >= self.threshold) for p in probabilities]
         return {
             "state": state,

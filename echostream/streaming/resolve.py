@@ -13,8 +13,10 @@ from echostream.constants import ENCODER_FRAME_MS
 from echostream.errors import CheckpointError, ConfigError
 from echostream.loading import Rule, check, shown
 from echostream.streaming.engine import Settings
+from echostream.streaming.pause import SpeechGate
 from echostream.streaming.policy import POLICIES, Policy, knobs_of, make_policy
-from echostream.streaming.segmenter import CT_SIDES, SEGMENTERS, Segmenter, make_segmenter
+from echostream.streaming.segmenter import CT_SIDES, SEGMENTERS, CombinedSegmenter, Segmenter, make_segmenter
+from echostream.streaming.silero import load_silero
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
@@ -25,12 +27,13 @@ KNOBS = tuple(dict.fromkeys(knob for name in POLICIES for knob in knobs_of(name)
 SEGMENTER_KNOBS = {
     "punctuation_model": "ct", "punctuation_side": "ct", "vad_model": "pause", "min_pause_ms": "pause",
 }  # fmt: skip
-OPTIONS = ("policy", *KNOBS, "segmenter", *SEGMENTER_KNOBS, "max_sentence_s", "settings", *SETTINGS)
+OPTIONS = ("policy", *KNOBS, "segmenter", *SEGMENTER_KNOBS, "speech_gate", "max_sentence_s", "settings", *SETTINGS)
 # A bundle names no files but its own, so that a segmenter's models are not among what it may say.
 _PREFERENCES = {
     "policy": Rule(str, choices=tuple(POLICIES)), "segmenter": Rule(str, 1, 64),
     "punctuation_side": Rule(str, choices=CT_SIDES), "min_pause_ms": Rule(int, 64, 60_000),
-    "max_sentence_s": Rule(float, 1, 3600), **dict.fromkeys(KNOBS, None), **dict.fromkeys(SETTINGS, None),
+    "speech_gate": Rule(bool), "max_sentence_s": Rule(float, 1, 3600),
+    **dict.fromkeys(KNOBS, None), **dict.fromkeys(SETTINGS, None),
 }  # fmt: skip
 
 
@@ -47,7 +50,8 @@ def resolve(bundle: Bundle, said: Mapping[str, Any], spell: Callable[[str], str]
 
     Args:
         said: of ``OPTIONS`` by name; None is as good as unsaid. ``policy`` and ``segmenter`` are names or the things
-            themselves; ``settings`` stands for all the bundle's settings, single ones go before it.
+            themselves; ``settings`` stands for all the bundle's settings, single ones go before it. Without
+            ``speech_gate: False`` words count only where somebody may have spoken.
         spell: how whoever said it spells an option (``--chunk-ms``), for errors.
 
     Raises:
@@ -86,15 +90,21 @@ def _segmenter(
 ) -> Segmenter:
     name = said.get("segmenter", preferred.get("segmenter", "punctuation"))
     parts = name.split("+") if isinstance(name, str) else ()
+    gated = said.get("speech_gate", preferred.get("speech_gate", True))
+    if not isinstance(gated, bool):
+        raise ConfigError(f"{spell('speech_gate')} is {shown(gated)}; it must be true or false")
     for option, part in SEGMENTER_KNOBS.items():
-        if option in said and part not in parts:
+        if option in said and part not in parts and not (option == "vad_model" and gated):
             raise ConfigError(
                 f"{spell(option)} is for {spell('segmenter')} {part}, not for {name if parts else name.name}"
             )
-    if not parts:
-        return name
-    known = {k: v for k, v in {**preferred, **said}.items() if SEGMENTER_KNOBS.get(k) in parts}
-    return make_segmenter(name, bundle.source_dict, bundle.target_dict, **known)
+    segmenter = name
+    if parts:
+        known = {k: v for k, v in {**preferred, **said}.items() if SEGMENTER_KNOBS.get(k) in parts}
+        segmenter = make_segmenter(name, bundle.source_dict, bundle.target_dict, **known)
+    if not gated or any(isinstance(part, SpeechGate) for part in getattr(segmenter, "parts", (segmenter,))):
+        return segmenter
+    return CombinedSegmenter((segmenter, SpeechGate(load_silero(said.get("vad_model")))))
 
 
 def _settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -20,15 +21,46 @@ class Chosen(NamedTuple):
 # Feeds a token to each of H hypotheses that follow ``parents`` of the call before: (tokens [H], parents [H]) to the
 # scores [H, V] of their next tokens and the states [H, D] behind them.
 Step = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# A search asks for a step by what it would call it with, is sent what the step returns, and returns what it has found.
+Searching = Generator[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], list[Chosen]]
 
 
 def beam_search(step: Step, first: int, beam: int, most: int) -> list[Chosen]:
+    """One search alone; see ``searching``. ``step`` is called with one hypothesis first."""
+    return search_together(step, [searching(first, beam, most)])[0]
+
+
+def search_together(step: Step, searches: Sequence[Searching]) -> list[list[Chosen]]:
+    """What each search finds, the hypotheses of all of them fed at once.
+
+    Args:
+        step: is called with one hypothesis of each search first, in their order.
+    """
+    found: list[list[Chosen]] = [[] for _ in searches]
+    asked = {i: next(search) for i, search in enumerate(searches)}
+    begins = {i: i for i in asked}  # where each one's hypotheses began in the call before
+    while asked:
+        tokens = np.concatenate([tokens for tokens, _ in asked.values()])
+        parents = np.concatenate([begins[i] + parents for i, (_, parents) in asked.items()])
+        scores, hidden = step(tokens, parents)
+        at = 0
+        for i, (fed, _) in list(asked.items()):
+            begins[i], end = at, at + len(fed)
+            try:
+                asked[i] = searches[i].send((scores[at:end], hidden[at:end]))
+            except StopIteration as stop:
+                found[i] = stop.value
+                del asked[i]
+            at = end
+    return found
+
+
+def searching(first: int, beam: int, most: int) -> Searching:
     """The best continuation, ``</s>`` last, by log-probability per token.
 
     The search ends once ``beam`` hypotheses have ended, as fairseq's does.
 
     Args:
-        step: the decoder; it is called with one hypothesis first.
         first: the token before the continuation.
         beam: hypotheses kept at a time.
         most: tokens before ``</s>`` at most; whoever has so many ends there.
@@ -37,7 +69,7 @@ def beam_search(step: Step, first: int, beam: int, most: int) -> list[Chosen]:
     totals, paths = np.zeros(1), [()]
     ended: list[tuple[float, tuple[Chosen, ...]]] = []
     for length in range(1, most + 2):
-        scores, hidden = step(tokens, parents)
+        scores, hidden = yield tokens, parents
         likely = log_softmax(scores)
         likely[:, [BOS, PAD]] = -np.inf
         if length > most:

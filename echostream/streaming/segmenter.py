@@ -9,9 +9,9 @@ Beside whatever is chosen here a sentence ends at the maximum length (``Settings
 | ``ct`` | a full stop that a CT-Transformer punctuation model sets into the ST or ASR text (``punctuation.py``) |
 | ``pause`` | a pause of the speaker, by silero's voice activity detector (``pause.py``) |
 | ``none`` | the end of the recording only |
-| ``speech`` | nothing: it lets no words count where silero's detector hears nobody (``pause.py``) |
 
-Several are joined by a plus sign (``punctuation+pause+speech``): the first end that any of them finds counts.
+Several are joined by a plus sign (``punctuation+pause``): the first end that any of them finds counts. With any of them
+a gate lets no word count where silero's detector hears nobody speak (``pause.SpeechGate``), unless it is switched off.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class CombinedSegmenter:
         return {name.removeprefix(start): array for name, array in memory.items() if name.startswith(start)}
 
 
-SEGMENTERS = ("punctuation", "ct", "pause", "speech", "none")
+SEGMENTERS = ("punctuation", "ct", "pause", "none")
 CT_SIDES = ("target", "source")
 
 
@@ -193,7 +193,7 @@ def make_segmenter(
         source_dict, target_dict: the model's dictionaries.
         punctuation_model: directory or .onnx file of the CT-Transformer, for ``ct``.
         punctuation_side: the text it reads, ``target`` (ST CTC) or ``source`` (ASR CTC).
-        vad_model: silero's .onnx file, for ``pause`` and ``speech``; default: that of the package ``silero-vad``.
+        vad_model: silero's .onnx file, for ``pause``; default: the network that comes with the package.
         min_pause_ms: milliseconds of silence that end a sentence, for ``pause``.
 
     Raises:
@@ -205,20 +205,17 @@ def make_segmenter(
     for part in names:
         if part not in SEGMENTERS:
             raise ConfigError(f"unknown segmenter {part!r}; known: {', '.join(SEGMENTERS)}, and joined by '+'")
-        if names.count(part) > 1 or (part == "none" and set(names) - {"none", "speech"}):
-            raise ConfigError(f"segmenter {name!r} makes no sense; join different ones ('none': with 'speech')")
+        if names.count(part) > 1 or (part == "none" and len(names) > 1):
+            raise ConfigError(f"segmenter {name!r} makes no sense; join different ones, and 'none' with none")
         if part == "punctuation":
             parts.append(PunctuationSegmenter(target_dict))
         elif part == "none":
             parts.append(NoSegmenter())
         elif part == "pause":
-            from echostream.streaming.pause import PauseSegmenter, SileroVAD
+            from echostream.streaming.pause import PauseSegmenter
+            from echostream.streaming.silero import load_silero
 
-            parts.append(PauseSegmenter(SileroVAD.load(vad_model), min_pause_ms))
-        elif part == "speech":
-            from echostream.streaming.pause import SileroVAD, SpeechGate
-
-            parts.append(SpeechGate(SileroVAD.load(vad_model)))
+            parts.append(PauseSegmenter(load_silero(vad_model), min_pause_ms))
         else:
             from echostream.streaming.punctuation import CTPunctuation, CTSegmenter
 

@@ -140,7 +140,8 @@ class StreamingSession:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the model's state for this stream; constant."""
+        """Bytes of the model's state for this stream: bounded, and of an exported model as much as the current sentence
+        needs."""
         return self._stages.nbytes
 
 

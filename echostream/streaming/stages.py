@@ -135,7 +135,7 @@ class Stages(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows' states; they never change."""
+        """Bytes of all rows' states; bounded, whatever is heard."""
 
     def reset(self, row: int) -> None:
         """A new stream in ``row``."""

@@ -6,7 +6,6 @@ shape are checked against the file's size before memory is asked for.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from echostream.errors import CheckpointError
+from echostream.loading import parse_json, read_bytes
 from echostream.weights import read_weights
 
 Heads = tuple[tuple[int, int], ...]  # (decoder layer, head)
@@ -417,21 +417,11 @@ def open_openai(path: Path) -> Layout:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    if path.stat().st_size > MAX_HEADER:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for a configuration")
-    return _parse_json(path, path.read_bytes())
+    return _parse_json(path, read_bytes(path, "configuration", CheckpointError, MAX_HEADER))
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: no JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__} where names with values belong")
-    return values
+    return parse_json(data, str(path), CheckpointError)
 
 
 def _heads(path: Path, value: Any) -> Heads | None:

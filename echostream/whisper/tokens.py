@@ -9,10 +9,8 @@ embedding of each piece is the mean of those of its Whisper tokens.
 from __future__ import annotations
 
 import base64
-import json
 import re
 import unicodedata
-import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,8 @@ import numpy as np
 
 from echostream.constants import EOS, NUM_SPECIALS
 from echostream.errors import CheckpointError, ConfigError, ManifestError, require
+from echostream.files import replacing, write_text
+from echostream.loading import parse_json, read_npz, read_text
 from echostream.text import WORD_START, Vocabulary
 from echostream.text_file import lines_of
 
@@ -245,7 +245,8 @@ class TokenOrigins:
         """Write an npz with ``origin`` (``single``), ``tokens`` (all ids in a row) and ``counts`` (of each entry)."""
         counts = np.array([len(ids) for ids in self.tokens], dtype=np.int64)
         flat = np.array([i for ids in self.tokens for i in ids], dtype=np.int64)
-        np.savez(path, origin=self.single, tokens=flat, counts=counts)
+        with replacing(path) as file:
+            np.savez(file, origin=self.single, tokens=flat, counts=counts)
 
     @classmethod
     def load(cls, path: str | Path) -> TokenOrigins:
@@ -255,13 +256,15 @@ class TokenOrigins:
             ManifestError: the file is missing, or is something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                flat, counts = file["tokens"], file["counts"]
+            arrays = read_npz(path, "token origins", ManifestError, MAX_FILE, ("tokens", "counts"), "iu")
+            flat, counts = arrays["tokens"], arrays["counts"]
             if flat.ndim != 1 or counts.ndim != 1 or min(flat.min(initial=0), counts.min(initial=0)) < 0:
                 raise ValueError("its arrays are no lists of ids")
             if counts.sum() != len(flat):
                 raise ValueError("its arrays do not fit each other")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except ManifestError:
+            raise
+        except ValueError as error:
             raise ManifestError(f"{path} holds no token origins: {(str(error).splitlines() or ['empty'])[0]}") from None
         parts = np.split(flat, np.cumsum(counts)[:-1]) if len(counts) else []
         return cls(tuple(tuple(int(i) for i in part) for part in parts))
@@ -319,8 +322,9 @@ def write_whisper_subwords(
     unused = sorted(ranks.keys() - set(wanted), key=lambda piece: (ranks[piece], piece))
     lowest = len(bpe.ranks)
     scores = {piece: -ranks.get(piece, lowest + i) for i, piece in enumerate([*kept, *unused])}
-    model.write_bytes(_sentencepiece_bpe(scores, set(unused)))
-    dictionary.write_text("".join(f"{piece} {counts[piece]}\n" for piece in kept), encoding="utf-8")
+    with replacing(model) as file:
+        file.write(_sentencepiece_bpe(scores, set(unused)))
+    write_text(dictionary, "".join(f"{piece} {counts[piece]}\n" for piece in kept))
     return piece_origins(bpe, Vocabulary(kept))
 
 
@@ -419,19 +423,8 @@ def _to_bytes(token: str) -> bytes:
 
 
 def _read(path: Path) -> str:
-    if path.stat().st_size > MAX_FILE:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for a vocabulary")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is no UTF-8 text: {error}") from None
+    return read_text(path, "vocabulary", CheckpointError, MAX_FILE)
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(_read(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: no JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__} where names with values belong")
-    return values
+    return parse_json(_read(path), f"vocabulary {path}", CheckpointError)

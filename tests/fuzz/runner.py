@@ -74,7 +74,7 @@ def judge(targets: object, kind: str, number: int, scratch: Path) -> tuple[str, 
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "/echostream/" in f.filename]
         where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the fuzzer"
         outcome, signature = "traceback", f"{type(error).__name__} at {where}: {str(error).splitlines()[:1]}"[:200]
-    if outcome in OUTCOMES[:2] and time.process_time() - started > SLOW_S:
+    if outcome in OUTCOMES[:2] and time.process_time() - started > SLOW_S + getattr(targets, "allowed_s", 0.0):
         outcome, signature = "slow", f"{time.process_time() - started:.0f} s"
     return outcome, signature
 

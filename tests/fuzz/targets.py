@@ -29,8 +29,15 @@ class Wrong(AssertionError):
     """No error came, and the outcome is wrong."""
 
 
+EXPORT_S = 20.0  # of computing: what tracing the small model takes, damaged or not
+
+
 class Targets:
-    """One worker's targets, by kind, with what they share."""
+    """One worker's targets, by kind, with what they share.
+
+    Attributes:
+        allowed_s: seconds of computing that the last case may take besides, for work that does not depend on its input.
+    """
 
     def __init__(self, material: Material) -> None:
         from echostream.checkpoint import load_bundle
@@ -46,6 +53,7 @@ class Targets:
         """One case; the same kind and number are the same case."""
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
+        self.allowed_s = 0.0
         self.kinds[kind](random.Random(f"{kind} {number}"), scratch)
 
     # ---- recordings --------------------------------------------------------------------------------------------
@@ -92,6 +100,7 @@ class Targets:
         directory = self._damaged(self.material.bundle, rng, scratch)
         self._use(directory, rng)
         if rng.random() < 0.1:
+            self.allowed_s = EXPORT_S
             export_directory(directory, scratch / "exported")
 
     def export(self, rng: random.Random, scratch: Path) -> None:

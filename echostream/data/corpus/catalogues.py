@@ -18,6 +18,7 @@ from typing import Callable, Iterable, Iterator
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
 from echostream.data.corpus.rows import hash_int
 from echostream.errors import ManifestError
+from echostream.files import replacing
 from echostream.text_file import iter_lines
 
 MAX_RATIO = 2.0  # words or characters of one side to those of the other; short sentences may be two words apart
@@ -177,10 +178,10 @@ def write_pairs(
                 counts["words"] += count_words(source)
         counts["catalogues"] += len(lines) > before
     counts["pairs"] = len(lines)
-    output.parent.mkdir(parents=True, exist_ok=True)
     text = "".join("\t".join(line) + "\n" for line in [(source_lang, target_lang, "catalogue"), *lines])
     data = text.encode("utf-8")
-    output.write_bytes(gzip.compress(data, mtime=0) if output.suffix == ".gz" else data)
+    with replacing(output) as file:
+        file.write(gzip.compress(data, mtime=0) if output.suffix == ".gz" else data)
     return counts
 
 

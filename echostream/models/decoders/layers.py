@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.errors import EchoStreamError
-from echostream.models.attention import attend
+from echostream.models.attention import attend, parted
 from echostream.models.dropout import activate
 from echostream.models.dropout import dropout as cheap_dropout
 from echostream.models.state import State
@@ -74,13 +74,18 @@ class Dropout(nn.Dropout):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with queries, keys and values from one projection. 4·(D² + D) parameters."""
+    """Multi-head self-attention with queries, keys and values from one projection. 4·(D² + D) parameters.
 
-    def __init__(self, dim: int, heads: int, dropout: float):
+    With a ``prompt`` every query sees that many learnt keys and values, too, before all others (prefix tuning; Li and
+    Liang, 2021): 2·prompt·D parameters more.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float, prompt: int = 0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.qkv = init_linear(nn.Linear(dim, 3 * dim), parts=3)
         self.out = init_linear(nn.Linear(dim, dim))
+        self.prompt = nn.Parameter(torch.randn(2, prompt, dim) * 0.02) if prompt else None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x [B, N, D], each [B, N, D]."""
@@ -91,6 +96,16 @@ class SelfAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        """q [B, N, D] over k and v [B, K, D]; the mask ([B, 1, N, K]; None: everything) knows nothing of the prompt."""
+        if self.prompt is not None:
+            if causal:
+                mask, causal = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(), False
+            if mask is not None:  # true, or nothing to add: always seen
+                mask = F.pad(mask, (self.prompt.shape[1], 0), value=float(mask.dtype == torch.bool))
+            k, v = (
+                torch.cat([own.to(new.dtype).expand(len(q), -1, -1), new], dim=1)
+                for own, new in zip(self.prompt, (k, v))
+            )
         return self.out(attend(q, k, v, self.heads, mask, causal, self.dropout if self.training else 0.0, past))
 
 
@@ -119,7 +134,7 @@ class CrossAttention(nn.Module):
 
     def told(self, x: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
         """``forward``, and where each query of x [B, N, D] looks: [B, H, N, T]; zero without frames."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k, v))
+        q, k, v = (parted(t, self.heads) for t in (self.q(x), k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if visible.mask is not None:
             allowed = visible.mask.dtype == torch.bool
@@ -280,11 +295,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(
         self, dim: int, memory_dim: int, heads: int, ffn: int, dropout: float, attention_dropout: float,
-        act_dropout: float, residual_gain: float = 1.0, form: str = "vaswani",
+        act_dropout: float, residual_gain: float = 1.0, form: str = "vaswani", prompt: int = 0,
     ):
         super().__init__()
         self.pre_norm = form == "whisper"
-        self.self_attention = SelfAttention(dim, heads, attention_dropout)
+        self.self_attention = SelfAttention(dim, heads, attention_dropout, prompt)
         self.self_norm = nn.LayerNorm(dim)
         self.cross_attention = CrossAttention(dim, memory_dim, heads, attention_dropout)
         self.cross_norm = nn.LayerNorm(dim)
@@ -339,14 +354,17 @@ class DecoderLayer(nn.Module):
         """New positions x [B, N, D], without a state: the twin of ``step`` for exported graphs.
 
         Args:
-            mask: [B, 1, N, P + N], memory_mask: [B, 1, N, T]; added to the scores.
-            own: keys and values of earlier positions, each [B, P, D]. memory: of the frames, each [B, T, D].
+            mask: [B, 1, N, N + P], memory_mask: [B, 1, N, T]; added to the scores.
+            own: keys and values of earlier positions, each [B, H, P, d]. memory: of the frames, each [B, H, T, d].
 
         Returns:
             [B, N, D], and the new positions' keys and values, each [B, N, D].
         """
         q, k, v = self._project(x)
-        attended = self.self_attention(q, torch.cat([own[0], k], dim=1), torch.cat([own[1], v], dim=1), mask)
+        # The new ones first, so that sums run over them alike however much room there is behind the earlier ones.
+        heads = self.self_attention.heads
+        keys, values = (torch.cat([parted(new, heads), old], dim=2) for new, old in zip((k, v), own))
+        attended = self.self_attention(q, keys, values, mask)
         return self._finish(x, attended, *memory, Visible(memory_mask, None), probe), k, v
 
 
@@ -383,6 +401,7 @@ class TransformerDecoder(nn.Module):
     def __init__(
         self, dim: int, memory_dim: int, heads: int, ffn: int, layers: int, dropout: float, attention_dropout: float,
         activation_dropout: float, max_positions: int, max_frames: int, position_limit: str, form: str = "vaswani",
+        prompt: int = 0,
     ):
         super().__init__()
         self.dim, self.heads, self.position_limit = dim, heads, position_limit
@@ -392,7 +411,7 @@ class TransformerDecoder(nn.Module):
         # the updates (compare DeepNet, Wang et al., 2022).
         gain = (3 * layers) ** -0.5
         self.layers = nn.ModuleList(
-            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain, form)
+            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain, form, prompt)
             for _ in range(layers)
         )
         self.final_norm = nn.LayerNorm(dim) if form == "whisper" else None

@@ -16,7 +16,8 @@ from echostream.models.decoders.layers import AttentionProbe, DecoderState, Tran
 class MTDecoder(TransformerDecoder):
     """Transformer decoder over target subwords, in Vaswani et al.'s (2017) or Whisper's form (``mt_decoder_form``).
 
-    A sentence starts with ``</s>``, as fairseq has it, at position 0. Embedding and output layer are separate; in
+    A sentence starts with ``</s>``, as fairseq has it, at position 0, behind a learnt prompt of keys and values
+    (``mt_decoder_prompt``), which says as Whisper's does what is asked: to translate, from which language. Embedding and output layer are separate; in
     Whisper's form they are one matrix, and positions are learnt.
     """
 
@@ -26,7 +27,7 @@ class MTDecoder(TransformerDecoder):
             dim, cfg.encoder_embed_dim, cfg.mt_decoder_heads, cfg.mt_decoder_ffn_dim, cfg.mt_decoder_layers,
             cfg.dropout, cfg.attention_dropout, cfg.activation_dropout,
             max_positions=cfg.max_target_tokens, max_frames=cfg.max_sentence_frames, position_limit="max_target_tokens",
-            form=cfg.mt_decoder_form,
+            form=cfg.mt_decoder_form, prompt=cfg.mt_decoder_prompt,
         )
         self.embedding = nn.Embedding(cfg.mt_vocab_size, dim, padding_idx=PAD)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)

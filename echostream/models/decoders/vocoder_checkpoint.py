@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Mapping
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from echostream.errors import CheckpointError
+from echostream.files import replacing, write_json
 from echostream.models.decoders.vocoder import NORMED, CodeHiFiGAN
 from echostream.models.decoders.vocoder_config import VocoderConfig
 from echostream.models.decoders.vocoder_layers import Conv, Upsample, pack_weights
@@ -141,10 +141,6 @@ def save_vocoder(
     """
     state = _field_layout(model)
     state = {key: (value.half() if half else value.float()).cpu().contiguous().clone() for key, value in state.items()}
-    checkpoint_path, config_path = Path(checkpoint_path), Path(config_path)
-    for path in (checkpoint_path, config_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    partial = checkpoint_path.with_name(checkpoint_path.name + ".partial")
-    torch.save({"generator": state}, partial)
-    partial.replace(checkpoint_path)
-    config_path.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    with replacing(checkpoint_path) as file:
+        torch.save({"generator": state}, file)
+    write_json(config_path, model.config.to_dict())

@@ -7,11 +7,11 @@ import copy
 import numpy as np
 
 from echostream.errors import EchoStreamError
-from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pad, pick, unstack
+from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pad
+from echostream.streaming.exported.pages import Pages
 
-# Attention reads the buffers in pages of so many places. In which order a softmax adds up its terms depends on how many
-# there are, but not on further pages that are masked: a stream alone and in a batch of older ones gets the same bits.
-PAGE = 16
+# Rows that step together: more gain nothing, and those of one length shall not read the places of longer ones.
+TOGETHER = 8
 
 
 class ExportedDecoder(Rows):
@@ -19,32 +19,29 @@ class ExportedDecoder(Rows):
 
     Args:
         graph, memory_graph: of its step, and of the projection of encoder frames.
-        layers, dim: its size.
-        positions, frames: places in its buffers.
+        layers, heads, dim: its size.
+        positions, frames: places in its buffers at most.
         limit: the configuration key that sets ``positions``, for errors.
     """
 
     def __init__(
-        self, model: ExportedModel, graph: str, memory_graph: str, layers: int, dim: int, positions: int, frames: int,
-        limit: str, rows: int,
+        self, model: ExportedModel, graph: str, memory_graph: str, layers: int, heads: int, dim: int, positions: int,
+        frames: int, limit: str, rows: int,
     ):  # fmt: skip
         self.model, self.graph, self.memory_graph, self.limit = model, graph, memory_graph, limit
-        self.places, self.most_frames = positions, frames
-        self.own = np.zeros((2 * layers, rows, pages(positions), dim), dtype=np.float32)
+        self.own = Pages(rows, layers, heads, dim // heads, positions)
         # Place 0 stays zero: who sees no frame at all attends that one.
-        self.memory = np.zeros((2 * layers, rows, pages(1 + frames), dim), dtype=np.float32)
+        self.memory = Pages(rows, layers, heads, dim // heads, 1 + frames)
         self.positions, self.frames = (np.zeros(rows, dtype=np.int64) for _ in range(2))
-        self.arrays = {
-            "own": (self.own, 1),
-            "memory": (self.memory, 1),
-            "positions": (self.positions, 0),
-            "frames": (self.frames, 0),
-        }
+        self.arrays = {"positions": (self.positions, 0), "frames": (self.frames, 0)}
         self.most = {"positions": positions, "frames": frames}
 
     def restart(self, rows: list[int]) -> None:
-        """A new sentence; what stands in the buffers is overwritten as it grows."""
+        """A new sentence."""
         self.positions[rows] = self.frames[rows] = 0
+        for row in rows:
+            self.own.clear(row)
+            self.memory.clear(row)
 
     def reset(self, row: int) -> None:
         self.restart([row])
@@ -56,85 +53,94 @@ class ExportedDecoder(Rows):
             EchoStreamError: a sentence outgrows its buffers.
         """
         padded, lengths = pad(frames)
-        self._check_room(self.frames[rows] + lengths, self.most_frames, "encoder frames", "max_sentence_frames")
+        self._check_room(self.frames[rows] + lengths, "frames", "encoder frames", "max_sentence_frames")
         new = self.model.run(self.memory_graph, {"frames": padded})["memory"]
         for i, (row, count) in enumerate(zip(rows, lengths)):
-            at = 1 + self.frames[row]
-            self.memory[:, row, at : at + count] = unstack(new[i, :count], len(self.memory))
+            if not self.frames[row]:
+                self.memory.write(row, 0, np.zeros((1, new.shape[2]), dtype=new.dtype))
+            self.memory.write(row, 1 + int(self.frames[row]), new[i, :count])
         self.frames[rows] += lengths
 
-    def step(self, rows: list[int], given: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """The next positions: ``given`` [B, ...] makes N of them, of which each row takes its ``lengths`` [B]. Rows of
-        other lengths than N get what they get alone but for the last bit.
+    def step(self, rows: list[int], given: dict[str, np.ndarray], new: int) -> list[dict[str, np.ndarray]]:
+        """The next ``new`` positions of each row, which ``given`` [B, ...] makes; the outputs [new, ...] of each.
 
         Raises:
             EchoStreamError: a sentence outgrows its buffers.
         """
-        places, before, seen = self.places, self.positions[rows], self.frames[rows]
-        self._check_room(before + lengths, places, "positions", self.limit)
-        used, new = pages(int(before.max())), np.arange(int(lengths.max()))
-        past = np.arange(used) < before[:, None, None]
-        past = np.broadcast_to(past, (len(rows), len(new), used))
-        causal = np.broadcast_to(new <= new[:, None], (len(rows), len(new), len(new)))
-        frames = np.arange(pages(int(seen.max()) + 1))
+        self._check_room(self.positions[rows] + new, "positions", "positions", self.limit)
+        found: dict[int, dict[str, np.ndarray]] = {}
+        order = sorted(range(len(rows)), key=lambda i: (self.frames[rows[i]], self.positions[rows[i]]))
+        for start in range(0, len(rows), TOGETHER):
+            some = order[start : start + TOGETHER] if len(rows) > TOGETHER else list(range(len(rows)))
+            out = self._step([rows[i] for i in some], {name: array[some] for name, array in given.items()}, new)
+            for at, i in enumerate(some):
+                found[i] = {name: array[at] for name, array in out.items()}
+        return [found[i] for i in range(len(rows))]
+
+    def _step(self, rows: list[int], given: dict[str, np.ndarray], new: int) -> dict[str, np.ndarray]:
+        before, seen = self.positions[rows], self.frames[rows]
+        own, memory = self.own.read(rows, before), self.memory.read(rows, 1 + seen)
+        at = np.arange(new)
+        mask = np.empty((len(rows), new, new + own.shape[3]), dtype=bool)
+        mask[:, :, :new] = at <= at[:, None]
+        mask[:, :, new:] = np.arange(own.shape[3]) < before[:, None, None]
+        frames = np.arange(memory.shape[3])
         visible = np.where(seen[:, None], (frames > 0) & (frames <= seen[:, None]), frames == 0)[:, None]
-        visible = np.broadcast_to(visible, (len(rows), len(new), len(frames)))
         out = self.model.run(
             self.graph,
             {
                 **given,
-                "positions": np.minimum(before[:, None] + new, places - 1),
-                "mask": additive(np.concatenate([past, causal], axis=2))[:, None],
-                "memory_mask": additive(visible)[:, None],
-                **layers(("keys", "values"), pick(self.own, rows, used)),
-                **layers(("memory_keys", "memory_values"), pick(self.memory, rows, len(frames))),
+                "positions": before[:, None] + at,
+                "mask": additive(mask)[:, None],
+                "memory_mask": additive(np.broadcast_to(visible, (len(rows), new, len(frames))))[:, None],
+                **layers(("keys", "values"), own),
+                **layers(("memory_keys", "memory_values"), memory),
             },
         )
-        for i, (row, at, count) in enumerate(zip(rows, before, lengths)):
-            self.own[:, row, at : at + count] = unstack(out["kept"][i, :count], len(self.own))
-        self.positions[rows] += lengths
+        for row, place, kept in zip(rows, before.tolist(), out.pop("kept")):
+            self.own.write(row, place, kept)
+        self.positions[rows] += new
         return out
 
-    def branch(self, row: int, places: int) -> ExportedDecoder:
-        """The sentence of ``row`` as it stands, alone in a decoder of its own with so many positions more."""
+    def branch(self, rows: list[int]) -> ExportedDecoder:
+        """The sentences of these rows as they stand, in a decoder of their own."""
         branch = copy.copy(self)
-        branch.places = int(self.positions[row]) + places
-        branch.own = self.own[:, row : row + 1, : pages(branch.places)].copy()
-        branch.memory = self.memory[:, row : row + 1, : pages(1 + int(self.frames[row]))]
-        branch.positions, branch.frames = self.positions[row : row + 1], self.frames[row : row + 1]
+        branch.own, branch.memory = self.own.branch(rows, own=True), self.memory.branch(rows, own=False)
+        branch.positions, branch.frames = self.positions[rows], self.frames[rows]
         return branch
 
-    def reorder(self, rows: np.ndarray) -> None:
-        """Of a branch: its row b goes on from what was row ``rows[b]``."""
-        self.own, self.memory = self.own[:, rows], self.memory[:, rows]
-        self.positions, self.frames = self.positions[rows], self.frames[rows]
+    def reorder(self, rows: np.ndarray) -> ExportedDecoder:
+        """Of a branch another one: its row b goes on from what was row ``rows[b]``."""
+        return self if list(rows) == list(range(len(self.positions))) else self.branch(rows.tolist())
 
     def snapshot(self, row: int) -> dict[str, np.ndarray]:
         """The row's arrays, of the buffers only what is in use."""
-        arrays = {name: self.row(name, row) for name in self.arrays}
-        arrays["own"] = arrays["own"][:, :, : self.positions[row]]
-        arrays["memory"] = arrays["memory"][:, :, : 1 + self.frames[row]]
-        return {name: array.copy() for name, array in arrays.items()}
+        own, memory = self.own.take(row, self.positions[row]), self.memory.take(row, 1 + self.frames[row])
+        return {**super().snapshot(row), "own": own, "memory": memory}
 
     def restore(self, row: int, arrays: dict[str, np.ndarray]) -> None:
-        for name in ("positions", "frames"):
+        held = {"own": self.own, "memory": self.memory}
+        for name in self.arrays:
             self._fits(name, arrays[name], self.row(name, row))
-        positions, frames = int(arrays["positions"][0]), int(arrays["frames"][0])
-        own, memory = self.row("own", row)[:, :, :positions], self.row("memory", row)[:, :, : 1 + frames]
-        self._fits("own", arrays["own"], own)
-        self._fits("memory", arrays["memory"], memory)
-        own[...], memory[...] = arrays["own"], arrays["memory"]
-        self.positions[row], self.frames[row] = positions, frames
+        used = {"own": int(arrays["positions"][0]), "memory": 1 + int(arrays["frames"][0])}
+        for name, pages in held.items():
+            layers, heads, width = pages.shape
+            self._fits(name, arrays[name], np.broadcast_to(np.float32(0), (layers, heads, used[name], width)))
+        for name, pages in held.items():
+            pages.put(row, arrays[name])
+        self.positions[row], self.frames[row] = used["own"], used["memory"] - 1
 
-    @staticmethod
-    def _check_room(wanted: np.ndarray, places: int, what: str, limit: str) -> None:
-        if wanted.max() > places:
+    @property
+    def names(self) -> list[str]:
+        return [*self.arrays, "own", "memory"]
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.own.nbytes + self.memory.nbytes
+
+    def _check_room(self, wanted: np.ndarray, name: str, what: str, limit: str) -> None:
+        if wanted.max() > self.most[name]:
             raise EchoStreamError(
-                f"a sentence of {wanted.max()} {what} does not fit the {places} of its buffers; "
+                f"a sentence of {wanted.max()} {what} does not fit the {self.most[name]} of its buffers; "
                 f"end the sentence earlier or raise {limit}"
             )
-
-
-def pages(count: int) -> int:
-    """So many places, or as many more as fill the last page."""
-    return -(-count // PAGE) * PAGE

@@ -145,15 +145,17 @@ class Rows:
             raise ValueError(f"{name} holds {array.min()} to {array.max()}; it must lie in 0..{most}")
 
     @property
+    def names(self) -> list[str]:
+        """Of what ``snapshot`` gives."""
+        return list(self.arrays)
+
+    @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array, _ in self.arrays.values())
 
 
-def pick(array: np.ndarray, rows: list[int], used: int | None = None) -> np.ndarray:
-    """Of an array [n, all rows, items, ...] these rows, and the first ``used`` items: a view if it is contiguous then,
-    as it is for one row or, without ``used``, for neighbours in order."""
-    if used is not None:
-        array = array[:, :, :used]
+def pick(array: np.ndarray, rows: list[int]) -> np.ndarray:
+    """Of an array [n, all rows, ...] these rows: a view if they are neighbours in order."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return array[:, rows[0] : rows[0] + len(rows)]
     return array[:, rows]

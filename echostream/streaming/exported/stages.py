@@ -10,7 +10,7 @@ from echostream.streaming.exported.decoder import ExportedDecoder
 from echostream.streaming.exported.hearing import ExportedHearing
 from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, Rows
 from echostream.streaming.exported.voice import ExportedSpeaker
-from echostream.streaming.search import Step
+from echostream.streaming.search import Chosen, search_together, searching
 from echostream.streaming.stages import (
     Answering,
     Extend,
@@ -19,6 +19,7 @@ from echostream.streaming.stages import (
     NewSentence,
     ReadUnits,
     Rewind,
+    Search,
     Speak,
     Write,
     Written,
@@ -45,16 +46,16 @@ class ExportedStages(Answering):
         self.hearing = ExportedHearing(config, model, rows)
         frames = config.max_sentence_frames
         self.mt = ExportedDecoder(
-            model, "mt", "mt_memory", config.mt_decoder_layers, config.mt_decoder_embed_dim, config.max_target_tokens,
-            frames, "max_target_tokens", rows,
+            model, "mt", "mt_memory", config.mt_decoder_layers, config.mt_decoder_heads, config.mt_decoder_embed_dim,
+            config.max_target_tokens, frames, "max_target_tokens", rows,
         )  # fmt: skip
         self.parts: dict[str, Rows] = {"hearing": self.hearing, "mt": self.mt}
         if speech:
             self.ratio, self.units_read_tokens = config.ctc_upsample_ratio, config.unit_decoder_input == "mt-tokens"
             limit = "max_target_tokens" if config.units_read_text else "max_sentence_frames"
             self.units = ExportedDecoder(
-                model, "units", "unit_memory", config.unit_decoder_layers, config.unit_decoder_embed_dim,
-                getattr(config, limit) * self.ratio, frames, limit, rows,
+                model, "units", "unit_memory", config.unit_decoder_layers, config.unit_decoder_heads,
+                config.unit_decoder_embed_dim, getattr(config, limit) * self.ratio, frames, limit, rows,
             )  # fmt: skip
             self.parts["units"] = self.units
         if voice is not None:
@@ -79,26 +80,25 @@ class ExportedStages(Answering):
 
     def _write(self, rows: list[int], requests: list[Write]) -> list[Written]:
         tokens = np.array([[r.token] for r in requests], dtype=np.int64)
-        out = self.mt.step(rows, {"tokens": tokens}, np.ones(len(rows), dtype=np.int64))
         written = []
-        for i, (row, request) in enumerate(zip(rows, requests)):
+        for row, request, out in zip(rows, requests, self.mt.step(rows, {"tokens": tokens}, 1)):
             looked = None
             if request.heads:
-                weights = out["attention"][i, :, :, 0, 1 : 1 + self.mt.frames[row]]
+                weights = out["attention"][:, :, 0, 1 : 1 + self.mt.frames[row]]
                 looked = np.mean([weights[layer, head] for layer, head in request.heads], axis=0)
-            written.append(Written(out["scores"][i, 0], out["hidden"][i, 0], looked))
+            written.append(Written(out["scores"][0], out["hidden"][0], looked))
         return written
 
-    def _branch(self, row: int, places: int) -> Step:
-        decoder = self.mt.branch(row, places)
+    def _search(self, rows: list[int], requests: list[Search]) -> list[list[Chosen]]:
+        decoder = self.mt.branch(rows)
 
         def step(tokens: np.ndarray, parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            decoder.reorder(parents)
-            count = len(tokens)
-            out = decoder.step(list(range(count)), {"tokens": tokens[:, None]}, np.ones(count, dtype=np.int64))
-            return out["scores"][:, 0], out["hidden"][:, 0]
+            nonlocal decoder
+            decoder = decoder.reorder(parents)
+            out = decoder.step(list(range(len(tokens))), {"tokens": tokens[:, None]}, 1)
+            return np.stack([o["scores"][0] for o in out]), np.stack([o["hidden"][0] for o in out])
 
-        return step
+        return search_together(step, [searching(r.token, r.beam, r.most) for r in requests])
 
     def _rewind(self, rows: list[int], requests: list[Rewind]) -> list[None]:
         self.mt.positions[rows] = [r.positions for r in requests]
@@ -107,14 +107,13 @@ class ExportedStages(Answering):
     def _read_units(self, rows: list[int], requests: list[ReadUnits]) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
         sizes = {row: len(request.inputs) for row, request in zip(rows, requests)}
-        for size in sorted(set(sizes.values())):  # none is padded: see ``ExportedDecoder.step``
+        for size in sorted(set(sizes.values())):  # padded, a row would get what it gets alone but for the last bit
             due = [(row, request) for row, request in zip(rows, requests) if sizes[row] == size]
             given = {"inputs": np.stack([request.inputs for _, request in due]).astype(np.float32)}
             if self.units_read_tokens:
                 given["tokens"] = np.stack([request.tokens for _, request in due]).astype(np.int64)
-            lengths = np.full(len(due), size * self.ratio)
-            scores = self.units.step([row for row, _ in due], given, lengths)["scores"]
-            found |= {row: part.argmax(-1) for (row, _), part in zip(due, scores)}
+            outs = self.units.step([row for row, _ in due], given, size * self.ratio)
+            found |= {row: out["scores"].argmax(-1) for (row, _), out in zip(due, outs)}
         return [found[row] for row in rows]
 
     def _speak(self, rows: list[int], requests: list[Speak]) -> list[np.ndarray]:
@@ -140,9 +139,9 @@ class ExportedStages(Answering):
             KeyError, ValueError: the arrays are of another model.
         """
         for name, part in self.parts.items():
-            part.restore(row, {key: arrays[f"{name}.{key}"] for key in part.arrays})
+            part.restore(row, {key: arrays[f"{name}.{key}"] for key in part.names})
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows' states; they never change."""
+        """Bytes of all rows' states: as much as was heard of their sentences, and what does not change."""
         return sum(part.nbytes for part in self.parts.values())
