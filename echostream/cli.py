@@ -206,7 +206,8 @@ def checkpoint_directory(path: Path | None) -> Path:
 
     if path is None and not (DEFAULT_BUNDLE / "config.yaml").is_file():
         raise CheckpointError(
-            f"no model is shipped in {DEFAULT_BUNDLE}; train one as docs/training.md says, or name a checkpoint directory"
+            f"no model is shipped in {DEFAULT_BUNDLE}; train one as docs/training.md says, "
+            "or name a checkpoint directory"
         )
     path = DEFAULT_BUNDLE if path is None else path
     if not path.is_dir():

@@ -113,7 +113,7 @@ class EchoStreamConfig:
         "LayerNorm before, GELU, learnt positions, one matrix for embedding and output",
         DECODER_FORMS,
     )
-    mt_decoder_prompt: int = _option(0, "learnt keys and values that every layer of the MT decoder sees before a sentence")
+    mt_decoder_prompt: int = _option(0, "learnt keys and values before every sentence of the MT decoder")
     mt_vocab_size: int = _option(6000, "target dictionary size (the same dictionary as the ST head's)")
     # Unit decoder
     unit_decoder_input: str = _option(

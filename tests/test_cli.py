@@ -258,7 +258,8 @@ def test_no_shipped_model(monkeypatch, recording, capsys, tmp_path):
     monkeypatch.setattr("echostream.checkpoint.DEFAULT_BUNDLE", tmp_path / "none")
     for arguments in (["translate", str(recording)], ["info"]):
         assert main(arguments) == 1
-        assert re.match(r"error: no model is shipped in .*none; train one as docs/training.md says", capsys.readouterr().err)
+        expected = r"error: no model is shipped in .*none; train one as docs/training.md says"
+        assert re.match(expected, capsys.readouterr().err)
 
 
 def test_help_and_version(capsys):

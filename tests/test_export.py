@@ -102,7 +102,7 @@ def said(session: StreamingSession, samples: np.ndarray) -> tuple[list, np.ndarr
 
 WHISPER = dict(
     encoder_stem="whisper", encoder_normalize_before=True, encoder_final_norm=True, encoder_activation="gelu",
-    encoder_position_period=50, memory_size=0, mt_decoder_form="whisper", st_decoder_embed_dim=16,
+    encoder_position_period=50, memory_size=0, mt_decoder_form="whisper", mt_decoder_prompt=3, st_decoder_embed_dim=16,
     st_decoder_ffn_dim=24,
 )  # fmt: skip
 FAMILY = {

@@ -105,7 +105,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(CheckpointError, match="encoder_layers is 3, but tiny has 2"):
         encoder_weights(source, whisper_config(SIZES, encoder_layers=3, **SMALL))
     with pytest.raises(ConfigError, match="mt_decoder_form is 'vaswani'"):
-        decoder_weights(source, whisper_config(SIZES, mt_decoder_form="vaswani", **SMALL), TokenOrigins(((1,),)), PROMPT)
+        cfg = whisper_config(SIZES, mt_decoder_form="vaswani", **SMALL)
+        decoder_weights(source, cfg, TokenOrigins(((1,),)), PROMPT)
     with pytest.raises(ConfigError, match="mt_decoder_prompt is 2; Whisper's is 3 long, or 0"):
         decoder_weights(
             source, whisper_config(SIZES, mt_decoder_prompt=2, **SMALL), TokenOrigins(((),) * 12), PROMPT

@@ -96,16 +96,16 @@ class SelfAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """q [B, N, D] over k and v [B, K, D]; the mask ([B, 1, N, K]; None: everything) knows nothing of the prompt."""
+        """q [B, N, D] over k and v [B, K, D] or [B, H, K, d]; the mask ([B, 1, N, K]; None: everything)
+        knows nothing of the prompt."""
         if self.prompt is not None:
             if causal:
-                mask, causal = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(), False
+                mask, causal = torch.ones(q.shape[1], k.shape[-2], dtype=torch.bool, device=q.device).tril(), False
             if mask is not None:  # true, or nothing to add: always seen
                 mask = F.pad(mask, (self.prompt.shape[1], 0), value=float(mask.dtype == torch.bool))
-            k, v = (
-                torch.cat([own.to(new.dtype).expand(len(q), -1, -1), new], dim=1)
-                for own, new in zip(self.prompt, (k, v))
-            )
+            prompt = self.prompt[:, None].to(k.dtype)  # [2, 1, P, D]
+            own = (parted(part, self.heads) if k.dim() == 4 else part for part in prompt)
+            k, v = (torch.cat([part.expand(len(q), *part.shape[1:]), new], dim=-2) for part, new in zip(own, (k, v)))
         return self.out(attend(q, k, v, self.heads, mask, causal, self.dropout if self.training else 0.0, past))
 
 
@@ -411,7 +411,9 @@ class TransformerDecoder(nn.Module):
         # the updates (compare DeepNet, Wang et al., 2022).
         gain = (3 * layers) ** -0.5
         self.layers = nn.ModuleList(
-            DecoderLayer(dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain, form, prompt)
+            DecoderLayer(
+                dim, memory_dim, heads, ffn, dropout, attention_dropout, activation_dropout, gain, form, prompt
+            )
             for _ in range(layers)
         )
         self.final_norm = nn.LayerNorm(dim) if form == "whisper" else None

@@ -17,8 +17,8 @@ class MTDecoder(TransformerDecoder):
     """Transformer decoder over target subwords, in Vaswani et al.'s (2017) or Whisper's form (``mt_decoder_form``).
 
     A sentence starts with ``</s>``, as fairseq has it, at position 0, behind a learnt prompt of keys and values
-    (``mt_decoder_prompt``), which says as Whisper's does what is asked: to translate, from which language. Embedding and output layer are separate; in
-    Whisper's form they are one matrix, and positions are learnt.
+    (``mt_decoder_prompt``), which says as Whisper's does what is asked: to translate, from which language. Embedding
+    and output layer are separate; in Whisper's form they are one matrix, and positions are learnt.
     """
 
     def __init__(self, cfg: EchoStreamConfig):
