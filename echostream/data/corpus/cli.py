@@ -41,7 +41,7 @@ from echostream.data.manifest import write_manifest as write_utterances
 from echostream.errors import ConfigError, ManifestError, require
 from echostream.evaluation.systems import read_results
 from echostream.files import keep_apart, run_command, write_json
-from echostream.streaming.pause import SileroVAD
+from echostream.streaming.silero import load_silero
 from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
@@ -262,7 +262,7 @@ def _recordings_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longest", type=float, default=cut.longest, help="seconds of a piece at most")
     parser.add_argument("--pause-ms", type=int, default=cut.pause_ms, help="silence from which they may be cut")
     parser.add_argument("--threshold", type=float, default=cut.threshold, help="probability that counts as speech")
-    parser.add_argument("--vad-model", type=Path, help="silero_vad.onnx (default: of the package silero-vad)")
+    parser.add_argument("--vad-model", type=Path, help="silero_vad.onnx (default: the detector of the package)")
     parser.add_argument("--audio-format", choices=("wav", "flac"), default="wav")
     parser.add_argument("--num-shards", type=int, default=1, help="processes that share the work")
     parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
@@ -558,7 +558,7 @@ def run_recordings(args: argparse.Namespace) -> None:
     path = args.output / f"{args.manifest}.tsv"
     keep_apart({"the manifest": path}, {name: file for name, file in found.items()})
     counts = recordings.cut_recordings(
-        args.output, found, SileroVAD.load(args.vad_model), cut, f".{args.audio_format}", args.shard, args.num_shards,
+        args.output, found, load_silero(args.vad_model), cut, f".{args.audio_format}", args.shard, args.num_shards,
         progress_bar("recordings", unit="file"),
     )
     lines = Ledger(args.output / "recordings", "pieces", recordings.LEDGER_COLUMNS).read().values()
