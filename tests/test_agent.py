@@ -21,6 +21,7 @@ from simuleval.utils.agent import EVALUATION_SYSTEM_LIST  # noqa: E402
 import echostream.agent  # noqa: E402
 from agent import echostream_agent as agents  # noqa: E402
 from agent.echostream_agent import EchoStreamAgent  # noqa: E402
+from echostream.agent.pieces import OUTPUTS
 from echostream.audio.io import read_audio, write_audio  # noqa: E402
 from echostream.checkpoint import load_bundle, save_bundle  # noqa: E402
 from echostream.data.manifest import Utterance, write_manifest  # noqa: E402
@@ -184,7 +185,7 @@ def asked(session: StreamingSession, monkeypatch: pytest.MonkeyPatch, samples: n
 def test_what_is_not_wanted_is_not_computed(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, output: str, spared: set[str]
 ) -> None:
-    session = StreamingSession(load_bundle(tiny_bundle), **agents.OUTPUTS[output])
+    session = StreamingSession(load_bundle(tiny_bundle), **OUTPUTS[output])
     kinds = asked(session, monkeypatch, speech(1.5, 16000))
     every = {"Listen", "NewSentence", "Extend", "Write", "ReadUnits", "Speak"}
     assert kinds - {"Rewind"} == every - spared and (spared or session.nbytes > 0)

@@ -268,7 +268,8 @@ def test_resegmenters_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_omnisteval_resegments_and_knows_longyaal() -> None:
-    pytest.importorskip("omnisteval", reason="needs the extra longform")
+    for name in ("omnisteval", "mosestokenizer"):
+        pytest.importorskip(name, reason="needs the extra longform")
     words, ends = ends_of("The house is big.", "Hello, my dear friend.", "What time is it?")
     starts = np.repeat([0.0, 3000.0, 6000.0], [4, 4, 4])
     spoken = Spoken(words, (starts + 1500).tolist(), [(end, 1.0) for end in ends], REFERENCES)

@@ -313,6 +313,7 @@ def test_case_08_every_command_runs(
     from simuleval.utils.agent import EVALUATION_SYSTEM_LIST
 
     from echostream import cli
+    from echostream.agent.__main__ import main as run_agent
 
     line = COMMANDS[number]
     for pattern, text in INSTEAD:
@@ -341,12 +342,13 @@ def test_case_08_every_command_runs(
         run_train(rest[script + 1 :], capsys)
     elif program == "python" and rest[0] == "scripts/train.py":
         run_train(rest[1:], capsys)
-    elif program == "python":
+    elif program == "python" and rest[0] != "-m":
         run_python(rest[0], rest[1:])
     elif program == "fairseq-generate":
         parse_fairseq("generate", rest)
         stand_in(sandbox, rest)
-    elif program == "simuleval":
+    elif program == "simuleval" or words[:3] == ["python", "-m", "echostream.agent"]:
+        rest = rest if program == "simuleval" else rest[2:]
         if "--source" in rest:
             from echostream.data.manifest import read_manifest
 
@@ -354,7 +356,7 @@ def test_case_08_every_command_runs(
             (sandbox / "wavs.txt").write_text(f"data/es-en/{row.audio}\n")
             (sandbox / "references.txt").write_text(f"{row.tgt_text}\n")
         EVALUATION_SYSTEM_LIST.clear()
-        call(simuleval.main, program, rest)
+        call(simuleval.main if program == "simuleval" else run_agent, program, rest)
         EVALUATION_SYSTEM_LIST.clear()
     else:
         pytest.fail(f"nothing here knows how to run {program!r}")

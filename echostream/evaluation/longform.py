@@ -357,7 +357,8 @@ def choose_resegmenter(name: str) -> str:
         EchoStreamError: there is no such resegmenter.
     """
     if name == "auto":
-        return RESEGMENTERS[importlib.util.find_spec("omnisteval") is None]
+        there = all(importlib.util.find_spec(name) for name in ("omnisteval", "mosestokenizer"))
+        return RESEGMENTERS[not there]
     if name not in RESEGMENTERS:
         raise EchoStreamError(f"resegmenter {name!r} is unknown; choose auto, {' or '.join(RESEGMENTERS)}")
     return name
