@@ -60,7 +60,7 @@ FLAGS = {
     "--target-code-size": "num_units in config.yaml (import: --num-units)",
     "--vocoder": "leave it out: voices belong to a checkpoint directory (scripts/export_checkpoint.py --vocoder)",
     "--rdrop-alpha": "not here: no R-Drop",
-    "--share-decoder-input-output-embed": "leave it out: embeddings are always shared",
+    "--share-decoder-input-output-embed": "leave it out: shared in --mt-decoder-form whisper alone",
     "--encoder-layers": "the same, of Emformer layers", "--encoder-embed-dim": "the same",
     "--encoder-ffn-embed-dim": "the same", "--encoder-attention-heads": "the same",
     "--translation-decoder-layers": "--mt-decoder-layers",
