@@ -25,8 +25,9 @@ $(VENV)/.installed: setup.py
 # torch first and alone: an unpinned torch, asked for by another package, may bring gigabytes of another build.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,demo,test]'
-# Only its client is tested against; its server's torch, librosa and numba stay out.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps simulstream==1.0.0
+# What these two ask for besides: another torch, numba, which no test runs, and a tokenizer that is no wheel.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		simulstream==1.0.0 librosa==0.11.0 lazy_loader==0.6 pycountry 'OmniSTEval>=0.1.10,<0.2'
 	@touch $@
 
 demo: $(VENV)/.installed

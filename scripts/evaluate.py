@@ -36,11 +36,12 @@ from echostream.data.manifest import RECORDING, read_manifest  # noqa: E402
 from echostream.errors import EchoStreamError, MissingExtraError, require  # noqa: E402
 from echostream.evaluation import longform, no_speech, quality, run, sweep  # noqa: E402
 from echostream.evaluation.asr import RECOGNISERS, Recogniser, load_recogniser  # noqa: E402
-from echostream.evaluation.streams import stream  # noqa: E402
+from echostream.evaluation.streams import stream, stream_live  # noqa: E402
 from echostream.evaluation.systems import keep_heard, read_results, read_systems  # noqa: E402
 from echostream.evaluation.table import markdown  # noqa: E402
 from echostream.files import keep_apart, run_command, write_json, write_text  # noqa: E402
 from echostream.loading import read_mapping  # noqa: E402
+from echostream.output.words import WordTimes  # noqa: E402
 from echostream.streaming.options import (  # noqa: E402
     add_beam_argument,
     add_chunk_argument,
@@ -122,6 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     add_policy_arguments(long)
     add_segmenter_arguments(long)
     add_batch(long)
+    long.add_argument("--speech", action="store_true", help="speak too: latencies of what is heard (takes longer)")
+    long.add_argument(
+        "--computation-aware", action="store_true",
+        help="measure computing times too: one talk at a time, in real chunks; let nothing else run",
+    )  # fmt: skip
     long.add_argument("--resegmenter", choices=("auto", *longform.RESEGMENTERS), default="auto")
     long.add_argument(
         "--tolerance-words", type=float, default=longform.TOLERANCE_WORDS, metavar="N",
@@ -131,7 +137,9 @@ def main(argv: list[str] | None = None) -> None:
         "--tolerance-s", type=float, default=longform.TOLERANCE_S, metavar="S",
         help="or, by the clock, so many seconds (default: %(default)s)",
     )  # fmt: skip
-    long.add_argument("--output", type=Path, required=True, help="a file a talk; longform.json, hypothesis.jsonl")
+    long.add_argument(
+        "--output", type=Path, required=True, help="a file a talk; longform.json, hypothesis.jsonl (and -speech)"
+    )
 
     cascading = commands.add_parser("cascade", help="Whisper's translation, spoken by the target voice: a baseline")
     cascading.add_argument("--manifest", type=Path, required=True)
@@ -359,7 +367,10 @@ def longform_table(args: argparse.Namespace) -> None:
     talks = longform.read_talks(args.talks)[: args.limit]
     bundle = load(args)
     resegmenter = longform.choose_resegmenter(args.resegmenter)
-    options = {"speech": False, **session_options(args, bundle)}
+    if args.speech and bundle.vocoder is None:
+        raise EchoStreamError(f"{args.checkpoint_dir} has no vocoder; leave --speech out")
+    chosen = session_options(args, bundle)
+    options, silent = {"speech": args.speech, **chosen}, {"speech": False, **chosen}
 
     def file_of(talk: longform.Talk) -> tuple[Path, dict[str, Any]]:
         of = {
@@ -367,6 +378,8 @@ def longform_table(args: argparse.Namespace) -> None:
             "data": sweep.fingerprint([talk.path.name], talk.references),
             "options": {name: repr(getattr(value, "name", value)) for name, value in options.items()},
         }
+        if args.computation_aware:
+            of["computation_aware"] = True
         return args.output / "talks" / f"{talk.path.stem}.json", of
 
     missing = [talk for talk in talks if sweep.read_result(*file_of(talk)) is None]
@@ -375,26 +388,38 @@ def longform_table(args: argparse.Namespace) -> None:
         for start in range(0, len(missing), args.batch):
             group = missing[start : start + args.batch]
             recordings = [load_audio(talk.path) for talk in group]
-            for talk, samples, whole in zip(group, recordings, stream(bundle, recordings, options, args.batch, bar)):
+            if args.computation_aware:
+                whole = (stream_live(bundle, samples, options, bar) for samples in recordings)
+            else:
+                whole = ((found, None) for found in stream(bundle, recordings, options, args.batch, bar))
+            for talk, samples, (plain, aware) in zip(group, recordings, whole):
                 sentences = (longform.cut(samples, segment) for segment in talk.segments)
-                alone = [s.text for s in stream(bundle, sentences, options, args.batch, bar)]
+                alone = [s.text for s in stream(bundle, sentences, silent, args.batch, bar)]
                 path, of = file_of(talk)
-                words, delays = [w.text for w in whole.words], [1000 * w.seconds for w in whole.words]
-                spoken = asdict(longform.Spoken(words, delays, whole.ends, alone))
-                sweep.write_result(path, {"of": of, "source_length": 1000 * whole.seconds, "spoken": spoken})
+                spoken = longform.Spoken(
+                    [w.text for w in plain.words], milliseconds(plain.written), plain.ends, alone,
+                    heard=milliseconds(plain.heard), elapsed=milliseconds(aware and aware.written),
+                    heard_elapsed=milliseconds(aware and aware.heard),
+                )  # fmt: skip
+                result = {"of": of, "source_length": 1000 * plain.seconds, "spoken": asdict(spoken)}
+                sweep.write_result(path, result)
     results = [sweep.read_result(*file_of(talk)) for talk in talks]
     # SimulEval's layout, so that `omnisteval longform` can score the same talks by itself.
-    lines = [
-        {
-            "source": talk.path.name,
-            "prediction": " ".join(result["spoken"]["words"]),
-            "delays": result["spoken"]["delays"],
-            "source_length": result["source_length"],
-        }
-        for talk, result in zip(talks, results)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text(args.output / "hypothesis.jsonl", text)
+    for name, plain, aware in (("", "delays", "elapsed"), ("-speech", "heard", "heard_elapsed")):
+        lines = [
+            {
+                "source": talk.path.name,
+                "prediction": " ".join(result["spoken"]["words"]),
+                "delays": result["spoken"][plain],
+                **({"elapsed": result["spoken"][aware]} if args.computation_aware else {}),
+                "source_length": result["source_length"],
+            }
+            for talk, result in zip(talks, results)
+            if result["spoken"].get(plain) is not None
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if text:
+            write_text(args.output / f"hypothesis{name}.jsonl", text)
     figures = longform.score(
         talks,
         [longform.Spoken(**result["spoken"]) for result in results],
@@ -407,6 +432,10 @@ def longform_table(args: argparse.Namespace) -> None:
     write_json(args.output / "longform.json", figures)
     rows = [[name, f"{value:.3f}" if isinstance(value, float) else str(value)] for name, value in figures.items()]
     print(markdown(["measure", "value"], rows))
+
+
+def milliseconds(words: WordTimes | None) -> list[float] | None:
+    return None if words is None else [1000 * word.seconds for word in words.words]
 
 
 def cascade_results(args: argparse.Namespace) -> None:

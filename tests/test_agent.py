@@ -18,6 +18,7 @@ pytest.importorskip("simuleval")
 from simuleval.data.segments import SpeechSegment  # noqa: E402
 from simuleval.utils.agent import EVALUATION_SYSTEM_LIST  # noqa: E402
 
+import echostream.agent  # noqa: E402
 from agent import echostream_agent as agents  # noqa: E402
 from agent.echostream_agent import EchoStreamAgent  # noqa: E402
 from echostream.audio.io import read_audio, write_audio  # noqa: E402
@@ -28,7 +29,6 @@ from echostream.evaluation.quality import word_error_rate  # noqa: E402
 from echostream.streaming import SentenceEnd, SourceText, StreamingSession, TargetText  # noqa: E402
 from tests.evaluate_script import evaluate  # noqa: E402
 
-EVALUATION_SYSTEM_LIST.clear()  # importing the agent announced it to SimulEval
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -214,7 +214,8 @@ def test_a_transcript_does_not_wait_for_the_translation(tiny_bundle: Path) -> No
 
 def test_a_model_without_a_voice_still_writes(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
     bundle = load_bundle(tiny_bundle)
-    mute = save_bundle(tmp_path / "mute", bundle.model.state_dict(), bundle.config, tiny_data)
+    quiet = {"speech_gate": False}  # nobody speaks in what the tests make
+    mute = save_bundle(tmp_path / "mute", bundle.model.state_dict(), bundle.config, tiny_data, policy=quiet)
     with pytest.raises(SystemExit, match="no vocoder.*--output-type text"):
         make_agent(mute)
     assert summary(translate(make_agent(mute, "--output-type", "text"), speech(1.0, 16000), 16000, 320))[0].strip()
@@ -238,10 +239,10 @@ def test_mistakes_are_one_line(tiny_bundle: Path, options: list[str], message: s
     assert str(caught.value).startswith("error: ") and "\n" not in str(caught.value)
 
 
-def simuleval(*arguments: object) -> subprocess.CompletedProcess:
+def simuleval(*arguments: object, module: str = "simuleval.cli", cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "simuleval.cli", *map(str, arguments)],
-        cwd=ROOT,
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -260,7 +261,7 @@ def two_recordings(folder: Path) -> list[object]:
     ("output", "chosen", "quality"),
     [
         pytest.param("text", ["--output-type", "text", "--policy", "alignatt"], "BLEU", id="text"),
-        pytest.param("source", ["--agent-class", "agent.echostream_agent.EchoStreamSourceAgent"], "WER", id="source"),
+        pytest.param("source", ["--agent-class", "echostream.agent.EchoStreamSourceAgent"], "WER", id="source"),
         pytest.param("both", ["--output-type", "both", "--user-dir", "agent"], "BLEU", id="both"),
     ],
 )
@@ -274,7 +275,9 @@ def test_other_outputs_through_simuleval(
     agent = [] if "--agent-class" in chosen else ["--agent", "agent/echostream_agent.py"]
     metrics = ["--quality-metrics", quality, "--latency-metrics", *latencies, "--computation-aware"]
     out = tmp_path / "out"
-    done = simuleval(*agent, *chosen, "--checkpoint-dir", tiny_bundle, *lists, "--output", out, *metrics)
+    # A class needs no file of the checkout.
+    there = ROOT if agent else tmp_path
+    done = simuleval(*agent, *chosen, "--checkpoint-dir", tiny_bundle, *lists, "--output", out, *metrics, cwd=there)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (out / "instances.log").read_text().splitlines()]
     assert len(lines) == 2
@@ -294,7 +297,7 @@ def test_other_outputs_through_simuleval(
     assert set(scores) == {quality, *latencies, *(f"{name}_CA" for name in latencies)}
     assert float(scores["StartOffset"]) <= 1300
     again = ["--quality-metrics", quality, "--latency-metrics", latencies[-1]]
-    scored = simuleval("--user-dir", "agent", "--score-only", "--output", out, *again)
+    scored = simuleval("--score-only", "--output", out, *again, module="echostream.agent", cwd=tmp_path)
     assert scored.returncode == 0, scored.stderr
     assert [float(v) for v in scored.stdout.split()[-2:]] == [float(scores[n]) for n in (quality, latencies[-1])]
 
@@ -319,6 +322,27 @@ def test_evaluate_simul_takes_transcripts_from_the_manifest(tiny_bundle: Path, t
         word_error_rate([line["text"] for line in lines], [row.src_text for row in rows], numbers=False)
     )
     assert "BLEU" not in figures and f"{figures['WER']:.2f}" in done.stdout
+
+
+@pytest.mark.parametrize("where", ["echostream.agent", "agent.echostream_agent"])
+def test_simuleval_finds_agents_by_their_classes(
+    where: str, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path
+) -> None:
+    """Of the package, without ``--user-dir``; of the checkout's file; and ``--agent`` with ``--agent-class``."""
+    from simuleval.utils.agent import get_agent_class
+
+    monkeypatch.chdir(ROOT)
+    for name in echostream.agent.AGENTS:
+        for more in ([], ["--agent", "agent/echostream_agent.py"]):
+            monkeypatch.setattr("sys.argv", ["simuleval", "--agent-class", f"{where}.{name}", *more])
+            EVALUATION_SYSTEM_LIST.clear()
+            assert get_agent_class() is getattr(agents, name)
+    monkeypatch.setattr("sys.argv", ["simuleval", "--agent", "agent/echostream_agent.py"])
+    EVALUATION_SYSTEM_LIST.clear()
+    assert get_agent_class() is EchoStreamAgent
+    EVALUATION_SYSTEM_LIST.clear()
+    with pytest.raises(AttributeError, match="EchoStreamBus"):
+        echostream.agent.EchoStreamBus
 
 
 def test_command_line_and_score_only(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def make(unit_input: str):
 @pytest.mark.parametrize("unit_input", SIZES)
 def test_the_session_says_what_the_script_says(unit_input):
     bundle, script, backend = make(unit_input)
-    session, sound = StreamingSession(bundle, backend=backend), stream.Sound()
+    session, sound = StreamingSession(bundle, backend=backend, speech_gate=False), stream.Sound()
     events = [event for i in range(4 * CHUNKS + 1) for event in session.push(sound.chunk(i))]
     ends = [event for event in events if isinstance(event, SentenceEnd)]
     heard = [token for event in events if isinstance(event, SourceText) for token in event.tokens]
@@ -57,10 +57,10 @@ def test_every_sentence_costs_the_same(unit_input, tmp_path):
     bundle, _, backend = make(unit_input)
     with stream.clock_for("cpu") as clock:
         watch = stream.Stopwatch(bundle.model, clock)
-        session = StreamingSession(bundle, backend=backend)
+        session = StreamingSession(bundle, backend=backend, speech_gate=False)
         report, marks = stream.feed(session, watch, {3 * CHUNKS: 7.68, 5 * CHUNKS: 12.8}, CHUNKS, tmp_path)
         assert [mark.chunk for mark in marks] == [3 * CHUNKS, 5 * CHUNKS] and report["sentences"] == 4
-        sessions = [StreamingSession(bundle, backend=backend) for _ in marks]
+        sessions = [StreamingSession(bundle, backend=backend, speech_gate=False) for _ in marks]
         times = stream.take_turns(sessions, marks, CHUNKS, watch)
     early, late = (stream.count_operations(session, mark, CHUNKS, tmp_path / "count.npz") for mark in marks)
     assert early == late and min(early["flops"]) > 1e5 and len(set(early["state_bytes"])) == 1
@@ -73,7 +73,7 @@ def test_every_sentence_costs_the_same(unit_input, tmp_path):
 
 def test_sessions_of_different_ages_in_a_batch_follow_the_script():
     bundle, script, backend = make("mt")
-    batch, sound, events = SessionBatch(bundle, capacity=2, backend=backend), stream.Sound(), {}
+    batch, sound, events = SessionBatch(bundle, capacity=2, backend=backend, speech_gate=False), stream.Sound(), {}
     ages = {batch.join(): 0}
     for i in range(2 * CHUNKS + 2):
         if i == 3:
@@ -113,7 +113,7 @@ def test_an_exported_session_says_what_the_script_says(tmp_path):
     backend = partial(stream.ScriptedStages, script=script, backend=backend_of(bundle))
     with stream.clock_for("cpu") as clock:
         watch = stream.Stopwatch(bundle.model, clock)
-        session, sound = StreamingSession(bundle, backend=backend), stream.Sound()
+        session, sound = StreamingSession(bundle, backend=backend, speech_gate=False), stream.Sound()
         pushed = [watch.push(session, sound.chunk(i)) for i in range(2 * CHUNKS + 1)]
     ends = [event for events, _ in pushed for event in events if isinstance(event, SentenceEnd)]
     assert [end.tokens for end in ends] == [script.tokens] * 2

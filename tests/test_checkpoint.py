@@ -31,7 +31,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 def test_bundle_comes_back(tiny_bundle: Path) -> None:
     bundle = load_bundle(tiny_bundle)
     assert (bundle.source_lang, bundle.target_lang, bundle.unit_count) == ("es", "en", NUM_UNITS)
-    assert len(bundle.source_dict) == PIECES + 1 and bundle.policy == {"chunk_ms": 320}
+    assert len(bundle.source_dict) == PIECES + 1 and bundle.policy == {"chunk_ms": 320, "speech_gate": False}
     assert not bundle.model.training and next(bundle.model.parameters()).dtype == torch.float32
     assert bundle.vocoder is not None and len(bundle.digest) == 64
     stored = torch.load(tiny_bundle / "model.pt", weights_only=True)["model"]

@@ -197,6 +197,66 @@ def test_score_of_a_perfect_talk() -> None:
     assert (figures["sentences"], figures["sentences_found"], figures["resegmenter"]) == (3, 3, "levenshtein")
 
 
+def test_latencies_of_computing_and_of_speech() -> None:
+    """All text 1 s after its sentence began, computed in 0.2 s more; heard a second after that, the last one two."""
+    words, ends = ends_of(*REFERENCES)
+    starts = np.repeat([0.0, 3000.0, 6000.0], [4, 3, 5])
+    heard = starts + 2000 + 1000 * (np.arange(12) == 11)
+    said = dict(words=words, delays=(starts + 1000).tolist(), ends=[(end, 1.0) for end in ends], isolated=REFERENCES)
+    times = dict(heard=heard.tolist(), elapsed=(starts + 1200).tolist(), heard_elapsed=(heard + 200).tolist())
+    figures = longform.score([TALK], [Spoken(**said, **times)], "levenshtein")
+    plain = longform.score([TALK], [Spoken(**said)], "levenshtein")
+    assert not any("speech" in name or name.endswith("_CA") for name in plain)
+    assert {name: figures[name] for name in plain} == plain
+    assert figures["StreamLAAL_CA"] == pytest.approx(figures["StreamLAAL"] + 200)
+    assert figures["StreamLAAL_speech"] > figures["StreamLAAL"] + 900
+    assert "StreamLAAL_speech_CA" in figures
+    assert figures["speech_behind"] == pytest.approx(1000 + 1000 / 12) and figures["speech_behind_end"] == 2000
+
+
+def test_speech_that_is_longer_than_its_source_falls_behind() -> None:
+    from echostream.output.words import HeardWords
+    from echostream.streaming import SentenceEnd, TargetText, TargetUnits, Waveform
+    from echostream.text import Vocabulary
+
+    vocabulary = Vocabulary(["▁no", "▁hello", "▁wor", "ld", "."])
+    first = len(vocabulary) - 5
+    clock = HeardWords(vocabulary, units_read_text=False)
+
+    def say(now: float, seconds: float, *tokens: int) -> None:
+        common = dict(sentence=0, source_time_s=now)
+        text = dict(frames=(0,) * len(tokens), text="", sentence_text="")
+        clock.take(TargetText(tokens=tuple(first + token for token in tokens), **text, **common))
+        clock.take(TargetUnits(units=(1,), frames=1, inputs=0, **common))
+        clock.take(Waveform(samples=np.zeros(round(1000 * seconds), np.float32), sample_rate=1000, **common))
+
+    say(1.0, 3.0, 1, 2)  # hello wor: 5 and 3 letters from 1 to 4 s
+    assert [word.seconds for word in clock.words] == pytest.approx([1 + 3 * 5 / 8, 4])
+    say(2.0, 1.0, 3, 4)  # ld. begins when there is silence, at 4 s
+    assert [(word.text, word.seconds) for word in clock.words][1] == ("world.", pytest.approx(5))
+    say(9.0, 1.0, 0)  # the player has waited
+    clock.take(SentenceEnd(
+        sentence=0, source_time_s=9.5, reason="finish", source_text="", text="", tokens=(), frames=(), units=(),
+        waveform=np.zeros(0, np.float32), sample_rate=1000, start_s=0, end_s=9, first_heard_s=0, last_heard_s=9,
+        lag=None,
+    ))  # fmt: skip
+    assert [word.seconds for word in clock.words] == pytest.approx([2.875, 5, 10]) and clock.free == 10
+
+
+def test_longyaal_is_what_its_definition_gives() -> None:
+    """By OmniSTEval without a tokenizer: the mean over sentences of delays less an even speaker's."""
+    pytest.importorskip("omnisteval", reason="needs the extra longform")
+    references = ["The house is big", "Hello friend"]
+    talk = Talk(Path("talk.wav"), tuple(Segment(3.0 * i, 2.0, text) for i, text in enumerate(references)))
+    delays = [1000.0, 1500, 1500, 2000, 4000, 4000]
+    aligned, figures = longform.resegment_softly(
+        [talk], [" ".join(references).split()], [delays], "", [[time + 100 for time in delays]]
+    )
+    assert [part.text for part in aligned[0]] == references and aligned[0][1].elapsed == (1100, 1100)
+    by_hand = (np.mean([1000, 1000, 500, 500]) + np.mean([1000, 0])) / 2
+    assert figures == pytest.approx({"LongYAAL": by_hand, "LongYAAL_CA": by_hand + 100})
+
+
 def test_resegmenters_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EchoStreamError, match="'ruler' is unknown"):
         longform.choose_resegmenter("ruler")
@@ -241,6 +301,17 @@ def test_command_line(rows: tuple[Path, list[Utterance]], tiny_bundle: Path, tmp
     for line in lines:
         assert len(line["delays"]) == len(line["prediction"].split()) > 0
         assert line["delays"] == sorted(line["delays"]) and line["delays"][-1] <= line["source_length"]
+    # The same, spoken and by the clock of this machine.
+    live = [*command[:-1], tmp_path / "live", "--speech", "--computation-aware", "--resegmenter", "levenshtein"]
+    done = evaluate(*live)
+    assert done.returncode == 0, done.stderr
+    timed = json.loads((tmp_path / "live" / "longform.json").read_text())
+    assert timed["BLEU"] == figures["BLEU"] and timed["StreamLAAL"] == pytest.approx(figures["StreamLAAL"])
+    assert timed["StreamLAAL_CA"] > timed["StreamLAAL"] and timed["StreamLAAL_speech_CA"] > timed["StreamLAAL_speech"]
+    assert "StreamLAAL_speech_CA" in done.stdout and timed["speech_behind"] > 0
+    for name in ("hypothesis.jsonl", "hypothesis-speech.jsonl"):
+        for line in map(json.loads, (tmp_path / "live" / name).read_text().splitlines()):
+            assert all(np.array(line["elapsed"]) > line["delays"])
     # A talk that is there already is not translated again, and other options are not mixed in.
     kept = json.loads((out / "talks" / "talk00.json").read_text())
     kept["spoken"]["isolated"] = ["Sentence number one.", "kept"]

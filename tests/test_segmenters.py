@@ -240,7 +240,7 @@ def test_no_words_where_nobody_speaks(tmp_path):
     from tests.test_streaming import BUNDLES, speech, translate
 
     bundle, gated = BUNDLES["mt"], dict(segmenter="none", speech_gate=True, vad_model=write_vad(tmp_path / "vad.onnx"))
-    quiet, voice = sound((4.0, 0.002)), speech(4.0, seed=9)
+    quiet, voice = sound((4.0, 0.0002)), speech(4.0, seed=9)
     assert translate(bundle, quiet, segmenter="none") and translate(bundle, quiet, **gated) == []
     assert translate(bundle, voice, **gated) == translate(bundle, voice, segmenter="none")
     # Silence before and behind speech changes neither its first word nor its last.

@@ -314,9 +314,9 @@ def run(args: argparse.Namespace) -> dict:
         bundle = load(args.threads)
         backend = partial(ScriptedStages, script=script, backend=backend_of(bundle))
         watch = Stopwatch(bundle.model, clock)
-        session = StreamingSession(bundle, backend=backend)
+        session = StreamingSession(bundle, backend=backend, speech_gate=False)
         report["stream"], marks = feed(session, watch, times, per_sentence, Path(folder))
-        sessions = [StreamingSession(bundle, backend=backend) for _ in marks]
+        sessions = [StreamingSession(bundle, backend=backend, speech_gate=False) for _ in marks]
         rounds = [take_turns(sessions, marks, per_sentence, watch) for _ in trange(args.rounds, desc="rounds")]
         report["marks"] = [
             {
@@ -453,7 +453,7 @@ def run_batch(
     """Sessions of different ages in one batch, over one sentence: seconds to serve all of them a chunk."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    batch, sound = SessionBatch(bundle, capacity=rows, backend=backend), Sound()
+    batch, sound = SessionBatch(bundle, capacity=rows, backend=backend, speech_gate=False), Sound()
     ages: dict[int, int] = {}
     times = []
     for i in tqdm(range(2 * chunks), desc=f"{rows} sessions"):

@@ -87,7 +87,7 @@ def read_manifests(paths: Sequence[str | Path], need: Sequence[str] = COLUMNS) -
     manifests, seen = [], set()
     for path in paths:
         rows = []
-        for row, where in _read_rows(Path(path), need):
+        for row, where in table_rows(Path(path), need):
             utterance = _parse({**dict.fromkeys(COLUMNS, ""), **row}, where, need)
             if utterance.id in seen:
                 raise ManifestError(f"{where}: id {utterance.id!r} appears twice")
@@ -104,17 +104,17 @@ def read_text_pairs(path: str | Path) -> list[TextPair]:
         ManifestError: as ``read_manifest``.
     """
     pairs = []
-    for row, where in _read_rows(Path(path), TEXT_COLUMNS):
+    for row, where in table_rows(Path(path), TEXT_COLUMNS):
         for column in ("src_text", "tgt_text"):
             if not row[column].strip():
                 raise ManifestError(f"{where}: {column} is empty; leave such rows out when preparing the corpus")
-        units = _units(row["tgt_audio"], where) if row["tgt_audio"].strip() else np.zeros(0, dtype=np.int16)
+        units = parse_units(row["tgt_audio"], where) if row["tgt_audio"].strip() else np.zeros(0, dtype=np.int16)
         name = row.get("id") or str(len(pairs))
         pairs.append(TextPair(row["src_text"], row["tgt_text"], units, name, row.get("src_audio", "")))
     return pairs
 
 
-def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, str], str]]:
+def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, str], str]]:
     """Every row of a table by column, and where it stands."""
     lines = iter_lines(path, what="manifest")
     header = next(lines, "").split("\t")
@@ -175,14 +175,15 @@ def _parse(row: dict[str, str], where: str, need: Sequence[str]) -> Utterance:
     units = np.zeros(0, dtype=np.int16)
     if "tgt_audio" in need or row["tgt_audio"].strip():
         count = _whole(row["tgt_n_frames"], "tgt_n_frames", where)
-        units = _units(row["tgt_audio"], where)
+        units = parse_units(row["tgt_audio"], where)
     if count != len(units):
         raise ManifestError(f"{where}: tgt_n_frames is {count}, but tgt_audio lists {len(units)} units")
     extra = {name: value for name, value in row.items() if name not in COLUMNS}
     return Utterance(row["id"], row["src_audio"], n_frames, row["src_text"], row["tgt_text"], units, extra)
 
 
-def _units(value: str, where: str) -> np.ndarray:
+def parse_units(value: str, where: str) -> np.ndarray:
+    """A cell's units, int16 ``[U]``. Raises: ManifestError, naming the place ``where`` it stands."""
     try:
         units = np.array(value.split(), dtype=np.int16)
         valid = units.min() >= 0

@@ -69,10 +69,14 @@ class Talk:
 
 @dataclass(frozen=True)
 class Aligned:
-    """What a talk's words say of one reference sentence: their text, and their delays, ms from its start."""
+    """What a talk's words say of one reference sentence: their text, and their delays, ms from its start.
+
+    ``elapsed`` are the delays, computation-aware, where these were measured.
+    """
 
     text: str
     delays: tuple[float, ...]
+    elapsed: tuple[float, ...] = ()
 
 
 # ---- talks ---------------------------------------------------------------------------------------------------------
@@ -247,11 +251,14 @@ def f1(correct: int, found: int, true: int) -> dict[str, float]:
 # ---- resegmentation ------------------------------------------------------------------------------------------------
 
 
-def resegment(talk: Talk, words: Sequence[str], delays: Sequence[float]) -> list[Aligned]:
+def resegment(
+    talk: Talk, words: Sequence[str], delays: Sequence[float], elapsed: Sequence[float] = ()
+) -> list[Aligned]:
     """Cut a talk's words at the reference's sentences, by ``levenshtein``.
 
     Args:
         words, delays: the words, and when each was given out, ms from the talk's start.
+        elapsed: the delays, computation-aware.
     """
     counts = [len(reference.split()) for reference in talk.references]
     sentence_of = np.repeat(np.arange(len(counts)), counts)
@@ -262,23 +269,36 @@ def resegment(talk: Talk, words: Sequence[str], delays: Sequence[float]) -> list
             sentence = int(sentence_of[place])
         chosen[sentence].append(i)
     return [
-        Aligned(" ".join(words[i] for i in picked), tuple(delays[i] - 1000 * segment.offset for i in picked))
-        for picked, segment in zip(chosen, talk.segments, strict=True)
+        Aligned(
+            " ".join(words[i] for i in picked),
+            *(tuple(times[i] - 1000 * s.offset for i in picked if len(times)) for times in (delays, elapsed)),
+        )
+        for picked, s in zip(chosen, talk.segments, strict=True)
     ]
 
 
 def resegment_softly(
-    talks: Sequence[Talk], words: Sequence[Sequence[str]], delays: Sequence[Sequence[float]], lang: str
+    talks: Sequence[Talk],
+    words: Sequence[Sequence[str]],
+    delays: Sequence[Sequence[float]],
+    lang: str,
+    elapsed: Sequence[Sequence[float]] | None = None,
 ) -> tuple[list[list[Aligned]], dict[str, float]]:
     """The same by OmniSTEval 0.1.10, which also knows LongYAAL (Polák et al., 2025).
 
     Args:
-        lang: of the words, for Moses' tokenizer (it needs perl).
+        lang: of the words, for Moses' tokenizer (it needs perl); zh, ja and none have no need of it.
+        elapsed: the delays, computation-aware.
+
+    Returns:
+        What each reference sentence got, and ``LongYAAL``; with ``elapsed`` also ``LongYAAL_CA``.
 
     Raises:
         MissingExtraError: OmniSTEval is not installed.
     """
     omnisteval = require("omnisteval", "longform")
+    if lang and lang not in ("zh", "ja"):
+        require("mosestokenizer", "longform")
     segmentation, references, reference_words = [], [], []
     for talk in talks:
         end = 1000 * talk.seconds
@@ -292,14 +312,18 @@ def resegment_softly(
             segmentation.append(
                 {"offset": offset, "duration": 1000 * s.duration, "time_to_recording_end": end - offset}
             )
+    times = zip(words, delays, elapsed or [[None] * len(d) for d in delays], strict=True)
     spoken = [
-        [omnisteval.Word(word, emission_cu=delay) for word, delay in zip(*pair, strict=True)]
-        for pair in zip(words, delays, strict=True)
+        [omnisteval.Word(word, emission_cu=cu, emission_ca=ca) for word, cu, ca in zip(*talk, strict=True)]
+        for talk in times
     ]
     instances, _ = omnisteval.resegment(reference_words, spoken, segmentation, references, lang=lang or None)
-    found = iter(Aligned(i.prediction, tuple(i.emission_cu or ())) for i in instances)
+    found = iter(Aligned(i.prediction, tuple(i.emission_cu or ()), tuple(i.emission_ca or ())) for i in instances)
     aligned = [[next(found) for _ in talk.segments] for talk in talks]
-    return aligned, {"LongYAAL": omnisteval.YAALScorer(is_longform=True)(instances)}
+    figures = {"LongYAAL": omnisteval.YAALScorer(is_longform=True)(instances)}
+    if elapsed:
+        figures["LongYAAL_CA"] = omnisteval.YAALScorer(computation_aware=True, is_longform=True)(instances)
+    return aligned, figures
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -310,15 +334,20 @@ class Spoken:
     """What was made of a talk.
 
     Attributes:
-        words, delays: the words, and when each was given out, ms from the talk's start.
+        words, delays: the words, and when each was written, ms from the talk's start.
         ends: of each sentence the session ended: how many words there are up to there, and at what second it was heard.
         isolated: the translation of each sentence's recording alone.
+        heard: when a player of the speech had said each word, ms; without speech none.
+        elapsed, heard_elapsed: ``delays`` and ``heard``, computation-aware; none where that was not measured.
     """
 
     words: list[str]
     delays: list[float]
     ends: list[tuple[int, float]]
     isolated: list[str]
+    heard: list[float] | None = None
+    elapsed: list[float] | None = None
+    heard_elapsed: list[float] | None = None
 
 
 def choose_resegmenter(name: str) -> str:
@@ -350,20 +379,27 @@ def score(
         translation aligns badly, and a segmenter can hardly reach more. ``boundary_time_*``: by the clock, the time of
         a sentence's last CTC token against the end of its recording. ``BLEU``, ``isolated_BLEU``, and the first as a
         ``share`` of the second. ``StreamLAAL`` (Papi et al., 2024, arXiv 2406.06097), ms: LAAL of each reference
-        sentence with words, from its own start. With OmniSTEval ``LongYAAL``, ms.
+        sentence with words, from its own start. With OmniSTEval ``LongYAAL``, ms. Where it was measured these again
+        with ``_CA``, computation-aware, and with ``_speech``, of words heard; then also ``speech_behind``, ms that a
+        word is heard after it was written, and ``speech_behind_end``, the same of the last tenth of each talk, which
+        tells whether delay adds up.
 
     Raises:
         EchoStreamError: the resegmenter is unknown. MissingExtraError: it is not installed.
     """
     resegmenter = choose_resegmenter(resegmenter)
-    extra: dict[str, float] = {}
-    if resegmenter == "omnisteval":
-        aligned, extra = resegment_softly(talks, [s.words for s in spoken], [s.delays for s in spoken], lang)
-    else:
-        aligned = [resegment(talk, s.words, s.delays) for talk, s in zip(talks, spoken, strict=True)]
+    aligned, latencies = _latencies(talks, spoken, "delays", "elapsed", resegmenter, lang)
+    if all(s.heard is not None for s in spoken):
+        _, heard = _latencies(talks, spoken, "heard", "heard_elapsed", resegmenter, lang)
+        for name, value in heard.items():
+            measure, aware, _ = name.partition("_CA")
+            latencies[f"{measure}_speech{aware}"] = value
+        behind = [np.subtract(s.heard, s.delays) for s in spoken if s.words]
+        latencies["speech_behind"] = float(np.mean(np.concatenate(behind))) if behind else float("nan")
+        last = [lag[-max(1, len(lag) // 10) :] for lag in behind]
+        latencies["speech_behind_end"] = float(np.mean(np.concatenate(last))) if last else float("nan")
     totals = np.zeros((3, 3), dtype=np.int64)  # by words, by the clock, ceiling: right, found, true
-    lags = []
-    for talk, said, parts in zip(talks, spoken, aligned, strict=True):
+    for talk, said in zip(talks, spoken, strict=True):
         times = [segment.offset + segment.duration for segment in talk.segments[:-1]]
         heard = [(second, second) for end, second in said.ends if end < len(said.words)]
         alone = [text.split() for text in said.isolated]
@@ -372,10 +408,6 @@ def score(
             (matches(heard, times, tolerance_s), len(heard), len(times)),
             _ends_by_words(talk, sum(alone, []), np.cumsum([len(words) for words in alone]).tolist(), tolerance_words),
         )
-        for segment, part in zip(talk.segments, parts):
-            if part.delays and segment.duration > 0:
-                words = max(1, len(segment.reference.split()))
-                lags.append(length_adaptive_average_lagging(part.delays, 1000 * segment.duration, words))
     references = [reference for talk in talks for reference in talk.references]
     bleu = quality.bleu([part.text for parts in aligned for part in parts], references)
     isolated = quality.bleu([text for said in spoken for text in said.isolated], references)
@@ -389,10 +421,38 @@ def score(
         "BLEU": bleu,
         "isolated_BLEU": isolated,
         "share": bleu / isolated if isolated else float("nan"),
-        "StreamLAAL": float(np.mean(lags)) if lags else float("nan"),
-        **extra,
+        **latencies,
         "resegmenter": resegmenter,
     }
+
+
+def _latencies(
+    talks: Sequence[Talk], spoken: Sequence[Spoken], plain: str, aware: str, resegmenter: str, lang: str
+) -> tuple[list[list[Aligned]], dict[str, float]]:
+    """What each sentence got by the delays ``plain``, and its latencies; with ``_CA`` by ``aware``, if all have it."""
+    words, delays = [s.words for s in spoken], [getattr(s, plain) for s in spoken]
+    elapsed = [getattr(s, aware) for s in spoken]
+    measured = all(times is not None for times in elapsed)
+    extra: dict[str, float] = {}
+    if resegmenter == "omnisteval":
+        aligned, extra = resegment_softly(talks, words, delays, lang, elapsed if measured else None)
+    else:
+        given = zip(talks, words, delays, elapsed if measured else [()] * len(talks), strict=True)
+        aligned = [resegment(*said) for said in given]
+    figures = {"StreamLAAL": _stream_laal(talks, aligned, "delays")}
+    if measured:
+        figures["StreamLAAL_CA"] = _stream_laal(talks, aligned, "elapsed")
+    return aligned, figures | extra
+
+
+def _stream_laal(talks: Sequence[Talk], aligned: Sequence[Sequence[Aligned]], times: str) -> float:
+    lags = [
+        length_adaptive_average_lagging(given, 1000 * segment.duration, max(1, len(segment.reference.split())))
+        for talk, parts in zip(talks, aligned, strict=True)
+        for segment, part in zip(talk.segments, parts)
+        if (given := getattr(part, times)) and segment.duration > 0
+    ]
+    return float(np.mean(lags)) if lags else float("nan")
 
 
 def _ends_by_words(talk: Talk, words: Sequence[str], ends: Sequence[int], tolerance: float) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
 """SimulEval for speech and text output: instances, data loaders and scorers that replace those of SimulEval 1.1.4.
 
 ``register()`` puts them into SimulEval's registries under the names users know (BLEU, ASR_BLEU, AL, LAAL, StartOffset,
-EndOffset, ...), so that ``simuleval --agent agent/echostream_agent.py`` gets them without further flags; for
-``--score-only``, which never imports the agent, say ``--user-dir agent``. All of this is for simuleval 1.1.4, and an
-entry can go when the defect it names is gone:
+EndOffset, ...), so that ``simuleval --agent-class echostream.agent.EchoStreamAgent`` gets them without further flags;
+for ``--score-only``, which never imports the agent, say ``--user-dir agent``, or ``python -m echostream.agent`` for
+``simuleval``. All of this is for simuleval 1.1.4, and an entry can go when the defect it names is gone:
 
 * whole corpus as lists of Python floats, each file decoded three times → ``SpeechDataloader``, ``SpeechInstance``;
 * ``elapsed`` written empty, so that computation-aware scoring crashes → ``SpeechInstance.summarize``;
@@ -27,9 +27,9 @@ Log lines (``instances.log``) gain ``text`` (what was said), ``source_text`` (wh
 it was written), ``pieces`` (the text as it came, ``[text, delay, elapsed]``) and ``compute`` (ms). Where speech and
 text are both wanted, ``written`` and ``written_pieces`` have the words as text.
 
-SimulEval scores a finished run without importing anything of ours unless it is told ``--user-dir``, and would give
-other figures. Its ``config.yaml`` therefore names a source type that only ``register()`` knows (``SCORED_HERE``):
-without it ``--score-only`` ends with a KeyError that says what is missing.
+SimulEval scores a finished run without importing anything of ours unless it is told to, and would give other figures.
+Its ``config.yaml`` therefore names a source type that only ``register()`` knows (``SCORED_HERE``): without it
+``--score-only`` ends with a KeyError that says what is missing.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ from simuleval.evaluator.scorers.quality_scorer import (  # noqa: E402
 logger = logging.getLogger("echostream.evaluation")
 
 
-SCORED_HERE = "speech of EchoStream, which simuleval scores with --user-dir agent only"
+SCORED_HERE = "speech of EchoStream, which is scored by simuleval --user-dir agent, or python -m echostream.agent, only"
 
 
 class Samples(np.ndarray):

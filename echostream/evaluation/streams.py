@@ -6,16 +6,18 @@ SimulEval hears one recording at a time; sweeps and long talks need neither it n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echostream.constants import SAMPLE_RATE
-from echostream.output.words import TimedWord, WordTimes
+from echostream.output.words import HeardWords, TimedWord, WordTimes
 from echostream.streaming.batch import SessionBatch
 from echostream.streaming.events import Event, SentenceEnd, Waveform
+from echostream.streaming.session import StreamingSession
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -31,7 +33,8 @@ class Streamed:
 
     Attributes:
         seconds: length of the source.
-        written, spoken: its words, timed by when they were written, and by the speech that holds them (none without).
+        written, spoken, heard: its words, timed by when they were written, by when the speech that holds them came, and
+            by when a player has said them (none without speech).
         ends: of each sentence that has words, how many words there are up to its end, and when its last CTC token came
             (seconds of source).
         waves: speech, in pieces.
@@ -40,13 +43,25 @@ class Streamed:
     seconds: float
     written: WordTimes
     spoken: WordTimes | None
+    heard: HeardWords | None = None
     ends: list[tuple[int, float]] = field(default_factory=list)
     waves: list[Waveform] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, bundle: Bundle, samples: np.ndarray, speech: bool) -> Streamed:
+        """Nothing yet, of a recording [N] at 16 kHz."""
+        vocabulary, units_read_text = bundle.target_dict, bundle.config.units_read_text
+        written = WordTimes(vocabulary, False, units_read_text)
+        if not speech:
+            return cls(len(samples) / SAMPLE_RATE, written, None)
+        spoken = WordTimes(vocabulary, True, units_read_text)
+        return cls(len(samples) / SAMPLE_RATE, written, spoken, HeardWords(vocabulary, units_read_text))
+
     def take(self, event: Event) -> None:
         self.written.take(event)
-        if self.spoken is not None:
-            self.spoken.take(event)
+        for clock in (self.spoken, self.heard):
+            if clock is not None:
+                clock.take(event)
         if isinstance(event, Waveform):
             self.waves.append(event)
         elif isinstance(event, SentenceEnd):
@@ -85,14 +100,8 @@ def stream(
     sessions = SessionBatch(bundle, capacity=batch, **options)
     while chosen := list(islice(recordings, batch)):
         streams = {sessions.join(): samples for samples in chosen}
-        found = {}
-        for number, samples in streams.items():
-            clocks = [
-                WordTimes(bundle.target_dict, speech, bundle.config.units_read_text)
-                for speech in (False, True)
-            ]
-            spoken = clocks[1] if sessions.settings.speech else None
-            found[number] = Streamed(len(samples) / SAMPLE_RATE, clocks[0], spoken)
+        speech = sessions.settings.speech
+        found = {number: Streamed.of(bundle, samples, speech) for number, samples in streams.items()}
         for start in range(0, max(map(len, chosen)), BLOCK):
             parts = {n: samples[start : start + BLOCK] for n, samples in streams.items() if start < len(samples)}
             for number, events in sessions.push(parts).items():
@@ -105,3 +114,37 @@ def stream(
                 found[number].take(event)
             sessions.leave(number)
         yield from found.values()
+
+
+def stream_live(
+    bundle: Bundle, samples: np.ndarray, options: Mapping[str, Any], progress: tqdm | None = None
+) -> tuple[Streamed, Streamed]:
+    """Translate one recording chunk by chunk, and say by two clocks when everything came.
+
+    The second is computation-aware: a chunk is heard when it has been spoken and the one before it is done, and what it
+    brings comes when its computing, as this machine does it, has ended. Nothing else may run meanwhile.
+
+    Args:
+        samples: float32 [N] at 16 kHz.
+        options: of the session.
+        progress: told of every second of source heard.
+
+    Returns:
+        By the audio clock, and computation-aware; the second's ``ends`` and waves are the first's.
+    """
+    session = StreamingSession(bundle, **options)
+    plain, aware = (Streamed.of(bundle, samples, session.settings.speech) for _ in range(2))
+    size = session.settings.chunk_ms * SAMPLE_RATE // 1000
+    now = 0.0
+    for start in range(0, len(samples) + size, size):
+        part = samples[start : start + size]
+        begin = perf_counter()
+        events = session.push(part) if len(part) else session.finish()
+        now = max(now, min(start + size, len(samples)) / SAMPLE_RATE) + perf_counter() - begin
+        for event in events:
+            plain.take(event)
+            aware.take(replace(event, source_time_s=now))
+        if progress is not None:
+            progress.update(len(part) / SAMPLE_RATE)
+    aware.ends, aware.waves = plain.ends, plain.waves
+    return plain, aware

@@ -133,7 +133,8 @@ class SpeechGate(SegmenterBase):
         }
 
     def hear(self, samples: np.ndarray, memory: AudioMemory) -> AudioMemory:
-        probabilities, waiting, state = self.vad.read(memory["samples"], samples * np.float32(GAIN), memory["state"])
+        louder = np.clip(samples * np.float32(GAIN), -1.0, 1.0)  # the detector knows nothing beyond full scale
+        probabilities, waiting, state = self.vad.read(memory["samples"], louder, memory["state"])
         found = memory["speech"].tolist() + [int(p >= self.threshold) for p in probabilities]
         return {
             "state": state,

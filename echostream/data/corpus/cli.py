@@ -1,5 +1,5 @@
-"""Steps of ``scripts/prepare_corpus.py``: catalogues, text, speech, target, units, manifests, all, respeak, teach and
-recordings.
+"""Steps of ``scripts/prepare_corpus.py``: catalogues, text, speech, target, units, manifests, all, respeak, teach,
+recordings and import-streamspeech.
 
 Every step reads what the steps before it left in the output directory, does only what is missing, and notes its
 settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
@@ -27,6 +27,7 @@ from echostream.data.corpus import (
     recordings,
     sources,
     speech,
+    streamspeech,
     target_units,
     teach,
     tts,
@@ -40,7 +41,7 @@ from echostream.data.manifest import write_manifest as write_utterances
 from echostream.errors import ConfigError, ManifestError, require
 from echostream.evaluation.systems import read_results
 from echostream.files import keep_apart, run_command, write_json
-from echostream.streaming.pause import SileroVAD
+from echostream.streaming.silero import load_silero
 from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans
@@ -80,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     _teach_options(steps.add_parser("teach", help=text, description=text))
     text = "cut recordings that nobody has written down into pieces to train on with a teacher's frames"
     _recordings_options(steps.add_parser("recordings", help=text, description=text))
+    text = "make a data directory of StreamSpeech's, its features staying where they are"
+    _streamspeech_options(steps.add_parser("import-streamspeech", help=text, description=text))
     return parser
 
 
@@ -197,6 +200,31 @@ def _respeak_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", required=True, metavar="NAME", help="name of the new manifest")
 
 
+def _streamspeech_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="its data directory, such as fr-en/fbank2unit")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="our data directory")
+    parser.add_argument("--look-in", type=Path, nargs="*", default=[], metavar="DIR",
+                        help="where else its files may lie: configs/fr-en of its repository, the features' folder")
+    parser.add_argument("--source-lang", default="", metavar="CODE", help="default: by a folder's name (fr-en)")
+    parser.add_argument("--target-lang", default="", metavar="CODE")
+    parser.add_argument("--num-units", type=int, default=DEFAULT_UNITS, help="its --target-code-size")
+    parser.set_defaults(run=run_import_streamspeech)
+
+
+def run_import_streamspeech(args: argparse.Namespace) -> None:
+    if not args.directory.is_dir():
+        raise ManifestError(f"data directory {args.directory} does not exist")
+    keep_apart({"--output": args.output}, {"the data directory": args.directory})
+    pair = args.source_lang, args.target_lang
+    found = streamspeech.import_directory(args.directory, args.output, args.look_in, pair, args.num_units)
+    for name, count in found.rows.items():
+        left_out = ", ".join(f"{many} with {reason}" for reason, many in found.skipped[name].items())
+        print(f"{name}: {count} utterances" + (f"; left out: {left_out}" if left_out else ""))
+    for line in found.unused:
+        print(f"not used: {line}")
+    print(f"python scripts/train.py --config {args.output / 'train.yaml'} --save-dir ...")
+
+
 def run_catalogues(args: argparse.Namespace) -> None:
     counts = catalogues.write_pairs(
         args.output, args.directories, args.source_lang, args.target_lang, args.message_lang, args.exclude,
@@ -234,7 +262,7 @@ def _recordings_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longest", type=float, default=cut.longest, help="seconds of a piece at most")
     parser.add_argument("--pause-ms", type=int, default=cut.pause_ms, help="silence from which they may be cut")
     parser.add_argument("--threshold", type=float, default=cut.threshold, help="probability that counts as speech")
-    parser.add_argument("--vad-model", type=Path, help="silero_vad.onnx (default: of the package silero-vad)")
+    parser.add_argument("--vad-model", type=Path, help="silero_vad.onnx (default: the detector of the package)")
     parser.add_argument("--audio-format", choices=("wav", "flac"), default="wav")
     parser.add_argument("--num-shards", type=int, default=1, help="processes that share the work")
     parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
@@ -530,7 +558,7 @@ def run_recordings(args: argparse.Namespace) -> None:
     path = args.output / f"{args.manifest}.tsv"
     keep_apart({"the manifest": path}, {name: file for name, file in found.items()})
     counts = recordings.cut_recordings(
-        args.output, found, SileroVAD.load(args.vad_model), cut, f".{args.audio_format}", args.shard, args.num_shards,
+        args.output, found, load_silero(args.vad_model), cut, f".{args.audio_format}", args.shard, args.num_shards,
         progress_bar("recordings", unit="file"),
     )
     lines = Ledger(args.output / "recordings", "pieces", recordings.LEDGER_COLUMNS).read().values()

@@ -17,7 +17,8 @@ from echostream.constants import FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE
 from echostream.data.corpus.rows import Ledger, Skipped, take_shard
 from echostream.data.manifest import Utterance
 from echostream.errors import AudioError, ConfigError, ManifestError
-from echostream.streaming.pause import CONTEXT, HYSTERESIS, WINDOW, SileroVAD
+from echostream.streaming.pause import HYSTERESIS
+from echostream.streaming.silero import CONTEXT, WINDOW, Detector
 
 LEDGER_COLUMNS = ("id", "recording", "audio", "samples")
 MARGIN = SAMPLE_RATE // 10  # kept before and behind what the detector calls speech: it is late, and ends are soft
@@ -148,7 +149,7 @@ def _split(span: Span, probabilities: Sequence[float], cut: Cut) -> Iterable[Spa
 
 
 def cut_recordings(
-    output: Path, found: dict[str, Path], vad: SileroVAD, cut: Cut, suffix: str = ".wav", shard: int = 0,
+    output: Path, found: dict[str, Path], vad: Detector, cut: Cut, suffix: str = ".wav", shard: int = 0,
     num_shards: int = 1, progress: Callable[[Iterable], Iterable] = iter,
 ) -> Counter:  # fmt: skip
     """Write the pieces of the recordings ``found`` under ``output/recordings``; those in the ledger are done.
