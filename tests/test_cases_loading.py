@@ -643,13 +643,13 @@ import onnx
 from echostream.export import directory
 from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS
 
-source, exported, folder = sys.argv[1:4]
+source, exported, folder, traced = sys.argv[1:5]
 names = (*TEXT_GRAPHS, *SPEECH_GRAPHS, *VOICE_GRAPHS)
-graphs = {name: onnx.load(f"{exported}/{name}.onnx") for name in names}  # for tracing takes seconds
+graphs = {name: onnx.load(f"{traced}/{name}.onnx") for name in names}  # for tracing takes seconds
 directory.make_graphs = lambda model, vocoder: graphs
 directory.compare = lambda bundle, exported: {}
 events = "open os.mkdir os.rename os.remove os.rmdir shutil.rmtree shutil.copyfile ctypes.dlopen".split()
-for point in map(int, sys.argv[4:]):
+for point in map(int, sys.argv[5:]):
     out = f"{folder}/{point}"
     shutil.copytree(exported, out)
     if (pid := os.fork()) == 0:
@@ -669,11 +669,20 @@ for point in map(int, sys.argv[4:]):
 """
 
 
-def test_17_kill_during_export(tiny_bundle: Path, exported: Path, tmp_path: Path) -> None:
+def test_17_kill_during_export(
+    tiny_bundle: Path, exported: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Wherever in its writing the process is killed, the directory is the old export or the new one."""
+    import onnx
+
+    from echostream.export.directory import make_graphs
+
+    source, traced = load_bundle(tiny_bundle), tmp_path_factory.mktemp("traced")
+    for name, graph in make_graphs(source.model, source.vocoder).items():
+        onnx.save(graph, traced / f"{name}.onnx")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     points = [*range(0, 40, 5), 10_000]
-    command = [sys.executable, "-c", EXPORTS_THAT_DIE, str(tiny_bundle), str(exported), str(tmp_path)]
+    command = [sys.executable, "-c", EXPORTS_THAT_DIE, str(tiny_bundle), str(exported), str(tmp_path), str(traced)]
     command += map(str, points)
     said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True).stdout
     ends = dict(map(int, line.split()) for line in said.splitlines())
