@@ -30,7 +30,9 @@ pytest.importorskip("simuleval")
 
 from tests.test_catalogues import write_mo  # noqa: E402
 from tests.test_corpus import Tones, Whistler, pairs, tone  # noqa: E402
+from tests.test_streamspeech import write_streamspeech  # noqa: E402
 from tests.test_whisper_init import write_tiny_whisper  # noqa: E402
+from tests.training_data import NUM_UNITS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NAVIGATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
@@ -55,6 +57,7 @@ BEHIND = {
     "prepare_corpus.py all .*--pairs": "--train-pairs 24 --dev-pairs 4 --features mfcc --num-units 20 --positions 0",
     "prepare_corpus.py all .*--cvss": "--features mfcc --num-units 20 --positions 0",
     "prepare_corpus.py text .*--train-only": "--vocab-size 40",
+    "import-streamspeech": f"--num-units {NUM_UNITS}",
     "train.py ": "--dry-run",
     "ablate.py ": "--dry-run",
     "unit_report.py ": "--limit 4",
@@ -153,6 +156,8 @@ def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     (common_voice / "validated.tsv").write_text("path\tsentence\n" + "".join(f"{c}\t{s}\n" for c, s, _ in rows))
     shutil.copytree(tiny_bundle, folder / "bundles" / "es-en")
     write_tiny_whisper(folder / "whisper")
+    write_streamspeech(folder / "cvss-c")
+    (folder / "StreamSpeech" / "configs" / "fr-en").mkdir(parents=True)
     (folder / "runs" / "vocoder").mkdir(parents=True)
     for name in ("vocoder.pt", "vocoder.json"):
         shutil.copy(tiny_bundle / name, folder / "runs" / "vocoder")

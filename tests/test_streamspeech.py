@@ -29,13 +29,17 @@ ELSEWHERE = "/data/somebody/cvss-c/fr-en"
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """``fr-en`` in StreamSpeech's layout.
+    return write_streamspeech(tmp_path)
+
+
+def write_streamspeech(folder: Path) -> Path:
+    """``fr-en`` in StreamSpeech's layout; returns its ``fbank2unit``.
 
     The target texts of ``dev`` are in the multitask table alone, cut into pieces; units are repeated; one row has no
     source text.
     """
-    ours = make_corpus(tmp_path / "ours")
-    base = tmp_path / "fr-en"
+    ours = make_corpus(folder / "ours")
+    base = folder / "fr-en"
     data = base / "fbank2unit"
     data.mkdir(parents=True)
     archive = zipfile.ZipFile(base / "fbank80.zip", "w", zipfile.ZIP_STORED)
