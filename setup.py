@@ -67,6 +67,8 @@ EXTRAS = {
     "onnx": ["onnxruntime>=1.23"],
     # echostream export
     "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"],
+    # echostream.from_pretrained("owner/model"); directories need nothing
+    "hub": ["huggingface_hub>=0.20"],
     # m4a, WebM and all else that libsndfile does not read, where no ffmpeg is installed: a build of the program
     "formats": ["imageio-ffmpeg>=0.5"],
     # echostream serve, and echostream.client alone

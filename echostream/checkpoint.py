@@ -2,6 +2,9 @@
 
 A directory (a *bundle*) holds ``config.yaml``, ``model.pt`` (fp16 weights), the dictionaries and SentencePiece models,
 ``gcmvn.npz`` and, if it speaks, ``vocoder.pt`` with ``vocoder.json``. All weights are read with ``weights_only=True``.
+
+``echostream export`` makes of it the form that is shipped (``export.directory``): ``config.json``,
+``model.safetensors`` with every weight once, and graphs in ``onnx/``. It runs without torch, and with torch, too.
 """
 
 from __future__ import annotations
@@ -22,8 +25,20 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import CheckpointError, ConfigError, ManifestError, require
 from echostream.files import replacing_directory, write_text
-from echostream.loading import Rule, check, inside, pieces_of, read_subwords, read_yaml, shown
-from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS
+from echostream.loading import (
+    MAX_SETTINGS,
+    Rule,
+    check,
+    inside,
+    pieces_of,
+    read_json,
+    read_subwords,
+    read_text,
+    read_yaml,
+    shown,
+)
+from echostream.streaming.exported.model import GRAPHS_FOLDER, SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS
+from echostream.tensor_file import WEIGHTS, read_state
 from echostream.text import Vocabulary
 from echostream.weights import check_tensors, read_weights, uninitialised
 
@@ -35,7 +50,7 @@ if TYPE_CHECKING:
     from echostream.streaming.exported.model import ExportedModel, ExportedVoice
 
 FORMAT = "echostream/1"
-EXPORTED_FORMAT = "echostream-onnx/3"  # graphs in place of weights, written by ``echostream export``
+EXPORTED_FORMAT = "echostream-onnx/4"  # weights in safetensors and graphs, written by ``echostream export``
 BACKENDS = ("torch", "onnx")
 FILES = {
     "model": "model.pt",
@@ -47,10 +62,12 @@ FILES = {
     "cmvn": "gcmvn.npz",
     "vocoder": "vocoder.pt",
     "vocoder_config": "vocoder.json",
+    "kmeans": "kmeans.npz",  # optional: units of further speech, so that the voice serves another pair
 }
 GRAPHS = (*TEXT_GRAPHS, *SPEECH_GRAPHS, *VOICE_GRAPHS)  # in the order in which an export's digest takes them
 CONFIG = "config.yaml"
 CARD = "MODEL_CARD.md"
+EXPORTED_CONFIG, EXPORTED_CARD = "config.json", "README.md"  # as on the Hugging Face hub
 MAX_STREAM_BYTES = 300_000_000  # of a stream's buffers and masks
 _SHA256, _LANGUAGE = Rule(str, 64, 64), Rule(str, 0, 35)
 _RULES = {
@@ -59,7 +76,8 @@ _RULES = {
     "model": Rule(dict, needed=True),
 }  # fmt: skip
 _EXPORTED_RULES = {
-    **_RULES, "precision": Rule(str, choices=("fp32", "int8"), needed=True), "vocoder": Rule(bool, needed=True),
+    **_RULES, "model_type": Rule(str, choices=("echostream",)),
+    "precision": Rule(str, choices=("fp32", "int8"), needed=True), "vocoder": Rule(bool, needed=True),
     "digest": Rule(str, 64, 64, needed=True), "exported_from": _SHA256, "parameters": Rule(dict, of=Rule(int, 0)),
 }  # fmt: skip
 COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")  # from the corpus as they are
@@ -80,7 +98,8 @@ class Bundle:
         vocoder: None for a bundle that only writes text and units.
         policy: the policy's defaults that were chosen for this model (``lagging_k1`` and so on).
         source_lang, target_lang: language codes.
-        digest: sha256 of ``model.pt`` (of all graphs), hexadecimal: names the weights a saved session belongs to.
+        digest: sha256 of ``model.pt`` (of ``model.safetensors`` and all graphs), hexadecimal: names the weights a saved
+            session belongs to.
     """
 
     directory: Path
@@ -104,7 +123,8 @@ def load_bundle(
 
     Args:
         device: where torch keeps the model; exported graphs run on the CPU.
-        backend: ``torch`` or ``onnx``, to refuse a directory of the other kind. Default: what the directory holds.
+        backend: ``torch`` or ``onnx``. Default: torch for a checkpoint, which has no graphs; onnx for an exported
+            directory, whose weights torch takes dequantised.
         threads: CPU threads that compute. Default: torch's own choice; 1 for exported graphs.
 
     Raises:
@@ -119,18 +139,17 @@ def load_bundle(
         raise CheckpointError(f"checkpoint directory {directory} does not exist")
     values = read_config(directory)
     exported = values["format"] == EXPORTED_FORMAT
-    if backend == "torch" and exported:
-        raise CheckpointError(f"{directory} holds exported graphs; they run on the backend onnx")
     if backend == "onnx" and not exported:
         raise CheckpointError(f"{directory} holds a torch model; first: echostream export {directory} -o DIRECTORY")
+    where = config_path(directory)
     try:
         config = EchoStreamConfig.from_dict(values["model"])
     except ConfigError as error:
-        raise ConfigError(f"{directory / CONFIG}: model: {error}") from None
+        raise ConfigError(f"{where}: model: {error}") from None
     size = config.stream_bytes
     if size > MAX_STREAM_BYTES:
         raise ConfigError(
-            f"{directory / CONFIG}: model: a stream of this model would take {size / 1e6:,.0f} MB, at most "
+            f"{where}: model: a stream of this model would take {size / 1e6:,.0f} MB, at most "
             f"{MAX_STREAM_BYTES / 1e6:.0f} are allowed; lower max_sentence_frames, max_target_tokens or the contexts"
         )
     paths = files_of(directory, values)
@@ -145,7 +164,7 @@ def load_bundle(
     check_subwords(paths["source_spm"], paths["source_dict"], source_dict)
     check_subwords(paths["target_spm"], paths["target_dict"], target_dict)
     cmvn = GlobalCMVN.load(paths["cmvn"])
-    load = _load_exported if exported else _load_torch
+    load = _load_torch if not exported else _load_dequantised if backend == "torch" else _load_exported
     model, vocoder, digest = load(directory, values, config, paths, device, threads)
     if vocoder is not None and vocoder.config.num_embeddings < config.num_units:
         raise CheckpointError(
@@ -170,25 +189,50 @@ def load_bundle(
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.yaml`` of a checkpoint directory, all that we know in it checked but the model's own values.
+    """The configuration of a directory, all that we know in it checked but the model's own values.
 
     Raises:
-        CheckpointError: it is missing, no YAML, of another format, or a value cannot be used.
+        CheckpointError: it is missing, cannot be read, is of another format, or a value cannot be used.
     """
     from echostream.streaming.resolve import check_preferences
 
-    path = directory / CONFIG
-    inside(directory, CONFIG, "configuration", CheckpointError)
-    values = read_yaml(path, "configuration", CheckpointError, f"; is {directory} a checkpoint directory?")
-    if values.get("format") not in (FORMAT, EXPORTED_FORMAT):
-        raise CheckpointError(
-            f"{path} is of format {shown(values.get('format'))}; this EchoStream reads {FORMAT!r} and "
-            f"{EXPORTED_FORMAT!r}"
-        )
-    check(values, _EXPORTED_RULES if values["format"] == EXPORTED_FORMAT else _RULES, str(path), CheckpointError)
+    path = config_path(directory)
+    inside(directory, path.name, "configuration", CheckpointError)
+    missing = f"; is {directory} a checkpoint directory?"
+    read = read_json if path.name == EXPORTED_CONFIG else read_yaml
+    values = read(path, "configuration", CheckpointError, missing)
+    wanted = EXPORTED_FORMAT if path.name == EXPORTED_CONFIG else FORMAT
+    if values.get("format") != wanted:
+        raise CheckpointError(f"{path} is of format {shown(values.get('format'))}; this EchoStream reads {wanted!r}")
+    check(values, _EXPORTED_RULES if wanted == EXPORTED_FORMAT else _RULES, str(path), CheckpointError)
     check(values.get("files") or {}, dict.fromkeys(FILES, Rule(str)), f"{path}: files", CheckpointError, others=False)
     values["policy"] = check_preferences(values.get("policy") or {}, f"{path}: policy")
     return values
+
+
+def config_path(directory: Path) -> Path:
+    """Where a directory's configuration lies: ``config.json`` of an exported one, ``config.yaml`` of a checkpoint.
+
+    Raises:
+        CheckpointError: both are there.
+    """
+    exported, own = directory / EXPORTED_CONFIG, directory / CONFIG
+    if exported.exists() and own.exists():
+        raise CheckpointError(f"{directory} holds {EXPORTED_CONFIG} and {CONFIG}; take away what is of another model")
+    return exported if exported.exists() else own
+
+
+def card_of(directory: Path) -> str:
+    """The text of a directory's model card, empty if it has none.
+
+    Raises:
+        CheckpointError: it leads out of the directory or is no text.
+    """
+    for name in (CARD, EXPORTED_CARD):
+        if (directory / name).exists() or (directory / name).is_symlink():
+            path = inside(directory, name, "model card", CheckpointError)
+            return read_text(path, "model card", CheckpointError, MAX_SETTINGS)
+    return ""
 
 
 def files_of(directory: Path, values: Mapping[str, Any]) -> dict[str, Path]:
@@ -198,7 +242,7 @@ def files_of(directory: Path, values: Mapping[str, Any]) -> dict[str, Path]:
         CheckpointError: one leads out of the directory, by its name or by a symbolic link.
     """
     names = {**FILES, **{key: name for key, name in (values.get("files") or {}).items() if name is not None}}
-    where = f"{directory / CONFIG}: files"
+    where = f"{config_path(directory)}: files"
     return {key: inside(directory, name, f"{where}.{key}", CheckpointError) for key, name in names.items()}
 
 
@@ -218,17 +262,18 @@ def sha256(*paths: Path) -> str:
 
 
 def check_digests(directory: Path, digests: Mapping[str, str]) -> None:
-    """Compare files with the sha256 that ``config.yaml`` gives of them.
+    """Compare files with the sha256 that the configuration gives of them.
 
     Raises:
         CheckpointError: a file is missing, or another.
     """
+    config = config_path(directory)
     for name, expected in digests.items():
-        found = sha256(inside(directory, name, f"{directory / CONFIG}: digests", CheckpointError))
+        found = sha256(inside(directory, name, f"{config}: digests", CheckpointError))
         if found != expected:
             raise CheckpointError(
-                f"{directory / name} is not the file that {CONFIG} names: its sha256 begins with {found[:12]}, not "
-                f"{shown(expected[:12])}; fetch or export it again"
+                f"{directory / name} is not the file that {config.name} names: its sha256 begins with {found[:12]}, "
+                f"not {shown(expected[:12])}; fetch or export it again"
             )
 
 
@@ -237,11 +282,7 @@ def _load_torch(
     threads: int | None,
 ) -> tuple[EchoStreamModel, CodeHiFiGAN | None, str]:  # fmt: skip
     """Model, vocoder and digest of a checkpoint directory."""
-    torch = require("torch", "simuleval")
-    from echostream.models.echostream_model import build_echostream_model, check_weights
-
-    if threads is not None:
-        torch.set_num_threads(threads)
+    require("torch", "simuleval")
     weights = read_weights(paths["model"])
     found = weights.get("format") if isinstance(weights, Mapping) else type(weights).__name__
     if not isinstance(weights, Mapping) or found != FORMAT or "model" not in weights:
@@ -250,6 +291,25 @@ def _load_torch(
             "make one with scripts/export_checkpoint.py"
         )
     state = check_tensors(weights["model"], str(paths["model"]))
+    model = _torch_model(config, state, paths["model"], device, threads)
+    vocoder = None
+    if paths["vocoder"].exists() or paths["vocoder_config"].exists():
+        from echostream.models.decoders.vocoder_checkpoint import load_vocoder
+
+        vocoder = load_vocoder(paths["vocoder"], paths["vocoder_config"], device).eval()
+    return model, vocoder, sha256(paths["model"])
+
+
+def _torch_model(
+    config: EchoStreamConfig, state: Mapping[str, torch.Tensor], path: Path, device: str, threads: int | None
+) -> EchoStreamModel:
+    """A model with these weights; ``path`` is where they come from."""
+    import torch
+
+    from echostream.models.echostream_model import build_echostream_model, check_weights
+
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         with uninitialised(shapes_only=True):  # a configuration of another size than the weights stops here
             check_weights(build_echostream_model(config).state_dict(), state)
@@ -257,15 +317,52 @@ def _load_torch(
             model = build_echostream_model(config)
         model.load_state_dict(state)
     except CheckpointError as error:
-        raise CheckpointError(f"{paths['model']}: {error}") from None
-    model = model.float().eval().to(_device(device))
+        raise CheckpointError(f"{path}: {error}") from None
+    return model.float().eval().to(_device(device))
 
+
+def _load_dequantised(
+    directory: Path, values: dict[str, Any], config: EchoStreamConfig, paths: dict[str, Path], device: str,
+    threads: int | None,
+) -> tuple[EchoStreamModel, CodeHiFiGAN | None, str]:  # fmt: skip
+    """The same of an exported directory, by torch."""
+    require("torch", "simuleval")
+    _check_model_digest(directory, values)
+    state = read_exported_state(directory)
+    own = {name: tensor for name, tensor in state.items() if not name.startswith("vocoder.")}
+    model = _torch_model(config, own, directory / WEIGHTS, device, threads)
     vocoder = None
-    if paths["vocoder"].exists() or paths["vocoder_config"].exists():
-        from echostream.models.decoders.vocoder_checkpoint import load_vocoder
+    if values["vocoder"]:
+        from echostream.models.decoders.vocoder_checkpoint import vocoder_of
+        from echostream.models.decoders.vocoder_config import VocoderConfig
 
-        vocoder = load_vocoder(paths["vocoder"], paths["vocoder_config"], device).eval()
-    return model, vocoder, sha256(paths["model"])
+        voice = {name.removeprefix("vocoder."): t for name, t in state.items() if name.startswith("vocoder.")}
+        shape = VocoderConfig.from_json(paths["vocoder_config"])
+        vocoder = vocoder_of(shape, voice, str(directory / WEIGHTS), str(paths["vocoder_config"]), device)
+    return model, vocoder, values["digest"]
+
+
+def read_exported_state(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights of an exported directory as torch tensors, in single precision; the vocoder's as ``vocoder.*``.
+
+    Raises:
+        CheckpointError: they are missing or cannot be used.
+    """
+    import torch
+
+    state = read_state(inside(directory, WEIGHTS, "weights", CheckpointError))
+    return {name: torch.from_numpy(array) for name, array in state.items()}
+
+
+def _check_model_digest(directory: Path, values: Mapping[str, Any]) -> None:
+    """Raises CheckpointError: weights or graphs are not those that the configuration names."""
+    graphs = GRAPHS if values["vocoder"] else (*TEXT_GRAPHS, *SPEECH_GRAPHS)
+    names = (WEIGHTS, *(f"{GRAPHS_FOLDER}/{name}.onnx" for name in graphs))
+    if sha256(*(inside(directory, name, "exported model", CheckpointError) for name in names)) != values["digest"]:
+        raise CheckpointError(
+            f"weights and graphs in {directory} are not those that its {EXPORTED_CONFIG} names (digest); export the "
+            "checkpoint again"
+        )
 
 
 def _load_exported(
@@ -281,12 +378,7 @@ def _load_exported(
     if device != "cpu":
         raise CheckpointError(f"exported graphs run on the CPU, not on {device!r}; leave the device out")
     voice = ExportedVoice(VocoderConfig.from_json(paths["vocoder_config"])) if values["vocoder"] else None
-    graphs = GRAPHS if voice is not None else (*TEXT_GRAPHS, *SPEECH_GRAPHS)
-    files = [inside(directory, f"{name}.onnx", "exported graph", CheckpointError) for name in graphs]
-    if sha256(*files) != values["digest"]:
-        raise CheckpointError(
-            f"the graphs in {directory} are not those that its {CONFIG} names (digest); export the checkpoint again"
-        )
+    _check_model_digest(directory, values)
     names = graph_names(config, voice.config if voice is not None else None)
     model = ExportedModel(directory, values["precision"], threads or 1, values.get("parameters") or {}, names)
     return model, voice, values["digest"]
@@ -320,11 +412,17 @@ def check_subwords(model: Path, dictionary: Path, vocabulary: Vocabulary) -> Non
 
 
 def read_fairseq_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], EchoStreamConfig | None]:
-    """Weights and, where the file tells it, configuration of a checkpoint written by fairseq-train.
+    """Weights and, where the file tells it, configuration of a checkpoint written by fairseq-train; or those of an
+    exported directory, dequantised.
 
     Raises:
-        CheckpointError: see ``read_weights``; or the file holds no ``model``.
+        CheckpointError: see ``read_weights`` and ``read_state``; or the file holds no ``model``.
     """
+    if Path(path).is_dir():
+        values = read_config(Path(path))
+        if values["format"] == EXPORTED_FORMAT:
+            return read_exported_state(Path(path)), EchoStreamConfig.from_dict(values["model"])
+        path = files_of(Path(path), values)["model"]
     checkpoint = read_weights(path)
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("model"), Mapping):
         raise CheckpointError(f"{path} is not a fairseq checkpoint: it has no 'model'")

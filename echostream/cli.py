@@ -175,9 +175,11 @@ def run_export(args: argparse.Namespace) -> int:
     )
     for stage, difference in differences.items():
         print(f"{stage:<14} differs from torch by {difference:.0e}{' in single precision' if args.int8 else ''}")
-    for path in sorted(directory.glob("*.onnx")):
-        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")
-    print(f"{sum(path.stat().st_size for path in directory.iterdir()) / 1e6:8.2f} MB  {directory}")
+    sizes = {path: path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()}
+    for path, size in sizes.items():
+        if path.suffix in (".onnx", ".safetensors"):
+            print(f"{size / 1e6:8.2f} MB  {path.relative_to(directory)}")
+    print(f"{sum(sizes.values()) / 1e6:8.2f} MB  {directory}")
     return 0
 
 
@@ -202,9 +204,9 @@ def checkpoint_directory(path: Path | None) -> Path:
     Raises:
         CheckpointError: there is no checkpoint.
     """
-    from echostream.checkpoint import DEFAULT_BUNDLE
+    from echostream.checkpoint import DEFAULT_BUNDLE, config_path
 
-    if path is None and not (DEFAULT_BUNDLE / "config.yaml").is_file():
+    if path is None and not config_path(DEFAULT_BUNDLE).is_file():
         raise CheckpointError(
             f"no model is shipped in {DEFAULT_BUNDLE}; train one as docs/training.md says, "
             "or name a checkpoint directory"

@@ -172,7 +172,9 @@ def replacing_directory(path: str | Path, owned: Callable[[str], bool], last: st
                 new = {entry.name for entry in partial.iterdir()}
                 (target / last).unlink(missing_ok=True)
                 for entry in old:
-                    if owned(entry.name) and entry.name not in new:
+                    if owned(entry.name) and entry.is_dir() and not entry.is_symlink():
+                        shutil.rmtree(entry)
+                    elif owned(entry.name) and entry.name not in new:
                         entry.unlink(missing_ok=True)
                 for name in sorted(new, key=lambda name: name == last):
                     os.replace(partial / name, target / name)

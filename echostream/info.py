@@ -40,7 +40,8 @@ def _describe_directory(path: Path) -> dict[str, Any]:
     else:
         backend, parameters = "torch", count_parameters(bundle)
     session = StreamingSession(bundle, segmenter="none")  # the bundle's own may need packages that are not here
-    files = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+    found = (file for file in sorted(path.rglob("*")) if file.is_file())
+    files = {str(file.relative_to(path)): file.stat().st_size for file in found}
     return {
         "checkpoint": str(path),
         "backend": backend,

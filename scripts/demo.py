@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from echostream.checkpoint import DEFAULT_BUNDLE  # noqa: E402
+from echostream.checkpoint import DEFAULT_BUNDLE, config_path  # noqa: E402
 from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
 from echostream.evaluation import run  # noqa: E402
 from echostream.evaluation.asr import RECOGNISERS  # noqa: E402
@@ -49,7 +49,7 @@ def main() -> None:
 
 def demonstrate(args: argparse.Namespace) -> None:
     start = time.monotonic()
-    if not (args.checkpoint_dir / "config.yaml").is_file():
+    if not config_path(args.checkpoint_dir).is_file():
         raise EchoStreamError(f"there is no checkpoint in {args.checkpoint_dir}; train one as docs/training.md says")
     sentences = read_sentences(args.sentences)
     log = run.simulate(

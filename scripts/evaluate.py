@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from echostream.audio.io import load_audio  # noqa: E402
-from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle  # noqa: E402
+from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, config_path, load_bundle  # noqa: E402
 from echostream.data.manifest import RECORDING, read_manifest  # noqa: E402
 from echostream.errors import EchoStreamError, MissingExtraError, require  # noqa: E402
 from echostream.evaluation import longform, no_speech, quality, run, sweep  # noqa: E402
@@ -219,7 +219,7 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def language_of(directory: Path, side: str) -> str:
     """The ``source`` or ``target`` language of a data or checkpoint directory, without its region; empty if unknown."""
-    path = directory / "config.yaml"
+    path = config_path(directory)
     return str(read_mapping(path).get(f"{side}_lang") or "").partition("-")[0] if path.is_file() else ""
 
 

@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-from echostream.checkpoint import load_bundle, sha256  # noqa: E402
+from echostream.checkpoint import config_path, load_bundle, sha256  # noqa: E402
 from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.data.manifest import read_manifest  # noqa: E402
 from echostream.data.source import load_features, load_samples  # noqa: E402
@@ -43,6 +43,7 @@ from echostream.streaming import SessionBatch, StreamingSession  # noqa: E402
 from echostream.streaming.exported.names import graph_names  # noqa: E402
 from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options  # noqa: E402
 from echostream.streaming.resolve import OPTIONS, resolve  # noqa: E402
+from echostream.tensor_file import TensorFile, write_tensors  # noqa: E402
 from echostream.text import Vocabulary  # noqa: E402
 from echostream.units.kmeans import KMeans, Projection, load_kmeans  # noqa: E402
 from echostream.weights import read_weights  # noqa: E402
@@ -73,11 +74,12 @@ def graphs(exported: Path, tmp_path: Path) -> Path:
 
 
 def settings(directory: Path, change: Callable[[dict], object]) -> None:
-    """Change ``config.yaml``; no digests are kept, as in directories of strangers."""
-    values = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    """Change ``config.yaml`` or ``config.json``; no digests are kept, as in directories of strangers."""
+    path = config_path(directory)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     values.pop("digests", None)
     change(values)
-    (directory / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    path.write_text(json.dumps(values) if path.suffix == ".json" else yaml.safe_dump(values), encoding="utf-8")
 
 
 def refusal(error: type[EchoStreamError], work: Callable[[], object]) -> str:
@@ -238,7 +240,7 @@ def test_15_a_checkpoint_reads_and_exports_its_own_files_only(bundle: Path, grap
     secret = tmp_path / "secret"
     secret.write_text("hunter2")
     links = [(name, bundle) for name in ("spm.src.model", "dict.tgt.txt", "MODEL_CARD.md")]
-    for file, link in (*links, ("mt.onnx", graphs)):
+    for file, link in (*links, ("onnx/mt.onnx", graphs), ("model.safetensors", graphs)):
         kept = (link / file).read_bytes()
         (link / file).unlink()
         (link / file).symlink_to(secret)
@@ -329,7 +331,7 @@ def test_16_every_value_of_a_configuration(bundle: Path, change: Callable, named
     ("change", "named"),
     [
         pytest.param(lambda v: v.pop("digest"), "lacks the key 'digest'", id="no-digest"),
-        pytest.param(lambda v: v.update(digest="0" * 64), "not those that its config.yaml names", id="digest"),
+        pytest.param(lambda v: v.update(digest="0" * 64), "not those that its config.json names", id="digest"),
         pytest.param(lambda v: v.update(precision="fp8"), "precision is 'fp8'", id="precision"),
         pytest.param(lambda v: v.update(vocoder="yes"), "vocoder is 'yes'", id="vocoder"),
         pytest.param(lambda v: v.update(parameters={"encoder": "x"}), "parameters.encoder is 'x'", id="parameters"),
@@ -427,12 +429,13 @@ def test_16_subword_models(bundle: Path, tiny_data: Path, tmp_path: Path) -> Non
 
 def test_16_graphs_are_those_that_were_exported(graphs: Path) -> None:
     """A damaged graph, one in another's place, and one of another model that signs itself."""
-    whole = (graphs / "mt.onnx").read_bytes()
+    mt, units = graphs / "onnx" / "mt.onnx", graphs / "onnx" / "units.onnx"
+    whole = mt.read_bytes()
     broken = bytearray(whole)
     broken[len(broken) // 2] ^= 1
-    (graphs / "mt.onnx").write_bytes(broken)
+    mt.write_bytes(broken)
     assert "digest" in refusal(CheckpointError, lambda: load_bundle(graphs))
-    (graphs / "mt.onnx").write_bytes((graphs / "units.onnx").read_bytes())
+    mt.write_bytes(units.read_bytes())
     assert "digest" in refusal(CheckpointError, lambda: load_bundle(graphs))
 
     def sign(values: dict) -> None:
@@ -443,41 +446,43 @@ def test_16_graphs_are_those_that_were_exported(graphs: Path) -> None:
     assert "mt.onnx is of another model: its inputs differ in" in refusal(
         CheckpointError, lambda: StreamingSession(signed)
     )
-    (graphs / "mt.onnx").write_bytes(whole)
+    mt.write_bytes(whole)
     settings(graphs, sign)
     StreamingSession(load_bundle(graphs)).push(noise(0.5))
 
 
-def test_16_graphs_with_nan_and_with_weights_elsewhere(graphs: Path) -> None:
+def test_16_weights_and_what_graphs_want_of_them(graphs: Path) -> None:
+    """Weights that are not finite, of another size or missing, and graphs that would read other files."""
     onnx = pytest.importorskip("onnx")
+    encoder, weights = graphs / "onnx" / "encoder.onnx", graphs / "model.safetensors"
+    graph, good = onnx.load(encoder, load_external_data=False), TensorFile(weights)
+    tensors, name = {name: np.array(good[name]) for name in good.names}, "encoder.layers.0.fc1.bias"
 
-    def spoiled(change: Callable[[Any], object]) -> StreamingSession:
-        model = onnx.load(whole)
-        change(max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data)))
-        onnx.save(model, str(graphs / "encoder.onnx"))
+    def refused(tensors: dict[str, np.ndarray], change: Callable[[Any], object] = lambda g: None) -> str:
+        write_tensors(weights, tensors, good.metadata)
+        changed = type(graph)()
+        changed.CopyFrom(graph)
+        change(changed.graph)
+        encoder.write_bytes(changed.SerializeToString())
         settings(graphs, lambda v: v.update(digest=load_digest(graphs)))
-        return StreamingSession(load_bundle(graphs))
+        return refusal(CheckpointError, lambda: StreamingSession(load_bundle(graphs)))
 
-    whole = graphs.parent / "encoder.onnx"
-    shutil.copyfile(graphs / "encoder.onnx", whole)
-
-    def nan(tensor: Any) -> None:
-        tensor.raw_data = np.full(len(tensor.raw_data) // 4, np.nan, np.float32).tobytes()
-
-    def elsewhere(tensor: Any) -> None:
-        (graphs / "weights").write_bytes(tensor.raw_data)
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
+    def elsewhere(graph: Any) -> None:
+        (graphs / "onnx" / "weights").write_bytes(bytes(4))
+        tensor = onnx.TensorProto(name="x", dims=[1], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
         tensor.external_data.add(key="location", value="weights")
+        node = onnx.helper.make_node("Constant", [], ["x"], value=tensor)
+        graph.node.insert(0, node)
 
-    session = spoiled(nan)
-    assert "encoder.onnx gives NaN" in refusal(CheckpointError, lambda: session.push(noise(1.0)))
-    assert "weights in other files" in refusal(CheckpointError, lambda: spoiled(elsewhere))
+    assert f"{name} holds NaN or infinity" in refused({**tensors, name: np.full_like(tensors[name], np.nan)})
+    assert "encoder.onnx wants" in refused({**tensors, name: tensors[name][1:]})
+    assert f"lack '{name}'" in refused({key: value for key, value in tensors.items() if key != name})
+    assert "weights in other files" in refused(tensors, elsewhere)
 
 
 def load_digest(directory: Path) -> str:
     names = ("encoder", "heads", "mt_memory", "mt", "unit_memory", "units", "voice_units", "voice_frames")
-    return sha256(*(directory / f"{name}.onnx" for name in names))
+    return sha256(directory / "model.safetensors", *(directory / "onnx" / f"{name}.onnx" for name in names))
 
 
 @pytest.mark.parametrize("changes", [
@@ -638,13 +643,13 @@ import onnx
 from echostream.export import directory
 from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS
 
-source, exported, folder = sys.argv[1:4]
+source, exported, folder, traced = sys.argv[1:5]
 names = (*TEXT_GRAPHS, *SPEECH_GRAPHS, *VOICE_GRAPHS)
-graphs = {name: onnx.load(f"{exported}/{name}.onnx") for name in names}  # for tracing takes seconds
+graphs = {name: onnx.load(f"{traced}/{name}.onnx") for name in names}  # for tracing takes seconds
 directory.make_graphs = lambda model, vocoder: graphs
 directory.compare = lambda bundle, exported: {}
 events = "open os.mkdir os.rename os.remove os.rmdir shutil.rmtree shutil.copyfile ctypes.dlopen".split()
-for point in map(int, sys.argv[4:]):
+for point in map(int, sys.argv[5:]):
     out = f"{folder}/{point}"
     shutil.copytree(exported, out)
     if (pid := os.fork()) == 0:
@@ -664,11 +669,20 @@ for point in map(int, sys.argv[4:]):
 """
 
 
-def test_17_kill_during_export(tiny_bundle: Path, exported: Path, tmp_path: Path) -> None:
+def test_17_kill_during_export(
+    tiny_bundle: Path, exported: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Wherever in its writing the process is killed, the directory is the old export or the new one."""
+    import onnx
+
+    from echostream.export.directory import make_graphs
+
+    source, traced = load_bundle(tiny_bundle), tmp_path_factory.mktemp("traced")
+    for name, graph in make_graphs(source.model, source.vocoder).items():
+        onnx.save(graph, traced / f"{name}.onnx")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     points = [*range(0, 40, 5), 10_000]
-    command = [sys.executable, "-c", EXPORTS_THAT_DIE, str(tiny_bundle), str(exported), str(tmp_path)]
+    command = [sys.executable, "-c", EXPORTS_THAT_DIE, str(tiny_bundle), str(exported), str(tmp_path), str(traced)]
     command += map(str, points)
     said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True).stdout
     ends = dict(map(int, line.split()) for line in said.splitlines())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -28,8 +29,8 @@ from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.errors import CheckpointError, ConfigError, EchoStreamError, SessionError, UnitError  # noqa: E402
 from echostream.export import directory  # noqa: E402
 from echostream.export.check import TOLERANCE, Comparison, compare  # noqa: E402
-from echostream.export.directory import export_directory, make_voice_graphs, write_graphs  # noqa: E402
-from echostream.export.voice import upsampling  # noqa: E402
+from echostream.export.directory import export_directory, make_voice_graphs  # noqa: E402
+from echostream.export.weights import CONSTANT, weights_of, write_graphs  # noqa: E402
 from echostream.models.decoders.vocoder import CodeHiFiGAN  # noqa: E402
 from echostream.models.decoders.vocoder_config import VocoderConfig  # noqa: E402
 from echostream.models.echostream_model import build_echostream_model  # noqa: E402
@@ -171,7 +172,7 @@ CHOICE = dict(
 def test_voices_sound_the_same(tmp_path: Path, changes: dict) -> None:
     torch.manual_seed(3)
     vocoder = CodeHiFiGAN(VocoderConfig.from_dict({**tiny_voice().to_dict(), **changes})).eval()
-    write_graphs(tmp_path, make_voice_graphs(vocoder), int8=False)
+    write_graphs(tmp_path, make_voice_graphs(vocoder), weights_of(vocoder=vocoder), int8=False)
     speaker = ExportedSpeaker(vocoder.config, ExportedModel(tmp_path), rows=1)
     units = np.random.default_rng(0).integers(0, vocoder.config.num_embeddings, 40)
     with torch.inference_mode():
@@ -183,18 +184,34 @@ def test_voices_sound_the_same(tmp_path: Path, changes: dict) -> None:
 
 
 def test_a_wrong_graph_is_refused(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def quieter(step: StepGraph) -> Any:
+    """One that computes something else, and one with weights that are not the model's."""
+
+    def other(step: StepGraph) -> Any:
         graph = once(step)
         if isinstance(step, EncoderGraph):
-            largest = max(graph.graph.initializer, key=lambda constant: len(constant.raw_data))
-            largest.raw_data = (0.5 * np.frombuffer(largest.raw_data, np.float32)).tobytes()
+            spoil(graph.graph)
         return graph
 
+    def sharper(graph: Any) -> None:
+        for node in graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "LayerNormalization" and attribute.name == "epsilon":
+                    attribute.f = 0.5
+
+    def louder(graph: Any) -> None:
+        largest = max(graph.initializer, key=lambda constant: len(constant.raw_data))
+        assert len(largest.raw_data) > 4 * CONSTANT
+        largest.raw_data = (0.5 * np.frombuffer(largest.raw_data, np.float32)).tobytes()
+
     once = directory.make_graph
-    monkeypatch.setattr(directory, "make_graph", quieter)
-    with pytest.raises(CheckpointError, match=r"the exported encoder differs from torch by \d.*nothing was written"):
-        export_directory(tiny_bundle, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(directory, "make_graph", other)
+    for spoil, named in (
+        (sharper, r"the exported encoder differs from torch by \d.*nothing was written"),
+        (louder, r"the graph encoder has a constant that is none of the model's weights .*nothing was written"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            export_directory(tiny_bundle, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["whisper", "everything"])
@@ -313,7 +330,7 @@ def test_a_saved_session_goes_on(exported: Path, tiny_bundle: Path, tmp_path: Pa
 
 
 def test_int8_is_smaller_and_near(exported: Path, int8: Path) -> None:
-    sizes = [(folder / "encoder.onnx").stat().st_size for folder in (exported, int8)]
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (exported, int8)]
     assert sizes[1] < 0.6 * sizes[0]
     features = np.random.default_rng(0).standard_normal((200, 80)).astype(np.float32)
     heard = []
@@ -470,9 +487,9 @@ def test_export_and_info(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["export", str(tiny_bundle), "-o", str(out), "--int8"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^encoder +differs from torch by \de-\d\d in single precision$", printed, re.MULTILINE)
-    assert "encoder.onnx" in printed and str(out) in printed
-    files = {path.name for path in out.iterdir()}
-    assert {"config.yaml", "gcmvn.npz", "spm.tgt.model", "vocoder.json", "MODEL_CARD.md", "units.onnx"} <= files
+    assert "onnx/encoder.onnx" in printed and "model.safetensors" in printed and str(out) in printed
+    files = {str(path.relative_to(out)) for path in out.rglob("*")}
+    assert {"config.json", "gcmvn.npz", "spm.tgt.model", "vocoder.json", "README.md", "onnx/units.onnx"} <= files
     assert not any(name.endswith(".pt") for name in files)
     assert main(["info", str(out), "--json"]) == 0
     described = yaml.safe_load(capsys.readouterr().out)
@@ -502,22 +519,22 @@ def test_refusals(tiny_bundle: Path, exported: Path, tiny_data: Path, tmp_path: 
 
     translate = ("translate", tmp_path / "talk.wav", "--checkpoint-dir")
     assert f"echostream export {tiny_bundle} -o DIRECTORY" in error(*translate, tiny_bundle, "--backend", "onnx")
-    assert "run on the backend onnx" in error(*translate, exported, "--backend", "torch")
     assert "run on the CPU, not on 'cuda'" in error(*translate, exported, "--device", "cuda")
     assert "export it to another directory" in error("export", tiny_bundle, "-o", tiny_bundle)
     assert "scripts/export_checkpoint.py" in error("export", tiny_bundle / "model.pt", "-o", tmp_path / "x")
-    assert "holds exported graphs" in error("export", exported, "-o", tmp_path / "x")
     wide = VocoderConfig.preset("v1", num_embeddings=20, upsample_initial_channel=32)
     looks_ahead = bundle_of(tiny_data, tmp_path, wide)
     assert "only causal vocoders can be exported" in error("export", looks_ahead, "-o", tmp_path / "x")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in exported.iterdir():
-        if path.name != "mt.onnx":
-            (broken / path.name).write_bytes(path.read_bytes() if path.name != "encoder.onnx" else b"no graph")
+    broken = Path(shutil.copytree(exported, tmp_path / "broken"))
+    graphs = broken / "onnx"
+    (graphs / "mt.onnx").unlink()
     assert "lacks mt.onnx; fetch or export it again" in error(*translate, broken)
-    (broken / "mt.onnx").write_bytes(b"")
-    assert "are not those that its config.yaml names" in error(*translate, broken)
+    (graphs / "mt.onnx").write_bytes(b"")
+    assert "are not those that its config.json names" in error(*translate, broken)
+    (broken / "config.yaml").write_text("format: echostream/1\n")
+    assert "holds config.json and config.yaml" in error(*translate, broken)
+    (broken / "config.json").unlink()
+    assert "holds a config.yaml of something else" in error("export", tiny_bundle, "-o", broken)
 
 
 def test_stages_refuse_what_does_not_fit(exported: Path) -> None:
@@ -540,7 +557,7 @@ def test_stages_refuse_what_does_not_fit(exported: Path) -> None:
     with pytest.raises(ValueError):
         stages.restore(1, {**saved, "hearing.ring": saved["hearing.ring"][:, :, :, 1:]})
     with pytest.raises(ConfigError):
-        VocoderConfig.from_json(exported / "config.yaml")
+        VocoderConfig.from_json(exported / "config.json")
 
 
 def test_the_agent_takes_an_exported_directory(tiny_bundle: Path, exported: Path) -> None:
@@ -556,8 +573,6 @@ def test_the_agent_takes_an_exported_directory(tiny_bundle: Path, exported: Path
     np.testing.assert_allclose(spoken[0][1], spoken[1][1], atol=1e-4)
     with pytest.raises(SystemExit, match="--fp16 is for torch"):
         agent.to("cpu", fp16=True)
-    with pytest.raises(SystemExit, match="run on the backend onnx"):
-        make_agent(exported, "--backend", "torch")
 
 
 # ---------------------------------------------------------------------------------------------------- small parts
@@ -612,37 +627,3 @@ def test_gathered_windows_make_the_subsampler(channels: int, bins: int) -> None:
         theirs = subsampler._convolve(features, *ages, torch.tensor([3, 3, 2]))
     assert torch.allclose(ours[:2], theirs[:2], atol=1e-5)
     assert torch.allclose(ours[2, :2], theirs[2, :2], atol=1e-5)  # what lies behind the end is nobody's
-
-
-def test_upsampling_as_a_convolution() -> None:
-    up = torch.nn.ConvTranspose1d(3, 2, 7, 4)
-    weight, bias = upsampling(up.weight, up.bias, 4)
-    x = torch.randn(1, 3, 6)
-    taps = weight.shape[2]
-    padded = torch.nn.functional.pad(x, (taps - 1, 0))
-    y = torch.nn.functional.conv1d(padded, torch.from_numpy(weight.copy()), torch.from_numpy(bias))
-    y = y.unflatten(1, (4, 2)).permute(0, 2, 3, 1).flatten(2)
-    torch.testing.assert_close(y, up(x)[..., : 4 * 6], atol=1e-6, rtol=0)
-
-
-def test_int8_keeps_embeddings_in_half_precision(tmp_path):
-    """A table that is read by rows takes half of its bytes, and its rows are those of the checkpoint."""
-    onnx = pytest.importorskip("onnx")
-    from onnx import TensorProto, helper, numpy_helper
-
-    from echostream.export.graphs import in_int8
-    from echostream.streaming.onnx_runtime import open_graph
-
-    table = np.random.default_rng(0).standard_normal((300, 64)).astype(np.float16).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("Gather", ["table", "ids"], ["rows"])], "look-up",
-        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"])],
-        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["N", 64])],
-        [numpy_helper.from_array(table, "table")],
-    )  # fmt: skip
-    model = in_int8(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
-    assert sum(c.ByteSize() for c in model.graph.initializer) < 0.51 * table.nbytes
-    onnx.save(model, tmp_path / "look-up.onnx")
-    session = open_graph(tmp_path / "look-up.onnx", "look-up")
-    ids = np.array([5, 299, 0])
-    assert np.array_equal(session.run(None, {"ids": ids})[0], table[ids])

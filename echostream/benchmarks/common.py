@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from echostream.checkpoint import Bundle
-from echostream.export.directory import make_graphs, write_graphs
+from echostream.export.directory import make_graphs
+from echostream.export.weights import weights_of, write_graphs
 from echostream.streaming.exported.model import ExportedModel, ExportedVoice
 
 
@@ -100,7 +101,8 @@ def exported(bundle: Bundle, folder: Path, int8: bool, threads: int = 1) -> Bund
     """A torch bundle's graphs, written to ``folder`` where they are not there yet, as a bundle of their own."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        write_graphs(folder, make_graphs(bundle.model, bundle.vocoder), int8)
+        graphs, weights = make_graphs(bundle.model, bundle.vocoder), weights_of(bundle.model, bundle.vocoder)
+        write_graphs(folder, graphs, weights, int8)
     precision = "int8" if int8 else "fp32"
     return replace(
         bundle,

@@ -33,8 +33,8 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import ENCODER_FRAME_MS, SUBSAMPLING
 from echostream.errors import EchoStreamError
 from echostream.export.check import TOLERANCE
-from echostream.export.directory import write_graphs
 from echostream.export.graphs import make_graph
+from echostream.export.weights import write_graphs
 from echostream.models.echostream_encoder import EchoStreamEncoder
 from echostream.models.graphs import EncoderGraph
 from echostream.models.subsampler import Subsampler
@@ -152,10 +152,11 @@ def measure(cfg: EchoStreamConfig, args: argparse.Namespace) -> dict:
     }
     with tempfile.TemporaryDirectory() as folder:
         models, graphs = {}, {"encoder": make_graph(EncoderGraph(encoder))}
+        weights = {f"encoder.{name}": value.numpy() for name, value in encoder.state_dict().items()}
         for name, int8 in ((FP32, False), (INT8, True)):
             models[name] = ExportedModel(Path(folder) / name.split()[-1], threads=args.threads)
             models[name].directory.mkdir()
-            write_graphs(models[name].directory, graphs, int8)
+            write_graphs(models[name].directory, graphs, weights, int8)
         for batch in args.batch:
 
             def streams() -> dict[str, Step]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from echostream.benchmarks.common import add_options, clock_of, describe, interleaved_medians, surroundings
 from echostream.constants import UNIT_RATE
-from echostream.export.directory import make_voice_graphs, write_graphs
+from echostream.export.directory import make_voice_graphs
+from echostream.export.weights import weights_of, write_graphs
 from echostream.models.decoders.vocoder import PRESETS, CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_layers import pack_weights
 from echostream.streaming.exported.model import ExportedModel
@@ -98,7 +99,7 @@ def stream(model: CodeHiFiGAN, chunks: Sequence[Tensor]) -> Tensor:
 
 def exported_speaker(model: CodeHiFiGAN, folder: Path) -> ExportedSpeaker:
     """The same voice through graphs written to ``folder``, for one stream."""
-    write_graphs(folder, make_voice_graphs(model), int8=False)
+    write_graphs(folder, make_voice_graphs(model), weights_of(vocoder=model), int8=False)
     return ExportedSpeaker(model.config, ExportedModel(folder, threads=torch.get_num_threads()), rows=1)
 
 

@@ -104,11 +104,16 @@ class Graph:
             weight: [C', C, k]. bias: [C'].
         """
         weight = as_array(weight)
-        kernel, past = weight.shape[2], (weight.shape[2] - 1) * dilation
-        if past:
-            x = self("Concat", self.input(cache, "B", past, weight.shape[1]), x, axis=1)
-            self.output(f"new.{cache}", self.slice(x, 1, -past), "B", past, weight.shape[1])
+        kernel = weight.shape[2]
+        x = self.remember(x, cache, (kernel - 1) * dilation, weight.shape[1])
         return self.linear(self.windows(x, kernel, dilation), weight.transpose(0, 2, 1).reshape(len(weight), -1), bias)
+
+    def remember(self, x: str, cache: str, past: int, width: int) -> str:
+        """x [B, T, C] behind the ``past`` inputs before it, which the state ``cache`` brings and then gets anew."""
+        if past:
+            x = self("Concat", self.input(cache, "B", past, width), x, axis=1)
+            self.output(f"new.{cache}", self.slice(x, 1, -past), "B", past, width)
+        return x
 
     def windows(self, x: str, kernel: int, dilation: int = 1) -> str:
         """[B, T + (k - 1) * dilation, C] to [B, T, k * C]: each item beside those before it, the oldest first."""

@@ -44,7 +44,7 @@ def voice_units_graph(vocoder: CodeHiFiGAN) -> Graph:
     def embed(name: str, kernel: int) -> str:
         """The units with what stands before and behind them within a convolution's view."""
         table = as_array(weights[name])
-        x = g("Gather", np.concatenate([table, np.zeros_like(table[:1])]), ids)
+        x = g("Gather", g("Concat", table, np.zeros_like(table[:1]), axis=0), ids)
         unseen = cfg.past_units + cfg.lookahead_units + 1 - kernel
         return g.slice(x, 1, unseen) if unseen else x
 
@@ -100,8 +100,8 @@ def voice_frames_graph(vocoder: CodeHiFiGAN) -> Graph:
     g = Graph("voice_frames")
     x = g.input("frames", "B", "F", cfg.input_width)
     if cfg.position_buckets:
-        table = as_array(weights["position.weight"])
-        for name, part in (("since", table[: cfg.position_buckets]), ("until", table[cfg.position_buckets :])):
+        table, half = g.constant(weights["position.weight"]), cfg.position_buckets
+        for name, part in (("since", g.slice(table, 0, 0, half)), ("until", g.slice(table, 0, half))):
             x = g("Add", x, g("Gather", part, g.input(name, "B", "F", kind="INT64")))
 
     def conv(x: str, name: str, dilation: int = 1) -> str:
@@ -113,8 +113,7 @@ def voice_frames_graph(vocoder: CodeHiFiGAN) -> Graph:
     kernels = len(cfg.resblock_kernel_sizes)
     stages = len(cfg.upsample_rates) if cfg.resblock_stages is None else cfg.resblock_stages
     for i, rate in enumerate(cfg.upsample_rates):
-        weight, bias = upsampling(weights[f"ups.{i}.weight"], weights[f"ups.{i}.bias"], rate)
-        x = g("Reshape", g.conv(_leaky(g, x), f"ups.{i}", weight, bias), [0, -1, len(bias) // rate])
+        x = _upsample(g, _leaky(g, x), f"ups.{i}", weights[f"ups.{i}.weight"], weights[f"ups.{i}.bias"], rate)
         if i >= stages:
             continue
         blocks = [
@@ -145,14 +144,19 @@ def _leaky(g: Graph, x: str) -> str:
     return g("LeakyRelu", x, alpha=SLOPE)
 
 
-def upsampling(weight: Any, bias: Any, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """A causal transposed convolution [C, C', k] as a convolution [rate * C', C, ceil(k / rate)] with its bias.
+def _upsample(g: Graph, x: str, name: str, weight: Any, bias: Any, rate: int) -> str:
+    """A causal transposed convolution with weight [C, C', k]: x [B, T, C] to [B, T * rate, C'].
 
-    Output ``t * rate + r`` is the sum over j of input ``t - j`` times tap ``j * rate + r``.
+    It is a convolution with rate * C' channels and ceil(k / rate) taps: output ``t * rate + r`` is the sum over j of
+    input ``t - j`` times tap ``j * rate + r``. The graph lays the weight out so itself.
     """
-    weight, bias = as_array(weight), as_array(bias)
     inputs, outputs, kernel = weight.shape
     taps = -(-kernel // rate)
-    weight = np.pad(weight, ((0, 0), (0, 0), (0, taps * rate - kernel))).reshape(inputs, outputs, taps, rate)
+    matrix = g("Pad", g.constant(weight), [0, 0, 0, 0, 0, taps * rate - kernel]) if kernel % rate else weight
+    matrix = g("Reshape", matrix, [inputs, outputs, taps, rate])
     # the oldest input comes first: tap j of the transposed convolution is the j-th from the end
-    return weight[:, :, ::-1].transpose(3, 1, 0, 2).reshape(rate * outputs, inputs, taps), np.tile(bias, rate)
+    matrix = g("Transpose", g.slice(matrix, 2, -1, -REST, -1), perm=[2, 0, 3, 1])
+    matrix = g("Reshape", matrix, [taps * inputs, rate * outputs])
+    x = g.windows(g.remember(x, name, taps - 1, inputs), taps)
+    x = g("Add", g("MatMul", x, matrix), g("Tile", bias, [rate]))
+    return g("Reshape", x, [0, -1, outputs])

@@ -49,13 +49,15 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         parser.add_argument(
             "--encoder-init",
             metavar="CHECKPOINT",
-            help="start from this checkpoint's encoder (and CTC heads, where the dictionaries are the same); "
+            help="start from the encoder (and CTC heads, where the dictionaries are the same) of this checkpoint or "
+            "exported directory; "
             "whisper:SOURCE is a Whisper model (base, CTranslate2 or Hugging Face directory, OpenAI's .pt)",
         )
         parser.add_argument(
             "--decoder-init",
             metavar="CHECKPOINT",
-            help="start from this checkpoint's MT and unit decoders, such as those trained with --source text; "
+            help="start from the MT and unit decoders of this checkpoint or exported directory, such as those trained "
+            "with --source text; "
             "whisper:SOURCE, a directory with its tokenizer, gives the MT decoder",
         )
         parser.add_argument(

@@ -90,8 +90,6 @@ class EncoderGraph(StepGraph):
             self.inputs |= {"features": ("B", "heard", stem.num_bins), "inside": ("B", "inside")}
             self.examples |= {"heard": 3 + 4 * frames // stem.factor, "inside": 1 + 4 * frames // stem.factor}
         if encoder.position_period:
-            vectors = encoder.position_vectors(torch.arange(encoder.position_period, device=first.fc1.weight.device))
-            self.register_buffer("period", vectors.to(first.fc1.weight.dtype), persistent=False)
             self.inputs["positions"] = "B", "N"
         past = encoder.memory_size + encoder.left_context_length
         self.examples["K"] = past + 5 * width + (5 if encoder.memory_size else 0)
@@ -111,7 +109,7 @@ class EncoderGraph(StepGraph):
         else:
             x = encoder.subsampler.convolve(given["features"], given["inside"])
         if "positions" in given:
-            x = x + F.embedding(given["positions"], self.period)
+            x = x + encoder.position_vectors(given["positions"]).to(x.dtype)
         x = x.index_select(1, places.flatten()).unflatten(1, places.shape)
         kept, out = [], {}
         for i, layer in enumerate(encoder.layers):
@@ -169,13 +167,11 @@ class MemoryGraph(StepGraph):
 
     def __init__(self, decoder: TransformerDecoder):
         super().__init__()
-        projections = [layer.cross_attention.kv for layer in decoder.layers]
-        self.inputs, self.examples = {"frames": ("B", "N", projections[0].in_features)}, {"B": 2, "N": 3}
-        self.register_buffer("weight", torch.cat([p.weight.detach() for p in projections]), persistent=False)
-        self.register_buffer("bias", torch.cat([p.bias.detach() for p in projections]), persistent=False)
+        self.projections = nn.ModuleList(layer.cross_attention.kv for layer in decoder.layers)
+        self.inputs, self.examples = {"frames": ("B", "N", self.projections[0].in_features)}, {"B": 2, "N": 3}
 
     def forward(self, given: Arrays) -> Arrays:
-        return {"memory": F.linear(given["frames"], self.weight, self.bias)}
+        return {"memory": torch.cat([project(given["frames"]) for project in self.projections], dim=-1)}
 
 
 class DecoderGraph(StepGraph):
@@ -191,9 +187,7 @@ class DecoderGraph(StepGraph):
 
     def __init__(self, decoder: TransformerDecoder):
         super().__init__()
-        self.decoder, weight = decoder, decoder.layers[0].self_norm.weight
-        table = decoder.position_vectors(torch.arange(decoder.max_positions, device=weight.device), weight.dtype)
-        self.register_buffer("table", table.detach(), persistent=False)
+        self.decoder = decoder
         self.inputs = {"positions": ("B", "N"), "mask": ("B", 1, "N", "N+P"), "memory_mask": ("B", 1, "N", "T")}
         self.examples = {"B": 2, "N": 3, "P": 5, "N+P": 8, "T": 7}
         heads, width = decoder.heads, decoder.dim // decoder.heads
@@ -204,7 +198,7 @@ class DecoderGraph(StepGraph):
     def decode(self, x: Tensor, given: Arrays, weights: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The layers over x [B, N, D] without positions -> ([B, N, D], ``kept``); ``weights`` gets where each layer
         looked, [B, H, N, T]."""
-        x = x + F.embedding(given["positions"], self.table)
+        x = x + self.decoder.position_vectors(given["positions"], x.dtype)
         kept, probe = [], None if weights is None else weights.append
         for i, layer in enumerate(self.decoder.layers):
             own = given[f"keys.{i}"], given[f"values.{i}"]

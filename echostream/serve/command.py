@@ -172,11 +172,12 @@ def model_directory(args: argparse.Namespace) -> Path:
     directory = checkpoint_directory(args.checkpoint_dir)
     if args.checkpoint_dir is not None or args.backend == "torch" or args.device != "cpu":
         return directory
-    from echostream.checkpoint import read_config
+    from echostream.checkpoint import EXPORTED_CONFIG, EXPORTED_FORMAT, read_config
 
     digest = (read_config(directory).get("digests") or {}).get("model.pt", "")[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echostream" / f"es-en-{digest}"
-    if not (cache / "config.yaml").is_file():
+    name = f"es-en-{digest}-{EXPORTED_FORMAT.rpartition('/')[2]}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echostream" / name
+    if not (cache / EXPORTED_CONFIG).is_file():
         try:
             from echostream.export.directory import export_directory
 

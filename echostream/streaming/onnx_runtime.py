@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from echostream.compat import huge_pages
 from echostream.errors import CheckpointError, require
 
 
-def open_graph(path: str | Path, what: str, threads: int = 1) -> Any:
+def open_graph(
+    path: str | Path, what: str, threads: int = 1, content: bytes | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> Any:  # fmt: skip
     """An ``onnxruntime.InferenceSession`` on the CPU.
 
     Args:
         what: the graph is meant to be, for the error.
         threads: that work on one operator; for matrices this small more than one mostly cost.
+        content: of the file, if it has been read; no other file is opened then.
+        weights: the graph's constants that are not in it, by name. Their memory is used as long as the graph is, so
+            they must be kept.
 
     Raises:
         CheckpointError: the file is missing or no ONNX graph.
@@ -23,7 +32,7 @@ def open_graph(path: str | Path, what: str, threads: int = 1) -> Any:
     """
     runtime = require("onnxruntime", "onnx")
     path = Path(path)
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise CheckpointError(f"{what} {path} does not exist")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -34,8 +43,11 @@ def open_graph(path: str | Path, what: str, threads: int = 1) -> Any:
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     try:
+        if weights:
+            values = [runtime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), values)
         with huge_pages():
-            return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return runtime.InferenceSession(content or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"{what} {path} is not an ONNX graph that can be run ({reason})") from None

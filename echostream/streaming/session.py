@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from echostream.streaming import archive
 from echostream.streaming.backends import backend_of
 from echostream.streaming.clock import AudioClock
 from echostream.streaming.engine import Engine, Settings
-from echostream.streaming.events import Event
+from echostream.streaming.events import Event, SentenceEnd, Waveform
 from echostream.streaming.policy import Policy
 from echostream.streaming.resolve import resolve
 from echostream.streaming.segmenter import Segmenter
@@ -23,6 +23,23 @@ from echostream.streaming.turns import Turns, in_turn
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
+
+
+class Translation(NamedTuple):
+    """A recording, translated.
+
+    Attributes:
+        text, source_text: translation and what was understood, a sentence a line.
+        samples: float32 [N], the speech of all sentences without the silence between them; empty without a vocoder.
+        sample_rate: of it; 0 without a vocoder.
+        events: all that was given out, in order.
+    """
+
+    text: str
+    source_text: str
+    samples: np.ndarray
+    sample_rate: int
+    events: list[Event]
 
 
 class StreamingSession:
@@ -98,6 +115,33 @@ class StreamingSession:
         """Forget everything; the next push starts a new stream."""
         self._stages.reset(0)
         self._track = Track(0, self._hearing.clock.init_state())
+
+    def translate(self, path: str | Path) -> Translation:
+        """A recording from its beginning to its end, heard as if it were spoken now. The stream is new before it, and
+        after it, so that the session may be used again.
+
+        Raises:
+            AudioError: it is missing or cannot be read.
+        """
+        from echostream.audio.stream import open_file
+
+        self.reset()
+        source = open_file(path)
+        try:
+            events = [event for samples in source.blocks for event in self.push(samples, source.rate)]
+            events += self.finish()
+        finally:
+            source.close()
+            self.reset()
+        ends = [event for event in events if isinstance(event, SentenceEnd)]
+        waves = [event for event in events if isinstance(event, Waveform)]
+        return Translation(
+            "\n".join(end.text for end in ends),
+            "\n".join(end.source_text for end in ends),
+            np.concatenate([np.zeros(0, dtype=np.float32), *(wave.samples for wave in waves)]),
+            waves[0].sample_rate if waves else 0,
+            events,
+        )
 
     @in_turn
     def save(self, path: str | Path) -> None:

@@ -123,14 +123,14 @@ class Targets:
         shutil.copytree(good, directory)
         for _ in range(rng.choice((1, 1, 1, 2))):
             self._damage(directory, rng)
-        if rng.random() < 0.6 and (directory / "config.yaml").is_file():
+        if rng.random() < 0.6 and any((directory / f"config.{suffix}").is_file() for suffix in ("yaml", "json")):
             self._sign(directory)
         return directory
 
     def _damage(self, directory: Path, rng: random.Random) -> None:
         # Never a link: what is damaged through it would be a file of somebody else.
-        files = [file for file in sorted(directory.iterdir()) if file.is_file() and not file.is_symlink()]
-        path = rng.choice([file for file in files if file.name != "MODEL_CARD.md"])
+        files = [file for file in sorted(directory.rglob("*")) if file.is_file() and not file.is_symlink()]
+        path = rng.choice([file for file in files if not file.name.endswith(".md")])
         what = rng.random()
         if what < 0.05:
             path.unlink()
@@ -219,20 +219,22 @@ class Targets:
 
     @staticmethod
     def _sign(directory: Path) -> None:
-        """Let ``config.yaml`` name the files as they are now, as whoever makes a hostile directory would."""
-        from echostream.checkpoint import GRAPHS, sha256
+        """Let the configuration name the files as they are now, as whoever makes a hostile directory would."""
+        from echostream.checkpoint import GRAPHS, config_path, sha256
+        from echostream.tensor_file import WEIGHTS
 
         try:
-            path = directory / "config.yaml"
+            path = config_path(directory)
             if path.is_symlink():
                 return
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
             for name in values["digests"]:
                 values["digests"][name] = sha256(directory / name)
-            graphs = [directory / f"{name}.onnx" for name in GRAPHS]
+            model = [directory / WEIGHTS, *(directory / "onnx" / f"{name}.onnx" for name in GRAPHS)]
             if "digest" in values:
-                values["digest"] = sha256(*(graph for graph in graphs if graph.exists()))
-            path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+                values["digest"] = sha256(*(file for file in model if file.exists()))
+            # JSON is YAML, too
+            path.write_text(json.dumps(values, indent=2), encoding="utf-8")
         except (OSError, TypeError, KeyError, AttributeError, ValueError, yaml.YAMLError):
             pass  # too damaged to be signed
 

@@ -48,7 +48,7 @@ class MTDecoder(TransformerDecoder):
         """Positions of any shape [...] -> [..., D]; those beyond the last learnt one, which are padding, get its."""
         if self.positions is None:
             return super().position_vectors(positions, dtype)
-        return self.positions[positions.clamp(max=len(self.positions) - 1)].to(dtype)
+        return F.embedding(positions.clamp(max=len(self.positions) - 1), self.positions).to(dtype)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> unnormalised scores [..., vocab] of the next token."""

@@ -88,12 +88,25 @@ def load_vocoder(
         CheckpointError: the checkpoint cannot be read, or does not fit the configuration.
     """
     config, state = VocoderConfig.from_json(config_path), load_generator_state(checkpoint_path)
-    name = f"vocoder checkpoint {checkpoint_path}"
+    return vocoder_of(config, state, f"vocoder checkpoint {checkpoint_path}", str(config_path), device)
+
+
+def vocoder_of(
+    config: VocoderConfig, state: Mapping[str, Tensor], name: str, where: str, device: str | torch.device = "cpu"
+) -> CodeHiFiGAN:
+    """A CodeHiFiGAN with these plain weights, ready to speak.
+
+    Args:
+        name, where: of the weights and of the configuration, for the message.
+
+    Raises:
+        CheckpointError: they do not fit each other.
+    """
     with uninitialised(shapes_only=True):  # a configuration of another size than the weights stops here
-        check_weights(CodeHiFiGAN(config), state, name, str(config_path))
+        check_weights(CodeHiFiGAN(config), state, name, where)
     with uninitialised():
         model = CodeHiFiGAN(config)
-    load_weights(model, state, name, str(config_path))
+    load_weights(model, state, name, where)
     if torch.device(device).type == "cpu":
         pack_weights(model)
     return model.to(device).eval()

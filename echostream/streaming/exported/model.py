@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echostream.errors import CheckpointError
-from echostream.loading import inside, reason
+from echostream.loading import inside, read_bytes, reason
+from echostream.streaming.exported.graph_file import weights_outside
 from echostream.streaming.onnx_runtime import open_graph
+from echostream.tensor_file import WEIGHTS, TensorFile
 
 if TYPE_CHECKING:
     from echostream.models.decoders.vocoder_config import VocoderConfig
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 
 TEXT_GRAPHS = ("encoder", "heads", "mt_memory", "mt")
 SPEECH_GRAPHS = ("unit_memory", "units")
-_ELSEWHERE = b"\n\x08location\x12"  # the key of a tensor's ``external_data``, as protobuf writes it
 MOST_STEPS = 1 << 40  # of a stream's life: more than a thousand years of frames
 VOICE_GRAPHS = ("voice_units", "voice_frames")
+GRAPHS_FOLDER = "onnx"
+MAX_GRAPH = 64 << 20  # bytes of a graph without its weights
 
 
 @dataclass
@@ -29,7 +31,7 @@ class ExportedModel:
     """The graphs of a directory, by name.
 
     Attributes:
-        directory: holds ``<name>.onnx`` for each of them.
+        directory: holds ``onnx/<name>.onnx`` for each of them, and ``model.safetensors`` with the weights of all.
         precision: ``fp32`` or ``int8``.
         threads: CPU threads of each graph.
         parameters: how many the torch model had, by component.
@@ -41,7 +43,9 @@ class ExportedModel:
     threads: int = 1
     parameters: dict[str, int] = field(default_factory=dict, repr=False)
     names: dict[str, Names] = field(default_factory=dict, repr=False)
-    _graphs: dict[str, tuple[Any, list[str]]] = field(default_factory=dict, repr=False)
+    _weights: TensorFile | None = field(default=None, repr=False)
+    # of each graph also the arrays that it computes with
+    _graphs: dict[str, tuple[Any, list[str], dict[str, np.ndarray]]] = field(default_factory=dict, repr=False)
     _tried: set[str] = field(default_factory=set, repr=False)
 
     def check(self, names: tuple[str, ...]) -> None:
@@ -55,29 +59,27 @@ class ExportedModel:
         Raises:
             CheckpointError: the graph cannot be opened, or does not compute what this model asks of it.
         """
-        graph, outputs = self._open(name)
+        graph, outputs, _ = self._open(name)
         try:
             found = dict(zip(outputs, graph.run(None, feeds)))
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            path = self.directory / f"{name}.onnx"
+            path = self.directory / GRAPHS_FOLDER / f"{name}.onnx"
             raise CheckpointError(f"exported graph {path} cannot be run: {reason(error)}") from None
         if name not in self._tried:  # weights that are not finite show at once
             self._tried.add(name)
             for output, array in found.items():
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    path = self.directory / f"{name}.onnx"
+                    path = self.directory / GRAPHS_FOLDER / f"{name}.onnx"
                     raise CheckpointError(f"exported graph {path} gives NaN or infinity ({output}); export it again")
         return found
 
-    def _open(self, name: str) -> tuple[Any, list[str]]:
+    def _open(self, name: str) -> tuple[Any, list[str], dict[str, np.ndarray]]:
         if name not in self._graphs:
-            path = inside(self.directory, f"{name}.onnx", "exported graph", CheckpointError)
-            if not path.is_file() or not path.stat().st_size:
-                raise CheckpointError(f"{self.directory} lacks {name}.onnx; export the checkpoint again")
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                if data.find(_ELSEWHERE) >= 0:
-                    raise CheckpointError(f"exported graph {path} keeps weights in other files, which are not read")
-            graph = open_graph(path, "exported graph", self.threads)
+            path = inside(self.directory, f"{GRAPHS_FOLDER}/{name}.onnx", "exported graph", CheckpointError)
+            missing = "; export the checkpoint again"
+            content = read_bytes(path, "exported graph", CheckpointError, MAX_GRAPH, missing)
+            weights = self._weights_for(content, f"exported graph {path}")
+            graph = open_graph(path, "exported graph", self.threads, content, weights)
             outputs = [output.name for output in graph.get_outputs()]
             if name in self.names:
                 for kind, found, wanted in (
@@ -90,8 +92,24 @@ class ExportedModel:
                             f"exported graph {path} is of another model: its {kind} differ in {different}; "
                             "export the checkpoint again"
                         )
-            self._graphs[name] = graph, outputs
+            self._graphs[name] = graph, outputs, weights
         return self._graphs[name]
+
+    def _weights_for(self, graph: bytes, where: str) -> dict[str, np.ndarray]:
+        """The weights that a graph asks for, as it wants them; such as it wants as they are share the file's memory."""
+        if self._weights is None:
+            self._weights = TensorFile(inside(self.directory, WEIGHTS, "weights", CheckpointError))
+        arrays = {}
+        for name, (dtype, shape) in weights_outside(graph, where).items():
+            array = self._weights[name]
+            alike = array.dtype == dtype or array.dtype.kind == np.dtype(dtype).kind == "f"
+            if array.shape != shape or not alike:
+                raise CheckpointError(
+                    f"{where} wants {name} as {np.dtype(dtype)} {list(shape)}, but {WEIGHTS} has {array.dtype} "
+                    f"{list(array.shape)}; export the checkpoint again"
+                )
+            arrays[name] = array.astype(dtype, copy=False)
+        return arrays
 
 
 @dataclass(frozen=True)
