@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Ablations: variants of the recipe ("arms"), trained for equal budgets, decoded offline and compared in a table.
 
-    python scripts/ablate.py --config configs/es-en/ablations.yaml --data data/es-en --save-dir runs/ablations \
+    python scripts/ablate.py --config configs/scratch/ablations.yaml --data data/es-en --save-dir runs/ablations \
         --minutes 20 --only memory-0 full-context --table ABLATIONS.md
 
 The configuration file has:
@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a checkout works without being installed
 
 from overfit import FIGURE  # noqa: E402
-from train import command, read_flags  # noqa: E402
+from train import command  # noqa: E402
 
 from echostream.data.config import DataConfig  # noqa: E402
 from echostream.data.manifest import Utterance, read_manifest, write_manifest  # noqa: E402
@@ -58,6 +58,7 @@ from echostream.evaluation.run import environment  # noqa: E402
 from echostream.evaluation.systems import read_results  # noqa: E402
 from echostream.files import run_command, write_json, write_text  # noqa: E402
 from echostream.loading import read_mapping  # noqa: E402
+from echostream.recipe import fill, find_recipe, read_flags  # noqa: E402
 from echostream.text_file import read_json, read_lines  # noqa: E402
 
 TEST = "ablation_test"  # the first rows of the manifest to decode
@@ -92,7 +93,8 @@ class Training:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="steps and arms (YAML)")
-    parser.add_argument("--data", type=Path, default=Path("data/es-en"), help="data directory (default: %(default)s)")
+    parser.add_argument("--pair", metavar="SRC-TGT", help="what {pair} in the files stands for, instead of pair.yaml's")
+    parser.add_argument("--data", type=Path, required=True, help="data directory")
     parser.add_argument("--save-dir", type=Path, default=Path("runs/ablations"), help="(default: %(default)s)")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--updates", type=int, help="budget of a share of 1, in updates")
@@ -156,7 +158,8 @@ class Ablations:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.config = args, read_mapping(args.config)
+        args.config = find_recipe(args.config)
+        self.args, self.config = args, fill(read_mapping(args.config), args.config, args.pair)
         self.changes: dict[str, dict[str, Any]] = defaultdict(dict)  # by step; those of "" are for all
         for name, equals, value in (pair.partition("=") for pair in args.set):
             if not equals:
@@ -224,7 +227,7 @@ class Ablations:
         if title not in steps:
             raise ConfigError(f"{self.args.config} has no step {title!r}; its steps are {', '.join(steps)}")
         step = steps[title]
-        flags = read_flags(self.args.config.parent / step["config"]) | step.get("flags", {})
+        flags = read_flags(self.args.config.parent / step["config"], self.args.pair) | step.get("flags", {})
         flags |= {**self.changes[""], **self.changes[title]}
         return step, {key: flags[key] for key in flags if key not in ("data", "save-dir", *step.get("start", {}))}
 

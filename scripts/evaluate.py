@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     offline = commands.add_parser("offline", help="WER, BLEU, chrF, unit error rate, ASR-BLEU of fairseq-generate")
     offline.add_argument("results", type=Path, nargs="+", help="generate-<subset>.jsonl")
     offline.add_argument("--asr", default="auto", choices=("auto", "none", *RECOGNISERS), help="listens to the wavs")
+    add_asr_model(offline)
     offline.add_argument("--target-lang", default="en", metavar="CODE", help="what is heard (default: %(default)s)")
     add_tokenizer(offline)
     offline.add_argument("--output", type=Path, help="write the figures as JSON too")
@@ -78,11 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     add_segmenter_arguments(simul)
     simul.add_argument("--jobs", type=int, default=1, help="processes; more than one falsifies computation-aware times")
     simul.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS))
-    simul.add_argument("--asr-model", metavar="DIR", help="another Whisper for it, in CTranslate2's form")
+    add_asr_model(simul)
     add_tokenizer(simul)
-    simul.add_argument(
-        "--eval-latency-unit", choices=("word", "char"), default="word", help="what AL and its like count (word)"
-    )
+    add_latency_unit(simul)
     simul.add_argument("--output", type=Path, required=True, help="a folder for each chunk size, and results.json")
 
     sweeping = commands.add_parser("sweep", help="quality against latency of every policy: table and picture")
@@ -98,6 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     add_segmenter_arguments(sweeping)
     sweeping.add_argument("--speech", action="store_true", help="measure the speech too, which takes far longer")
     sweeping.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS), help="hears the speech")
+    add_asr_model(sweeping)
+    add_tokenizer(sweeping)
+    add_latency_unit(sweeping)
     add_batch(sweeping)
     sweeping.add_argument(
         "--output", type=Path, required=True, help="a file for each point; sweep.md, .tsv, .json, .png"
@@ -163,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     reporting.add_argument("--sweep", type=Path, metavar="DIR", help="what sweep wrote")
     reporting.add_argument("--longform", type=Path, metavar="DIR", help="what longform wrote")
     reporting.add_argument("--manifest", type=Path, help="for voices and, of a sweep, the recordings' lengths")
+    reporting.add_argument("--target-lang", metavar="CODE", help="default: as config.yaml by the manifest says, or en")
     reporting.add_argument("--seed", type=int, default=1, help="of resampling and examples, from 1 (default: 1)")
     reporting.add_argument("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
     reporting.add_argument("--examples", type=int, default=10, help="random examples (default: %(default)s)")
@@ -175,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     speaking.add_argument("--seed", type=int, default=1, help="of the choice (default: 1)")
     add_vocoder_arguments(speaking)
     speaking.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS))
+    add_asr_model(speaking)
     speaking.add_argument("--json", type=Path, metavar="FILE", help="gets the figures and what was heard, too")
 
     quiet = commands.add_parser("nospeech", help="words made of silence, noise, hum and music; right are none")
@@ -212,9 +216,22 @@ def add_recordings(parser: argparse.ArgumentParser) -> None:
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sacrebleu-tokenizer", default=quality.TOKENIZER, metavar="NAME",
-        help="of BLEU: 13a (default), zh, ja-mecab, char ...",
+        "--sacrebleu-tokenizer", default="", metavar="NAME",
+        help="of BLEU: zh, ja-mecab, char ... (default: the target language's, as sacrebleu chooses, or 13a)",
     )  # fmt: skip
+
+
+def add_asr_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--asr-model", metavar="DIR",
+        help="another Whisper to listen, a CTranslate2 directory (default: tiny.en; base for other languages)",
+    )  # fmt: skip
+
+
+def add_latency_unit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--eval-latency-unit", choices=("word", "char"), default="word", help="what AL and its like count (word)"
+    )
 
 
 def language_of(directory: Path, side: str) -> str:
@@ -223,9 +240,9 @@ def language_of(directory: Path, side: str) -> str:
     return str(read_mapping(path).get(f"{side}_lang") or "").partition("-")[0] if path.is_file() else ""
 
 
-def listener(asr: str, language: str) -> Recogniser:
+def listener(asr: str, language: str, model: str | None = None) -> Recogniser:
     """The recogniser for a target language."""
-    return load_recogniser(asr) if language == "en" else load_recogniser(asr, None, language)
+    return load_recogniser(asr) if language == "en" and model is None else load_recogniser(asr, model, language)
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:
@@ -240,7 +257,9 @@ def offline_tables(args: argparse.Namespace) -> None:
     keep_apart({"--output": args.output}, {f"the results {path}": path for path in args.results})
     for path in args.results:
         rows = read_results(path)
-        figures[path.stem] = score_offline(rows, path, args.asr, args.target_lang, args.sacrebleu_tokenizer)
+        figures[path.stem] = score_offline(
+            rows, path, args.asr, args.target_lang, args.sacrebleu_tokenizer, args.asr_model
+        )
         print(f"\n{path} ({len(rows)} utterances)\n")
         rows = [[part, name, f"{value:.2f}"] for part, name, value in figures[path.stem]]
         print(markdown(["part", "measure", "value"], rows))
@@ -249,13 +268,14 @@ def offline_tables(args: argparse.Namespace) -> None:
 
 
 def score_offline(
-    rows: list[dict[str, Any]], path: Path, asr: str = "auto", language: str = "en", tokenizer: str = quality.TOKENIZER
+    rows: list[dict[str, Any]], path: Path, asr: str = "auto", language: str = "en", tokenizer: str = "",
+    asr_model: str | None = None,
 ) -> list[tuple[str, str, float]]:
     """(part, measure, value) for every part whose hypotheses and references are there. Rates are in percent.
 
     What was heard in the recordings is kept beside ``path``, the rows' file, for the report.
     """
-    english = language == "en"
+    english, tokenizer = language == "en", tokenizer or quality.tokenizer_for(language)
     figures: list[tuple[str, str, float]] = []
 
     def column(name: str) -> list[str] | None:
@@ -277,7 +297,7 @@ def score_offline(
     add("units", "unit error rate", quality.unit_error_rate, "units", "units_ref")
     wavs = column("wav")
     if wavs is not None and asr != "none":
-        engine = listener(asr, language)
+        engine = listener(asr, language, asr_model)
         for row in tqdm(rows, desc=f"listening ({engine.name})"):
             row["heard"] = engine.transcribe_file(path.parent / row["wav"])
         keep_heard(path, engine.name, {str(row["id"]): row["heard"] for row in rows})
@@ -293,8 +313,9 @@ def score_offline(
 def simultaneous_table(args: argparse.Namespace) -> None:
     sources, references = read_pairs(args, "src_text" if args.output_type == "source" else "tgt_text")
     results = {}
-    scoring = {"unit": args.eval_latency_unit, "tokenizer": args.sacrebleu_tokenizer, "model": args.asr_model}
-    scoring["language"] = language_of(args.checkpoint_dir, "target") or "en"
+    target = language_of(args.checkpoint_dir, "target") or "en"
+    tokenizer = args.sacrebleu_tokenizer or quality.tokenizer_for(target)
+    scoring = {"unit": args.eval_latency_unit, "tokenizer": tokenizer, "model": args.asr_model, "language": target}
     for chunk in args.chunk_ms:
         folder = args.output / f"chunk{chunk}"
         print(f"chunk {chunk} ms: {len(sources)} recordings", file=sys.stderr)
@@ -324,7 +345,9 @@ def policy_sweep(args: argparse.Namespace) -> None:
     points = sweep.plan(args.policies, sweep.parse_grid(args.grid), args.chunk_ms)
     sources, references = read_pairs(args)
     bundle = load(args)
-    recogniser = listener(args.asr, bundle.target_lang.partition("-")[0] or "en") if args.speech else None
+    target = bundle.target_lang.partition("-")[0] or "en"
+    recogniser = listener(args.asr, target, args.asr_model) if args.speech else None
+    scoring = (target, args.sacrebleu_tokenizer or quality.tokenizer_for(target), args.eval_latency_unit)
     of = {
         "model": bundle.digest,
         "recordings": len(sources),
@@ -332,6 +355,8 @@ def policy_sweep(args: argparse.Namespace) -> None:
         "segmenter": {name: str(value) for name, value in said_options(args).items()},
         "speech": recogniser.name if recogniser else None,
     }
+    if scoring[1:] != (quality.TOKENIZER, "word"):
+        of["scoring"] = list(scoring[1:])
 
     def options(point: sweep.Point) -> dict[str, Any]:
         said = {**vars(args), **dict(point.knobs), "policy": point.policy, "chunk_ms": point.chunk_ms}
@@ -345,7 +370,7 @@ def policy_sweep(args: argparse.Namespace) -> None:
         if result is None:
             recordings = map(load_audio, tqdm(sources, desc=point.name, leave=False))
             streamed = list(stream(bundle, recordings, chosen, args.batch))
-            figures = sweep.measure(streamed, references, recogniser)
+            figures = sweep.measure(streamed, references, recogniser, *scoring)
             result = {"of": of, "figures": figures, "texts": [s.text for s in streamed]}
             sweep.write_result(path, result)
         results.append((point, result["figures"]))
@@ -471,7 +496,8 @@ def write_report(args: argparse.Namespace) -> None:
     systems = read_systems({name: Path(path) for name, path in named}, rows)
     inputs = {"--manifest": args.manifest, **{f"--system {name}": path for name, path in named}}
     keep_apart({"--output": args.output}, inputs)
-    options = report.Options(args.seed, args.samples, args.examples, args.ceiling)
+    language = args.target_lang or (language_of(args.manifest.parent, "target") if args.manifest else "") or "en"
+    options = report.Options(args.seed, args.samples, args.examples, args.ceiling, language)
     report.write(args.output, systems, rows, args.sweep, args.longform, options)
     print(args.output)
 
@@ -491,8 +517,9 @@ def resynthesis_table(args: argparse.Namespace) -> None:
         print(f"without DNSMOS: {error}", file=sys.stderr)
     model = load_voice(args.vocoder, args.config, args.device)
     data = args.data if args.data.is_dir() else args.data.parent
-    recogniser = listener(args.asr, language_of(data, "target") or "en")
-    report = resynthesis.measure(model, items, recogniser, mos)
+    target = language_of(data, "target") or "en"
+    recogniser = listener(args.asr, target, args.asr_model)
+    report = resynthesis.measure(model, items, recogniser, mos, target)
     print(f"\n{len(items)} recordings; heard by {report['recogniser']}\n")
     print(markdown(["measure", "original", "resynthesis", "bar", "reached"], resynthesis.table(report)))
     if args.json:

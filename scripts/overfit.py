@@ -69,7 +69,7 @@ OFFLINE_SHARE, STREAMED_SHARE = 60 / 64, 50 / 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data/es-en"), help="data directory (default: %(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="data directory")
     parser.add_argument("--work", type=Path, default=Path("runs/overfit"), help="directory to work in")
     parser.add_argument("--utterances", type=int, default=64)
     parser.add_argument("--round", type=int, default=200, help="updates between looks at the figures")
