@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help demo test lint bench clean
 help:
-	@echo "make demo   translate a dozen spoken Spanish sentences while they are spoken; results in demo-output/"
+	@echo "make demo   translate sixteen spoken Spanish sentences while they are spoken; results in demo-output/"
 	@echo "make test   run the tests"
 	@echo "make lint   check the style"
 	@echo "make bench  measure the speed on this machine (about 5 minutes) and write docs/benchmarks.md with a picture"
