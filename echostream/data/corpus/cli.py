@@ -387,6 +387,7 @@ def run_units(args: argparse.Namespace) -> None:
     features = build_features(args.features, args.features_model, args.layer, args.compute_type)
     if args.kmeans:
         model = load_kmeans(args.kmeans)
+        model.save(args.output / "units" / "kmeans.npz")  # it goes with the model, and so to further pairs
     else:
         model = target_units.existing_kmeans(args.output, features, args.num_units)
     if model is None:
