@@ -471,8 +471,8 @@ def save_bundle(
 
     Args:
         state: the model's weights; those of an attached vocoder (``vocoder.*``) are left out. Stored as fp16.
-        data: corpus directory with dictionaries, SentencePiece models, ``gcmvn.npz`` and ``config.yaml``; the k-means of
-            its units goes along.
+        data: corpus directory with dictionaries, SentencePiece models, ``gcmvn.npz`` and ``config.yaml``; its
+            k-means goes along.
         vocoder: checkpoint and ``config.json`` of a CodeHiFiGAN; only the generator is kept, as fp16.
         policy: the policy's defaults for this model.
         card: text of ``MODEL_CARD.md``.

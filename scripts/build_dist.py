@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build wheel and source archive from the files that git knows (`make dist`), and look whether they are complete.
 
-In a copy, so that build/ and egg-info of earlier builds cannot add files of theirs. Where there is no git, all that lies
-beside setup.py and is not ignored by name is taken.
+In a copy, so that build/ and egg-info of earlier builds cannot add files of theirs. Where there is no git, all that
+lies beside setup.py and is not ignored by name is taken.
 """
 
 from __future__ import annotations

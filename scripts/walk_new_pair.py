@@ -3,7 +3,8 @@
 
     python scripts/walk_new_pair.py --work walk
 
-Each command's wall-clock time and the machine's load are noted in WORK/times.json as they come, its output in WORK/logs. Called again, the walk goes on with the first command that is not done. The first that fails ends it.
+Each command's wall-clock time and the machine's load are noted in WORK/times.json as they come, its output in
+WORK/logs. Called again, the walk goes on with the first command that is not done. The first that fails ends it.
 """
 
 from __future__ import annotations
