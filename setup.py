@@ -80,7 +80,7 @@ EXTRAS = {
         "onnxruntime>=1.23",
     ],
     "client": ["websockets>=14,<16"],
-    # echostream.serve.ray: replicas
+    # echostream.serve.ray: replicas; prepare_corpus.py --executor ray
     "ray": ["ray[serve]>=2.50", "starlette>=0.40", "prometheus_client>=0.20", "onnxruntime>=1.23"],
     "docs": ["mkdocs-material>=9"],  # the pages in docs/ as a site: mkdocs serve
     # sentences that end where the speaker pauses: what it needs comes with the package now

@@ -81,6 +81,7 @@ INSTEAD = [
     (r"--test-size \d+", "--test-size 8"),
     (r"--limit 200", "--limit 2"),
     (r"--chunk-ms 320 960", "--chunk-ms 320"),
+    (r"--executor ray --ray-address auto", "--executor local --limit 2"),
     (r"--minutes 60", "--updates 2"),  # minutes are measured by training, even in a dry run
     (r"--count 10 --minutes 5", "--count 1 --sentences 2"),
 ]
@@ -342,10 +343,14 @@ def test_case_08_every_command_runs(
         assert callable(getattr(importlib.import_module(module), name))
     elif program == "echostream":
         call(cli.main, program, rest)
-    elif program == "torchrun":
-        script = rest.index("scripts/train.py")
-        assert rest[:script] == ["--nproc_per_node", "2"]
-        run_train(rest[script + 1 :], capsys)
+    elif program in ("torchrun", "srun"):
+        assert "torchrun" in words[:2]
+        script = words.index("scripts/train.py")
+        launcher = importlib.import_module("torch.distributed.run").get_args_parser()
+        assert launcher.parse_args(words[words.index("torchrun") + 1 : script + 1]).nproc_per_node == "2"
+        run_train(words[script + 1 :], capsys)
+    elif program == "ray":  # tests/test_corpus_cluster.py and test_serve_ray.py start one
+        assert rest == ["start", "--head"]
     elif program == "python" and rest[0] == "scripts/train.py":
         run_train(rest[1:], capsys)
     elif program == "python" and rest[0] != "-m":
