@@ -98,8 +98,8 @@ def page(samples: Sequence[Sample], model: str) -> str:
     """Markdown that lists them."""
     parts = [
         "# Samples",
-        f"Made by `make samples` with {model}: what was said, what came out while it was heard (on the speaker's clock, "
-        "so that both files can be played together), and when.",
+        f"Made by `make samples` with {model}: what was said, what came out while it was heard (on the speaker's clock,"
+        " so that both files can be played together), and when.",
     ]
     for sample in samples:
         links = [f"[source]({sample.name}-source.opus)", f"[timeline]({sample.name}.png)"]
