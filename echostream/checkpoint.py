@@ -81,7 +81,9 @@ _EXPORTED_RULES = {
     "digest": Rule(str, 64, 64, needed=True), "exported_from": _SHA256, "parameters": Rule(dict, of=Rule(int, 0)),
 }  # fmt: skip
 COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")  # from the corpus as they are
-DEFAULT_BUNDLE = Path(__file__).parent / "assets" / "es-en"
+_ASSETS = Path(__file__).parent / "assets"
+# The shipped model: exported, which needs no torch, where that is there; else the checkpoint.
+DEFAULT_BUNDLE = _ASSETS / ("es-en-int8" if (_ASSETS / "es-en-int8").is_dir() else "es-en")
 
 
 @dataclass(frozen=True)
@@ -469,7 +471,8 @@ def save_bundle(
 
     Args:
         state: the model's weights; those of an attached vocoder (``vocoder.*``) are left out. Stored as fp16.
-        data: corpus directory with dictionaries, SentencePiece models, ``gcmvn.npz`` and ``config.yaml``.
+        data: corpus directory with dictionaries, SentencePiece models, ``gcmvn.npz`` and ``config.yaml``; its
+            k-means goes along.
         vocoder: checkpoint and ``config.json`` of a CodeHiFiGAN; only the generator is kept, as fp16.
         policy: the policy's defaults for this model.
         card: text of ``MODEL_CARD.md``.
@@ -508,6 +511,8 @@ def save_bundle(
                 shutil.copyfile(data / FILES[name], new / FILES[name])
         cmvn.save(new / FILES["cmvn"])
         torch.save({"format": FORMAT, "model": weights}, new / FILES["model"])
+        if (data / "units" / FILES["kmeans"]).is_file():
+            shutil.copyfile(data / "units" / FILES["kmeans"], new / FILES["kmeans"])
         if voice is not None:
             save_vocoder(voice, new / FILES["vocoder"], new / FILES["vocoder_config"], half=True)
         values = {

@@ -16,7 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.errors import EchoStreamError  # noqa: E402
 
-ARCHITECTURES = {"echostream": EchoStreamConfig, "echostream_small": EchoStreamConfig.small}
+ARCHITECTURES = {
+    "echostream": EchoStreamConfig,
+    "echostream_small": EchoStreamConfig.small,
+    "echostream_tiny": EchoStreamConfig.tiny,
+}
 
 # What the design states for its default configuration, and for the encoder without the memory bank.
 DESIGN = {

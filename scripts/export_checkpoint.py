@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
@@ -20,6 +21,7 @@ from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.constants import NUM_SPECIALS  # noqa: E402
 from echostream.errors import EchoStreamError  # noqa: E402
 from echostream.files import run_command  # noqa: E402
+from echostream.models.decoders.vocoder_checkpoint import save_vocoder  # noqa: E402
 from echostream.text import Vocabulary  # noqa: E402
 from echostream.text_file import read_text  # noqa: E402
 
@@ -28,7 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PT", help="fairseq checkpoints to average")
     parser.add_argument("--data", required=True, type=Path, help="corpus directory (scripts/prepare_corpus.py)")
-    parser.add_argument("--vocoder", type=Path, help="vocoder checkpoint; without it the bundle does not speak")
+    parser.add_argument(
+        "--vocoder", type=Path,
+        help="vocoder checkpoint, or a model's directory whose voice it shall have (its units must be the corpus's); "
+        "without it the bundle does not speak",
+    )  # fmt: skip
     parser.add_argument("--vocoder-config", type=Path, help="its configuration (default: beside the checkpoint)")
     parser.add_argument("--config", type=Path, help="model configuration (YAML), where the checkpoint holds none")
     parser.add_argument(
@@ -63,17 +69,34 @@ def export(args: argparse.Namespace) -> None:
         mt_vocab_size=sizes["target_dict"],
         num_units=sizes["unit_dict"] - NUM_SPECIALS,
     )
-    vocoder = None
-    if args.vocoder is not None:
-        beside = args.vocoder.with_suffix(".json")  # ours; the field calls it config.json
-        beside = beside if beside.exists() else args.vocoder.with_name("config.json")
-        vocoder = (args.vocoder, args.vocoder_config or beside)
     card = read_text(args.card) if args.card else ""
-    save_bundle(args.output, state, config, args.data, vocoder, dict(map(parse_setting, args.policy)), card)
+    with TemporaryDirectory() as folder:
+        vocoder = voice_files(args, Path(folder))
+        save_bundle(args.output, state, config, args.data, vocoder, dict(map(parse_setting, args.policy)), card)
     load_bundle(args.output)  # what cannot be read back must not be shipped
     for path in sorted(args.output.iterdir()):
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")
     print(f"{sum(path.stat().st_size for path in args.output.iterdir()) / 1e6:8.2f} MB  {args.output}")
+
+
+def voice_files(args: argparse.Namespace, folder: Path) -> tuple[Path, Path] | None:
+    """Checkpoint and configuration of the voice; those of a model's voice are written into ``folder``.
+
+    Raises:
+        EchoStreamError: the model has no voice.
+    """
+    if args.vocoder is None:
+        return None
+    if args.vocoder.is_dir():
+        voice = load_bundle(args.vocoder, backend="torch").vocoder
+        if voice is None:
+            raise EchoStreamError(f"the model {args.vocoder} has no voice")
+        files = folder / "vocoder.pt", folder / "vocoder.json"
+        save_vocoder(voice, *files)
+        return files
+    beside = args.vocoder.with_suffix(".json")  # ours; the field calls it config.json
+    beside = beside if beside.exists() else args.vocoder.with_name("config.json")
+    return args.vocoder, args.vocoder_config or beside
 
 
 def parse_setting(text: str) -> tuple[str, int | float | str]:

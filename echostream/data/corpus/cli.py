@@ -22,6 +22,7 @@ from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.data.config import DataConfig
 from echostream.data.corpus import (
     catalogues,
+    cluster,
     languages,
     manifests,
     recordings,
@@ -43,8 +44,8 @@ from echostream.evaluation.systems import read_results
 from echostream.files import keep_apart, run_command, write_json
 from echostream.streaming.silero import load_silero
 from echostream.text_file import read_json
-from echostream.units.features import build_features
-from echostream.units.kmeans import load_kmeans
+from echostream.units.features import UnitFeatures, build_features
+from echostream.units.kmeans import KMeans, load_kmeans
 from echostream.whisper.source import whisper_source
 from echostream.whisper.tokens import WhisperBPE, write_whisper_subwords
 
@@ -67,14 +68,18 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
 
     step("text", run_text, "read the pairs, normalise, split, train SentencePiece", _text_options)
-    step("speech", run_speech, "record one set of source speech", _speech_options, _shard_options)
-    step("target", run_target, "record the target speech of the sets", _target_options, _kokoro_option, _shard_options)
-    step("units", run_units, "fit k-means and turn the target speech into units", _units_options, _shard_options)
+    step("speech", run_speech, "record one set of source speech", _speech_options, _shard_options,
+         _executor_options)
+    step("target", run_target, "record the target speech of the sets", _target_options, _kokoro_option, _shard_options,
+         _executor_options)
+    step("units", run_units, "fit k-means and turn the target speech into units", _units_options, _shard_options,
+         _executor_options)
     step("manifests", run_manifests, "write manifests, CMVN, config.yaml and corpus.json", _manifest_options)
     step("respeak", run_respeak, "let the target voice say what a model made of the training speech",
          _respeak_options, _units_options, _kokoro_option, _shard_options)
     step("all", run_all, "every step in a row, one set of recordings for each split", _text_options,
-         _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options)
+         _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options,
+         _executor_options)
     text = "write parallel text, the messages of programs, from gettext catalogues (.mo, .po)"
     _catalogue_options(steps.add_parser("catalogues", help=text, description=text))
     text = "give a manifest Whisper's translations and transcripts as further references"
@@ -108,6 +113,13 @@ def _shard_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--max-seconds", type=float, default=30.0, help="longer recordings are skipped")
     parser.add_argument("--audio-format", choices=("wav", "flac"), default="wav")
+
+
+def _executor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--executor", choices=("local", "ray"), default="local",
+                        help="ray: shards as tasks of a Ray cluster whose machines share --output (extra ray)")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="auto or host:port (default: this machine alone)")
+    parser.add_argument("--retries", type=int, default=3, help="how often a shard is begun again when its worker dies")
 
 
 def _text_options(parser: argparse.ArgumentParser) -> None:
@@ -318,6 +330,11 @@ def languages_of(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def run_speech(args: argparse.Namespace) -> None:
+    _run_shards(record_speech, args, f"speech/{args.set}.*-of-*.tsv", f"speech {args.set}")
+
+
+def record_speech(args: argparse.Namespace) -> cluster.Outcome:
+    """One shard of a set of recordings. Returns what the step notes: its name, and facts."""
     rows = read_rows(args.output / "rows.tsv")
     exclude = {line["row"] for name in args.exclude_set for line in speech_ledger(args.output, name).values()}
     selection = speech.Selection(
@@ -331,12 +348,28 @@ def run_speech(args: argparse.Namespace) -> None:
         args.output, args.set, rows, selection, engine, ready, args.seed, args.max_seconds, f".{args.audio_format}",
         args.shard, args.num_shards, progress=progress_bar(f"speech {args.set}"),
     )
-    note_step(args, f"speech-{args.set}", counts=dict(counts), voices=list(getattr(engine, "voices", ())),
-              engine_version=getattr(engine, "version", None))
-    print(f"speech {args.set}: {dict(counts)}")
+    facts = {"voices": list(getattr(engine, "voices", ())), "engine_version": getattr(engine, "version", None)}
+    return f"speech-{args.set}", {"counts": dict(counts), **facts}
+
+
+def _run_shards(
+    run: Callable[[argparse.Namespace], cluster.Outcome], args: argparse.Namespace, ledger: str, title: str
+) -> None:
+    """A step's shard in this process, or all of its shards on a cluster; noted and told."""
+    if getattr(args, "executor", "local") == "ray":
+        name, facts = cluster.run_sharded(run, args, ledger, require("tqdm", "all").tqdm(desc=title, unit="row"))
+    else:
+        name, facts = run(args)
+    note_step(args, name, **facts)
+    print(f"{title}: {facts['counts']}")
 
 
 def run_target(args: argparse.Namespace) -> None:
+    _run_shards(record_target, args, "target/speech.*-of-*.tsv", "target")
+
+
+def record_target(args: argparse.Namespace) -> cluster.Outcome:
+    """One shard of the target speech. Returns as ``record_speech``."""
     rows = {row.row: row for row in read_rows(args.output / "rows.tsv")}
     names = args.sets or speech_sets(args.output)
     wanted = [rows[line["row"]] for name in names for line in speech_ledger(args.output, name).values()]
@@ -351,8 +384,7 @@ def run_target(args: argparse.Namespace) -> None:
         args.output, wanted, engine, args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
         args.num_shards, progress=progress_bar("target"),
     )
-    note_step(args, "target", counts=dict(counts), engine_version=getattr(engine, "version", None))
-    print(f"target: {dict(counts)}")
+    return "target", {"counts": dict(counts), "engine_version": getattr(engine, "version", None)}
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -380,6 +412,28 @@ def _of_step(args: argparse.Namespace, step: str, **settings: object) -> argpars
 
 
 def run_units(args: argparse.Namespace) -> None:
+    on_cluster = getattr(args, "executor", "local") == "ray"
+    if on_cluster:
+        _, model, _ = fit_units(args)  # once, before anything is shared out
+    _run_shards(assign_units, args, "units/*.*-of-*.tsv", "units")
+    if on_cluster:  # two shards that finish together may have missed each other's last lines
+        target_units.write_units(args.output, target_units.units_ledger(args.output, model))
+
+
+def assign_units(args: argparse.Namespace) -> cluster.Outcome:
+    """One shard of the units. Returns as ``record_speech``."""
+    features, model, recordings = fit_units(args)
+    facts = {"features": features.name, "num_units": len(model),
+             "ledger": target_units.units_ledger(args.output, model).name}
+    note_step(args, "units", **facts)  # already here: manifests can be written while units are being made
+    counts = target_units.assign_units(
+        args.output, features, model, list(recordings), args.shard, args.num_shards, progress_bar("units")
+    )
+    return "units", {**facts, "counts": dict(counts)}
+
+
+def fit_units(args: argparse.Namespace) -> tuple[UnitFeatures, KMeans, dict[str, dict[str, str]]]:
+    """Features, the k-means that is there or is fitted now, and the target recordings."""
     rows = read_rows(args.output / "rows.tsv")
     recordings = Ledger(args.output / "target", "speech", speech.TARGET_COLUMNS).read()
     if not recordings:
@@ -387,6 +441,7 @@ def run_units(args: argparse.Namespace) -> None:
     features = build_features(args.features, args.features_model, args.layer, args.compute_type)
     if args.kmeans:
         model = load_kmeans(args.kmeans)
+        model.save(args.output / "units" / "kmeans.npz")  # it goes with the model, and so to further pairs
     else:
         model = target_units.existing_kmeans(args.output, features, args.num_units)
     if model is None:
@@ -399,14 +454,7 @@ def run_units(args: argparse.Namespace) -> None:
             progress_bar("k-means", unit="it"),
         )
         print(f"units: k-means fitted, {len(model)} units of {features.name}", flush=True)
-    facts = {"features": features.name, "num_units": len(model),
-             "ledger": target_units.units_ledger(args.output, model).name}
-    note_step(args, "units", **facts)  # already here: manifests can be written while units are being made
-    counts = target_units.assign_units(
-        args.output, features, model, list(recordings), args.shard, args.num_shards, progress_bar("units")
-    )
-    note_step(args, "units", **facts, counts=counts)
-    print(f"units: {counts}")
+    return features, model, recordings
 
 
 def run_manifests(args: argparse.Namespace) -> None:
