@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from echostream import __version__, import_whisper, vocode
-from echostream.errors import CheckpointError
 from echostream.files import run_command
 
 EXAMPLES = """examples:
@@ -154,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_translate(args: argparse.Namespace) -> int:
+    from echostream.checkpoint.layout import checkpoint_directory
     from echostream.translate import translate
 
     args.checkpoint_dir = checkpoint_directory(args.checkpoint_dir)
@@ -167,6 +167,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
+    from echostream.checkpoint.layout import checkpoint_directory
     from echostream.export.directory import export_directory
 
     path = args.checkpoint if args.checkpoint is not None and args.checkpoint.is_file() else None
@@ -190,31 +191,13 @@ def run_import_whisper(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
+    from echostream.checkpoint.layout import checkpoint_directory
     from echostream.info import describe, show
 
     path = args.checkpoint if args.checkpoint is not None and args.checkpoint.is_file() else None
     described = describe(path or checkpoint_directory(args.checkpoint))
     print(json.dumps(described, indent=2) if args.json else show(described), flush=True)
     return 0
-
-
-def checkpoint_directory(path: Path | None) -> Path:
-    """``path``, or the shipped model's directory.
-
-    Raises:
-        CheckpointError: there is no checkpoint.
-    """
-    from echostream.checkpoint import DEFAULT_BUNDLE, config_path
-
-    if path is None and not config_path(DEFAULT_BUNDLE).is_file():
-        raise CheckpointError(
-            f"no model is shipped in {DEFAULT_BUNDLE}; train one as docs/training.md says, "
-            "or name a checkpoint directory"
-        )
-    path = DEFAULT_BUNDLE if path is None else path
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint directory {path} does not exist")
-    return path
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from echostream.checkpoint import FILES, load_bundle, save_bundle
+from echostream.checkpoint import load_bundle, save_bundle
+from echostream.checkpoint.layout import FILES
 from echostream.constants import NUM_SPECIALS
 from echostream.data.config import DataConfig
 from echostream.errors import require

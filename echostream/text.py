@@ -70,6 +70,10 @@ class Vocabulary:
         """Does this subword close a sentence (``.``, ``!``, ``?``, ``…`` as its last letter, or their like)?"""
         return index >= NUM_SPECIALS and self.symbols[index][-1] in SENTENCE_ENDS
 
+    def has_letters(self, index: int) -> bool:
+        """Is there more to this subword than punctuation?"""
+        return any(letter.isalnum() for letter in self.symbols[index].replace(WORD_START, ""))
+
 
 def collapse_ctc(ids: Sequence[int], previous: int = BLANK, blank: int = BLANK) -> list[int]:
     """Greedy CTC output: repeats merged, blanks dropped. ``previous`` is the raw symbol before ``ids[0]``."""

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from echostream.checkpoint import DEFAULT_BUNDLE, config_path  # noqa: E402
+from echostream.checkpoint import DEFAULT_BUNDLE  # noqa: E402
+from echostream.checkpoint.layout import config_path  # noqa: E402
 from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
 from echostream.evaluation import run  # noqa: E402
 from echostream.evaluation.asr import RECOGNISERS  # noqa: E402

@@ -31,7 +31,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from echostream.audio.io import load_audio  # noqa: E402
-from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, config_path, load_bundle  # noqa: E402
+from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle  # noqa: E402
+from echostream.checkpoint.layout import config_path  # noqa: E402
 from echostream.data.manifest import RECORDING, read_manifest  # noqa: E402
 from echostream.errors import EchoStreamError, MissingExtraError, require  # noqa: E402
 from echostream.evaluation import longform, no_speech, quality, run, sweep  # noqa: E402

@@ -15,7 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from echostream.checkpoint import FILES, average_checkpoints, load_bundle, save_bundle  # noqa: E402
+from echostream.checkpoint import load_bundle, save_bundle
+from echostream.checkpoint.fairseq import average_checkpoints
+from echostream.checkpoint.layout import FILES  # noqa: E402
 from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.constants import NUM_SPECIALS  # noqa: E402
 from echostream.errors import EchoStreamError  # noqa: E402

@@ -120,7 +120,7 @@ def run_fairseq(tool: str, arguments: Sequence[str]) -> None:
     """
     import importlib
 
-    from echostream.compat import register_with_fairseq
+    from echostream.plugin import register_with_fairseq
 
     module = importlib.import_module(f"fairseq_cli.{tool}")  # first: it sets up logging as the command does
     register_with_fairseq()

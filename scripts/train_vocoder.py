@@ -24,12 +24,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from echostream.compat import keep_freed_memory  # noqa: E402
 from echostream.data.corpus.rows import read_rows  # noqa: E402
 from echostream.errors import ConfigError  # noqa: E402
 from echostream.evaluation.asr import load_recogniser  # noqa: E402
 from echostream.evaluation.quality import word_error_rate  # noqa: E402
 from echostream.files import add, appending, run_command  # noqa: E402
+from echostream.memory import keep_freed_memory  # noqa: E402
 from echostream.models.decoders.vocoder import PRESETS, VocoderConfig  # noqa: E402
 from echostream.text_file import iter_lines, read_text  # noqa: E402
 from echostream.vocoder.dataset import Utterance, hold_out, read_units  # noqa: E402

@@ -24,9 +24,7 @@ from echostream.audio.io import load_audio  # noqa: E402
 from echostream.data.corpus import voices  # noqa: E402
 from echostream.data.corpus.rows import hash_int  # noqa: E402
 from echostream.data.corpus.tts import phonemes  # noqa: E402
-from echostream.errors import (
-    ManifestError,  # noqa: E402
-)
+from echostream.errors import ManifestError  # noqa: E402
 from echostream.files import run_command  # noqa: E402
 from echostream.loading import read_mapping  # noqa: E402
 from echostream.text_file import iter_lines, table_rows  # noqa: E402

@@ -25,18 +25,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-from echostream.checkpoint import config_path, load_bundle, sha256  # noqa: E402
+from echostream.checkpoint import load_bundle  # noqa: E402
+from echostream.checkpoint.layout import config_path, sha256  # noqa: E402
 from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.data.manifest import read_manifest  # noqa: E402
 from echostream.data.source import load_features, load_samples  # noqa: E402
-from echostream.errors import (  # noqa: E402
-    AudioError,
-    CheckpointError,
-    ConfigError,
-    EchoStreamError,
-    ManifestError,
-    SessionError,
-)
+from echostream.errors import AudioError, CheckpointError, ConfigError, EchoStreamError, ManifestError, SessionError  # noqa: E402
 from echostream.export.directory import export_directory, make_voice_graphs  # noqa: E402
 from echostream.loading import Rule, check, inside, read_array, read_json, read_npz, read_yaml  # noqa: E402
 from echostream.streaming import SessionBatch, StreamingSession  # noqa: E402
@@ -404,7 +398,8 @@ def test_16_dictionaries_with_odd_letters_and_marks(tmp_path: Path) -> None:
 
 
 def test_16_subword_models(bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
-    from echostream.checkpoint import read_fairseq_checkpoint, save_bundle
+    from echostream.checkpoint import save_bundle
+    from echostream.checkpoint.fairseq import read_fairseq_checkpoint
 
     good = (bundle / "spm.src.model").read_bytes()
     other = (bundle / "spm.tgt.model").read_bytes()

@@ -236,7 +236,7 @@ def parse_fairseq(tool: str, words: list[str]) -> None:
     """All flags are fairseq's or the plugin's, with values that they take."""
     from fairseq import options
 
-    from echostream.compat import register_with_fairseq
+    from echostream.plugin import register_with_fairseq
 
     register_with_fairseq()
     parser = {"train": options.get_training_parser, "generate": options.get_generation_parser}[tool]()

@@ -14,7 +14,7 @@ from echostream.data.corpus.recordings import MARGIN, Cut, find_recordings, piec
 from echostream.data.corpus.rows import read_table
 from echostream.data.manifest import SPEECH, read_manifest
 from echostream.errors import AudioError, ConfigError, ManifestError
-from echostream.streaming.silero import WINDOW
+from echostream.streaming.segmenters.silero import WINDOW
 
 RATE = 22050
 

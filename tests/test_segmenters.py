@@ -14,12 +14,15 @@ import pytest
 from echostream.audio.io import load_audio
 from echostream.errors import CheckpointError, ConfigError, MissingExtraError
 from echostream.evaluation import no_speech
-from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, silero
-from echostream.streaming.pause import PauseSegmenter, SpeechGate
+from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession
 from echostream.streaming.policy import CTCCountPolicy
-from echostream.streaming.punctuation import CTPunctuation, CTSegmenter
-from echostream.streaming.segmenter import CombinedSegmenter, NoSegmenter, PunctuationSegmenter, Spoken, make_segmenter
-from echostream.streaming.silero import load_silero
+from echostream.streaming.segmenters import silero
+from echostream.streaming.segmenters.base import CombinedSegmenter, NoSegmenter, Spoken
+from echostream.streaming.segmenters.ct_transformer import CTPunctuation, CTSegmenter
+from echostream.streaming.segmenters.factory import make_segmenter
+from echostream.streaming.segmenters.pause import PauseSegmenter, SpeechGate
+from echostream.streaming.segmenters.punctuation import PunctuationSegmenter
+from echostream.streaming.segmenters.silero import load_silero
 from echostream.text import Vocabulary
 
 onnx = pytest.importorskip("onnx")
@@ -344,8 +347,8 @@ def test_the_detector_needs_neither_torch_nor_onnxruntime():
     check = """
 import sys, numpy as np
 sys.modules["torch"] = sys.modules["onnxruntime"] = None
-from echostream.streaming.pause import PauseSegmenter
-from echostream.streaming.silero import load_silero
+from echostream.streaming.segmenters.pause import PauseSegmenter
+from echostream.streaming.segmenters.silero import load_silero
 segmenter = PauseSegmenter(load_silero(), 300)
 memory = segmenter.hear(np.zeros(32000, np.float32), segmenter.init_audio())
 assert memory["count"].tolist() == [62, 0, -1], memory["count"]
@@ -370,7 +373,7 @@ def test_the_first_end_counts():
             return {"x": memory["x"] + len(samples)}
 
         def find(self, source, target, frames, memory):
-            from echostream.streaming.segmenter import Ending
+            from echostream.streaming.segmenters.base import Ending
 
             return None if self.frame is None else Ending("at", closing=int(memory["x"][0]))
 

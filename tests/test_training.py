@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("fairseq")
 
-from echostream import compat
+from echostream import plugin
 from echostream.constants import NUM_SPECIALS
 from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
@@ -24,7 +24,7 @@ from echostream.data.joining import JoinPolicy
 from echostream.errors import CheckpointError, ConfigError, EchoStreamError, ManifestError
 from tests.training_data import TINY_MODEL, make_corpus, tiny_flags
 
-compat.register_with_fairseq()
+plugin.register_with_fairseq()
 
 from echostream.criterions.multitask_criterion import MultitaskCriterion  # noqa: E402
 from echostream.criterions.visibility import expected_counts, heard_when_due  # noqa: E402

@@ -34,7 +34,7 @@ LIMITS = """\
 - One run on one machine. Medians hold against short disturbances; on a machine with other work every figure is too
   high, by the caches and the memory bus that are shared. Ratios between contenders of one table suffer less.
 - torchaudio's Emformer stands behind our subsampler in eager torch in all its forms, since it has none of its own.
-- On Linux exported graphs ask for pages of 2 MB for their weights (`compat.huge_pages`); torch's lie where malloc put
+- On Linux exported graphs ask for pages of 2 MB for their weights (`memory.huge_pages`); torch's lie where malloc put
   them.
 - `recompute` has the shape of StreamSpeech's encoder, not its code, and only the encoder; its decoders and features
   would be computed again, too. Between chunks it costs nothing, so its share per segment falls with longer chunks.

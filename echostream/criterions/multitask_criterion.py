@@ -32,8 +32,8 @@ from echostream.constants import BLANK, NUM_SPECIALS, PAD, SUBSAMPLING
 from echostream.criterions.distillation import TARGETS, WhisperTeacher, frame_loss, token_loss
 from echostream.criterions.visibility import draw_chunk, heard_when_due
 from echostream.errors import ConfigError, ManifestError
+from echostream.fairseq_model import WHISPER
 from echostream.models.echostream_model import SentenceWindows
-from echostream.models.fairseq_model import WHISPER
 from echostream.text import collapse_ctc
 
 # Too long unit targets are judged over this many of the latest ones.

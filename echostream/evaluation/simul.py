@@ -63,11 +63,7 @@ from simuleval.data.dataloader.s2t_dataloader import SpeechToSpeechDataloader  #
 from simuleval.data.segments import Segment, SpeechSegment, TextSegment  # noqa: E402
 from simuleval.evaluator.evaluator import SentenceLevelEvaluator  # noqa: E402
 from simuleval.evaluator.instance import INSTANCE_TYPE_DICT, SpeechToSpeechInstance  # noqa: E402
-from simuleval.evaluator.scorers.latency_scorer import (  # noqa: E402
-    LATENCY_SCORERS_DICT,
-    LATENCY_SCORERS_NAME_DICT,
-    LatencyScorer,
-)
+from simuleval.evaluator.scorers.latency_scorer import LATENCY_SCORERS_DICT, LATENCY_SCORERS_NAME_DICT, LatencyScorer  # noqa: E402
 from simuleval.evaluator.scorers.quality_scorer import (  # noqa: E402
     QUALITY_SCORERS_DICT,
     QualityScorer,

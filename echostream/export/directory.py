@@ -16,17 +16,16 @@ from typing import Any, Mapping
 
 from tqdm import tqdm
 
-from echostream.checkpoint import (
+from echostream.checkpoint import Bundle, load_bundle
+from echostream.checkpoint.layout import (
     CONFIG,
     COPIED,
     EXPORTED_CARD,
     EXPORTED_CONFIG,
     EXPORTED_FORMAT,
     FILES,
-    Bundle,
     card_of,
     files_of,
-    load_bundle,
     read_config,
     sha256,
 )

@@ -15,9 +15,9 @@ import numpy as np
 
 from echostream.errors import ConfigError
 from echostream.export.graph import REST, Graph, as_array
-from echostream.models.decoders.vocoder import SLOPE, CodeHiFiGAN
+from echostream.models.decoders.vocoder import CodeHiFiGAN
 from echostream.models.decoders.vocoder_config import MAX_DURATION
-from echostream.models.decoders.vocoder_layers import DurationClassifier
+from echostream.models.decoders.vocoder_layers import SLOPE, DurationClassifier
 
 
 def check_voice(vocoder: CodeHiFiGAN) -> None:

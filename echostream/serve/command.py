@@ -167,12 +167,12 @@ def model_directory(args: argparse.Namespace) -> Path:
     Raises:
         CheckpointError: there is no such directory.
     """
-    from echostream.cli import checkpoint_directory
+    from echostream.checkpoint.layout import checkpoint_directory
 
     directory = checkpoint_directory(args.checkpoint_dir)
     if args.checkpoint_dir is not None or args.backend == "torch" or args.device != "cpu":
         return directory
-    from echostream.checkpoint import EXPORTED_CONFIG, EXPORTED_FORMAT, read_config
+    from echostream.checkpoint.layout import EXPORTED_CONFIG, EXPORTED_FORMAT, read_config
 
     digest = (read_config(directory).get("digests") or {}).get("model.pt", "")[:12]
     name = f"es-en-{digest}-{EXPORTED_FORMAT.rpartition('/')[2]}"

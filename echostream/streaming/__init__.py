@@ -24,7 +24,9 @@ from echostream.streaming.policy import (
     WaitKPolicy,
     make_policy,
 )
-from echostream.streaming.segmenter import NoSegmenter, PunctuationSegmenter, Segmenter, make_segmenter
+from echostream.streaming.segmenters.base import NoSegmenter, Segmenter
+from echostream.streaming.segmenters.factory import make_segmenter
+from echostream.streaming.segmenters.punctuation import PunctuationSegmenter
 from echostream.streaming.session import StreamingSession
 
 __all__ = [

@@ -18,7 +18,7 @@ from echostream.loading import DAMAGE, Rule, check, check_array, parse_json, rea
 from echostream.streaming.clock import ClockState
 from echostream.streaming.engine import Engine, Stream
 from echostream.streaming.policy import Draft, Progress
-from echostream.streaming.segmenter import Spoken
+from echostream.streaming.segmenters.base import Spoken
 from echostream.streaming.sentence import Sentence
 from echostream.streaming.track import Track
 

@@ -15,7 +15,7 @@ from echostream.streaming.clock import AudioClock
 from echostream.streaming.engine import Settings
 from echostream.streaming.events import Event
 from echostream.streaming.policy import Policy
-from echostream.streaming.segmenter import Segmenter
+from echostream.streaming.segmenters.base import Segmenter
 from echostream.streaming.session import make_engine
 from echostream.streaming.stages import Backend
 from echostream.streaming.track import Hearing, Track, decide

@@ -28,7 +28,7 @@ from echostream.loading import shown
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
 from echostream.streaming.policy import Draft, Policy, Progress
 from echostream.streaming.search import Chosen
-from echostream.streaming.segmenter import AudioMemory, Segmenter, Spoken, has_letters
+from echostream.streaming.segmenters.base import AudioMemory, Segmenter, Spoken
 from echostream.streaming.sentence import FRAME_S, Sentence
 from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Request, Rewind, Search, Speak, Write
 from echostream.text import WORD_START, Vocabulary
@@ -231,7 +231,7 @@ class Engine:
         """A sentence does not open with the mark that closes one: it is an echo of the sentence before."""
         for name, vocabulary in (("source", self.source_dict), ("target", self.target_dict)):
             tokens = getattr(sentence, name)
-            while tokens and vocabulary.ends_sentence(tokens[0].token) and not has_letters(vocabulary, tokens[0].token):
+            while tokens and vocabulary.ends_sentence(tokens[0].token) and not vocabulary.has_letters(tokens[0].token):
                 tokens = tokens[1:]
             setattr(sentence, name, tokens)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from echostream.streaming.policy import POLICIES, WAIT_UNITS
 from echostream.streaming.resolve import resolve
-from echostream.streaming.segmenter import CT_SIDES, SEGMENTERS
+from echostream.streaming.segmenters.factory import CT_SIDES, SEGMENTERS
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle

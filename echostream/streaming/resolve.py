@@ -13,10 +13,11 @@ from echostream.constants import ENCODER_FRAME_MS
 from echostream.errors import CheckpointError, ConfigError
 from echostream.loading import Rule, check, shown
 from echostream.streaming.engine import Settings
-from echostream.streaming.pause import SpeechGate
 from echostream.streaming.policy import POLICIES, Policy, knobs_of, make_policy
-from echostream.streaming.segmenter import CT_SIDES, SEGMENTERS, CombinedSegmenter, Segmenter, make_segmenter
-from echostream.streaming.silero import load_silero
+from echostream.streaming.segmenters.base import CombinedSegmenter, Segmenter
+from echostream.streaming.segmenters.factory import CT_SIDES, SEGMENTERS, make_segmenter
+from echostream.streaming.segmenters.pause import SpeechGate
+from echostream.streaming.segmenters.silero import load_silero
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle

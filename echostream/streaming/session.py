@@ -16,7 +16,7 @@ from echostream.streaming.engine import Engine, Settings
 from echostream.streaming.events import Event, SentenceEnd, Waveform
 from echostream.streaming.policy import Policy
 from echostream.streaming.resolve import resolve
-from echostream.streaming.segmenter import Segmenter
+from echostream.streaming.segmenters.base import Segmenter
 from echostream.streaming.stages import Backend
 from echostream.streaming.track import Hearing, Track, decide
 from echostream.streaming.turns import Turns, in_turn

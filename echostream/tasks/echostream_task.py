@@ -18,7 +18,7 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 from torch import Tensor, nn
 
-from echostream import compat
+from echostream import memory
 from echostream.constants import EOS, NUM_SPECIALS
 from echostream.data.augment import SpecAugment, parse_speeds
 from echostream.data.augmentation import SpeechAugment
@@ -138,7 +138,7 @@ class EchoStreamTask(FairseqTask):
         config.extractor  # an unknown name stops the run here
         task = cls(cfg, config)
         if cfg.cpu:
-            compat.keep_freed_memory()
+            memory.keep_freed_memory()
         logger.info(
             "dictionaries: %d source and %d target symbols, %d units",
             len(task.source_dictionary), len(task.target_dictionary), config.num_units,

@@ -41,7 +41,7 @@ from echostream.data.manifest import write_manifest as write_utterances
 from echostream.errors import ConfigError, ManifestError, require
 from echostream.evaluation.systems import read_results
 from echostream.files import keep_apart, run_command, write_json
-from echostream.streaming.silero import load_silero
+from echostream.streaming.segmenters.silero import load_silero
 from echostream.text_file import read_json
 from echostream.units.features import build_features
 from echostream.units.kmeans import load_kmeans

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from echostream.errors import CheckpointError
 from echostream.files import replacing, write_json
-from echostream.models.decoders.vocoder import NORMED, CodeHiFiGAN
+from echostream.models.decoders.vocoder import CodeHiFiGAN
 from echostream.models.decoders.vocoder_config import VocoderConfig
+from echostream.models.decoders.vocoder_generator import NORMED
 from echostream.models.decoders.vocoder_layers import Conv, Upsample, pack_weights
 from echostream.weights import check_tensors, read_weights, uninitialised
 

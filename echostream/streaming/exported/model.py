@@ -11,7 +11,7 @@ import numpy as np
 from echostream.errors import CheckpointError
 from echostream.loading import inside, read_bytes, reason
 from echostream.streaming.exported.graph_file import weights_outside
-from echostream.streaming.onnx_runtime import open_graph
+from echostream.streaming.exported.onnx_runtime import open_graph
 from echostream.tensor_file import WEIGHTS, TensorFile
 
 if TYPE_CHECKING:

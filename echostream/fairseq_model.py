@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from echostream import compat
-from echostream.checkpoint import read_fairseq_checkpoint
+from echostream.checkpoint.fairseq import read_fairseq_checkpoint
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
 from echostream.errors import CheckpointError, ConfigError, ManifestError, require

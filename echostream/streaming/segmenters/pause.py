@@ -8,8 +8,8 @@ import numpy as np
 
 from echostream.constants import ENCODER_FRAME_MS, SAMPLE_RATE
 from echostream.errors import ConfigError
-from echostream.streaming.segmenter import AudioMemory, Ending, SegmenterBase, Spoken
-from echostream.streaming.silero import CONTEXT, WINDOW, Detector
+from echostream.streaming.segmenters.base import AudioMemory, Ending, SegmenterBase, Spoken
+from echostream.streaming.segmenters.silero import CONTEXT, WINDOW, Detector
 
 SAMPLES_PER_FRAME = SAMPLE_RATE * ENCODER_FRAME_MS // 1000
 HYSTERESIS = 0.15  # what is no speech must be this much less probable than what is

@@ -18,8 +18,8 @@ import numpy as np
 
 from echostream.errors import CheckpointError, ConfigError
 from echostream.loading import read_mapping
-from echostream.streaming.onnx_runtime import describe_inputs, open_graph
-from echostream.streaming.segmenter import AudioMemory, Ending, SegmenterBase, Spoken
+from echostream.streaming.exported.onnx_runtime import describe_inputs, open_graph
+from echostream.streaming.segmenters.base import AudioMemory, Ending, SegmenterBase, Spoken
 from echostream.text import WORD_START, Vocabulary
 from echostream.text_file import read_json, read_lines
 
