@@ -1,4 +1,4 @@
-"""The command ``echostream``: translate recordings and live speech, look at checkpoints, export them."""
+"""The command ``echostream``: translate recordings and live speech, export checkpoints; and ``commands``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from echostream import __version__, import_whisper, vocode
+from echostream.commands import PROGRAMS, run
 from echostream.files import run_command
 
 EXAMPLES = """examples:
@@ -35,6 +36,9 @@ PIPES = """standard input and output:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (0; 1 after an error; 130 after Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in PROGRAMS:
+        return run_command(lambda: run(argv[0], argv[1:]))
     args = build_parser().parse_args(argv)
     return run_command(lambda: args.run(args))
 
@@ -149,6 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
         "EchoStream)",
     )
     info.add_argument("--json", action="store_true", help="the same as JSON")
+
+    for name, (_, purpose) in PROGRAMS.items():  # listed here, parsed by themselves
+        commands.add_parser(name, help=purpose, add_help=False)
     return parser
 
 

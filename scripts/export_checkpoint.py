@@ -1,95 +1,9 @@
-#!/usr/bin/env python3
-"""Turn fairseq checkpoints, a corpus directory and a vocoder into one checkpoint directory for streaming.
+#!/usr/bin/env python
+"""``echostream export-checkpoint``, by the name that it had as a script."""
 
-Several checkpoints are averaged, for instance the five best:
-    python scripts/export_checkpoint.py --checkpoint runs/es-en/checkpoint.best_bleu_*.pt \
-        --data data/es-en --vocoder runs/vocoder/vocoder.pt --output bundles/es-en
-"""
-
-from __future__ import annotations
-
-import argparse
-import dataclasses
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
-
-from echostream.checkpoint import load_bundle, save_bundle
-from echostream.checkpoint.fairseq import average_checkpoints
-from echostream.checkpoint.layout import FILES  # noqa: E402
-from echostream.config import EchoStreamConfig  # noqa: E402
-from echostream.constants import NUM_SPECIALS  # noqa: E402
-from echostream.errors import EchoStreamError  # noqa: E402
-from echostream.files import run_command  # noqa: E402
-from echostream.text import Vocabulary  # noqa: E402
-from echostream.text_file import read_text  # noqa: E402
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PT", help="fairseq checkpoints to average")
-    parser.add_argument("--data", required=True, type=Path, help="corpus directory (scripts/prepare_corpus.py)")
-    parser.add_argument("--vocoder", type=Path, help="vocoder checkpoint; without it the bundle does not speak")
-    parser.add_argument("--vocoder-config", type=Path, help="its configuration (default: beside the checkpoint)")
-    parser.add_argument("--config", type=Path, help="model configuration (YAML), where the checkpoint holds none")
-    parser.add_argument(
-        "--policy",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="defaults of the policy for this model, such as lagging_k1=1 stride_n1=1 chunk_ms=320",
-    )
-    parser.add_argument("--card", type=Path, help="text to become MODEL_CARD.md")
-    parser.add_argument("--output", required=True, type=Path, help="directory to write")
-    args = parser.parse_args()
-    try:
-        export(args)
-    except EchoStreamError as error:
-        sys.exit(f"error: {error}")
-
-
-def export(args: argparse.Namespace) -> None:
-    state, config = average_checkpoints(args.checkpoint)
-    if args.config is not None:
-        config = EchoStreamConfig.from_yaml(args.config)
-    if config is None:
-        raise EchoStreamError(f"{args.checkpoint[-1]} does not tell the model's configuration; give it with --config")
-    # Sizes of vocabularies follow the dictionaries; fairseq's arguments do not hold them.
-    dictionaries = ("source_dict", "target_dict", "unit_dict")
-    sizes = {name: len(Vocabulary.load(args.data / FILES[name])) for name in dictionaries}
-    config = dataclasses.replace(
-        config,
-        asr_vocab_size=sizes["source_dict"],
-        st_vocab_size=sizes["target_dict"],
-        mt_vocab_size=sizes["target_dict"],
-        num_units=sizes["unit_dict"] - NUM_SPECIALS,
-    )
-    vocoder = None
-    if args.vocoder is not None:
-        beside = args.vocoder.with_suffix(".json")  # ours; the field calls it config.json
-        beside = beside if beside.exists() else args.vocoder.with_name("config.json")
-        vocoder = (args.vocoder, args.vocoder_config or beside)
-    card = read_text(args.card) if args.card else ""
-    save_bundle(args.output, state, config, args.data, vocoder, dict(map(parse_setting, args.policy)), card)
-    load_bundle(args.output)  # what cannot be read back must not be shipped
-    for path in sorted(args.output.iterdir()):
-        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")
-    print(f"{sum(path.stat().st_size for path in args.output.iterdir()) / 1e6:8.2f} MB  {args.output}")
-
-
-def parse_setting(text: str) -> tuple[str, int | float | str]:
-    """``key=value`` with the value as a number where it is one."""
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise EchoStreamError(f"--policy {text!r} is not of the form KEY=VALUE")
-    for kind in (int, float):
-        try:
-            return key, kind(value)
-        except ValueError:
-            continue
-    return key, value
-
+from echostream.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main(["export-checkpoint", *sys.argv[1:]]))

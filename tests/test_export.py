@@ -521,7 +521,7 @@ def test_refusals(tiny_bundle: Path, exported: Path, tiny_data: Path, tmp_path: 
     assert f"echostream export {tiny_bundle} -o DIRECTORY" in error(*translate, tiny_bundle, "--backend", "onnx")
     assert "run on the CPU, not on 'cuda'" in error(*translate, exported, "--device", "cuda")
     assert "export it to another directory" in error("export", tiny_bundle, "-o", tiny_bundle)
-    assert "scripts/export_checkpoint.py" in error("export", tiny_bundle / "model.pt", "-o", tmp_path / "x")
+    assert "echostream export-checkpoint" in error("export", tiny_bundle / "model.pt", "-o", tmp_path / "x")
     wide = VocoderConfig.preset("v1", num_embeddings=20, upsample_initial_channel=32)
     looks_ahead = bundle_of(tiny_data, tmp_path, wide)
     assert "only causal vocoders can be exported" in error("export", looks_ahead, "-o", tmp_path / "x")

@@ -14,8 +14,9 @@ FLOORS = (
     "models units whisper vocoder",
     "streaming",
     "checkpoint data",
-    "fairseq_model criterions tasks generator plugin hub info import_whisper export output evaluation benchmarks vocode",
-    "data.corpus.cli agent serve client translate cli __main__",
+    "fairseq_model criterions tasks generator plugin hub info import_whisper vocode export output"
+    " evaluation benchmarks",
+    "commands data.corpus.cli agent serve client translate cli __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

@@ -31,7 +31,6 @@ from echostream.criterions.visibility import expected_counts, heard_when_due  # 
 from echostream.models.echostream_model import EchoStreamConfig, SentenceWindows, build_echostream_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @pytest.fixture(scope="module")
@@ -360,11 +359,11 @@ def test_plain_commands(corpus, tmp_path, monkeypatch):
     assert {"loss", "asr_ter", "st_ter", "uer", "mt_acc"} <= set(figures)
 
 
-# --- scripts/train.py
+# --- echostream train
 
 
 def test_yaml_becomes_a_command(tmp_path):
-    from train import command, read_flags
+    from echostream.commands.train import command, read_flags
 
     path = tmp_path / "config.yaml"
     path.write_text("data: there\nmax_tokens: 100\nlr: 0.1\ncpu: true\nfp16: false\nupdate-freq: [1, 2]\n")

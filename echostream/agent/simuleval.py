@@ -147,7 +147,7 @@ class SessionAgent(GenericAgent):
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
         parser.add_argument(
-            "--checkpoint-dir", type=Path, default=DEFAULT_BUNDLE, help="made by scripts/export_checkpoint.py"
+            "--checkpoint-dir", type=Path, default=DEFAULT_BUNDLE, help="made by echostream export-checkpoint"
         )
         if not cls.output:
             parser.add_argument(

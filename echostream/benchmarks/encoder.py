@@ -1,4 +1,4 @@
-"""``benchmark.py encoder``: what 160 ms of speech cost the encoder, subsampler included, next to other encoders.
+"""``echostream benchmark encoder``: what 160 ms of speech cost the encoder with its subsampler, next to other encoders.
 
 All contenders take turns segment by segment, so that a busy neighbour slows all of them alike:
 

@@ -1,4 +1,4 @@
-"""``scripts/benchmark.py stream``: what a 320 ms chunk costs a session in its tenth second and in its sixtieth minute.
+"""``echostream benchmark stream``: what a 320 ms chunk costs a session in its tenth second and in its sixtieth minute.
 
 The model has random weights; a script says what comes out of it, at the pace of real speech. Everything is computed
 as ever, and only then are the symbols of both CTC heads, the MT decoder's next token and the unit decoder's symbols

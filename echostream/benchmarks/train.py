@@ -1,5 +1,5 @@
-"""``benchmark.py train``: forward and backward of the Emformer layers alone (no subsampler), next to torchaudio's
-Emformer of the same sizes, and how the cost grows with the utterance's length.
+"""``echostream benchmark train``: forward and backward of the Emformer layers alone (no subsampler), next to
+torchaudio's Emformer of the same sizes, and how the cost grows with the utterance's length.
 
 The candidates take turns, so that a busy neighbour slows all of them alike; the figures are medians. On a CPU they do
 so twice: first with malloc as it is, where large tensors are faulted in anew at every step, then with freed memory kept

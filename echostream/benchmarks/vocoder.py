@@ -1,4 +1,4 @@
-"""``benchmark.py vocoder``: what speaking costs, whole sequences against a stream in chunks.
+"""``echostream benchmark vocoder``: what speaking costs, whole sequences against a stream in chunks.
 
 The preset ``small`` with the shipped voice's weights, ``v1`` with random ones (its cost does not depend on them), on
 random units with the durations that the vocoder predicts; causal ones also through their exported graphs, which have

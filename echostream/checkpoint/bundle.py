@@ -156,7 +156,7 @@ def _load_torch(
     if not isinstance(weights, Mapping) or found != FORMAT or "model" not in weights:
         raise CheckpointError(
             f"{paths['model']} is not an EchoStream model (format {shown(found)}, expected {FORMAT!r}); "
-            "make one with scripts/export_checkpoint.py"
+            "make one with echostream export-checkpoint"
         )
     state = check_tensors(weights["model"], str(paths["model"]))
     model = _torch_model(config, state, paths["model"], device, threads)

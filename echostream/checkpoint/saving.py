@@ -70,7 +70,7 @@ def save_bundle(
     for name, vocabulary in (("source", source_dict), ("target", target_dict)):
         model, dictionary = data / FILES[f"{name}_spm"], data / FILES[f"{name}_dict"]
         if not model.exists():
-            raise ManifestError(f"{model} does not exist; make it with scripts/prepare_corpus.py")
+            raise ManifestError(f"{model} does not exist; make it with echostream prepare")
         check_subwords(model, dictionary, vocabulary)
 
     voice = None

@@ -154,7 +154,7 @@ def read_talks(directory: Path) -> list[Talk]:
     """
     for name in (SEGMENTS, REFERENCES):
         if not (directory / name).is_file():
-            raise EchoStreamError(f"{directory / name} does not exist; scripts/evaluate.py talks makes it")
+            raise EchoStreamError(f"{directory / name} does not exist; echostream evaluate talks makes it")
     entries = parse_yaml(read_text(directory / SEGMENTS, EchoStreamError), str(directory / SEGMENTS), EchoStreamError)
     references = read_lines(directory / REFERENCES, EchoStreamError)
     path = directory / SOURCES

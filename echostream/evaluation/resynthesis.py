@@ -36,7 +36,7 @@ def read_sentences(data: Path, manifest: Path | None, limit: int, seed: int = 1)
     """Recordings with units and text, each of them once, drawn by the hash of their ids.
 
     Args:
-        data: a corpus directory of ``scripts/prepare_corpus.py``, or a ``units.tsv``.
+        data: a corpus directory of ``echostream prepare``, or a ``units.tsv``.
         manifest: tells which rows of ``units.tsv`` are meant, and what they say (``tgt_text``; ids of the recordings
             in the column ``target``, else in ``id``). By default the corpus's ``test.tsv``; of a ``units.tsv`` all
             rows are meant, and its column ``text`` holds the texts.

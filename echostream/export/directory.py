@@ -71,7 +71,7 @@ def export_directory(
     checkpoint, directory = Path(checkpoint), Path(directory)
     if checkpoint.is_file():
         raise CheckpointError(
-            f"{checkpoint} is a file; make a checkpoint directory of it first, with scripts/export_checkpoint.py"
+            f"{checkpoint} is a file; make a checkpoint directory of it first, with echostream export-checkpoint"
         )
     if directory.exists() and checkpoint.resolve() == directory.resolve():
         raise CheckpointError(f"{directory} is the checkpoint itself; export it to another directory")

@@ -25,7 +25,7 @@ def check_voice(vocoder: CodeHiFiGAN) -> None:
     if not vocoder.config.causal:
         raise ConfigError(
             "only causal vocoders can be exported (the preset 'small'); this one looks ahead in every layer. Export "
-            "without it (--no-vocoder), or train a small one with scripts/train_vocoder.py"
+            "without it (--no-vocoder), or train a small one with echostream train-vocoder"
         )
     if vocoder.config.multispkr:
         raise ConfigError("vocoders of many speakers cannot be exported; export without it (--no-vocoder)")

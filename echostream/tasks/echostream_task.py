@@ -41,7 +41,7 @@ _BLEU_SUMS = {"counts": BLEU_ORDER, "totals": BLEU_ORDER, "lengths": 2}
 class EchoStreamTaskConfig(FairseqDataclass):
     """Options of ``echostream_s2st``."""
 
-    data: str = field(default=MISSING, metadata={"help": "data directory made by scripts/prepare_corpus.py"})
+    data: str = field(default=MISSING, metadata={"help": "data directory made by echostream prepare"})
     config_yaml: str = field(default="config.yaml", metadata={"help": "the data directory's configuration file"})
     features: Optional[str] = field(
         default=None, metadata={"help": "log-mel features, kaldi or whisper (default: what the data directory says)"}
@@ -334,7 +334,7 @@ def _dictionary(path: Path) -> Dictionary:
         ManifestError: the file is missing or no dictionary, or its special symbols stand elsewhere.
     """
     if not path.is_file():
-        raise ManifestError(f"dictionary {path} does not exist; scripts/prepare_corpus.py writes it")
+        raise ManifestError(f"dictionary {path} does not exist; echostream prepare writes it")
     try:
         dictionary = Dictionary.load(str(path))
     except (ValueError, RuntimeError, UnicodeDecodeError) as error:

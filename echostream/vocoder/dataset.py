@@ -47,7 +47,7 @@ def read_units(path: str | Path, num_units: int | None = None) -> list[Utterance
     """
     path = Path(path)
     if not path.is_file():
-        raise ManifestError(f"{path} does not exist; it holds the vocoder's units, made by scripts/prepare_corpus.py")
+        raise ManifestError(f"{path} does not exist; it holds the vocoder's units, made by echostream prepare")
     lines = iter_lines(path)
     header = next(lines, "")
     missing = [name for name in COLUMNS if name not in header.split("\t")]

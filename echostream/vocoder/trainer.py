@@ -37,7 +37,7 @@ from echostream.weights import read_weights
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """What ``scripts/train_vocoder.py`` can set. Frames are of 20 ms, steps are updates of the generator."""
+    """What ``echostream train-vocoder`` can set. Frames are of 20 ms, steps are updates of the generator."""
 
     batch_size: int = 8
     piece_frames: int = 32

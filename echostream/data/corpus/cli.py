@@ -1,4 +1,4 @@
-"""Steps of ``scripts/prepare_corpus.py``: catalogues, text, speech, target, units, manifests, all, respeak, teach,
+"""Steps of ``echostream prepare``: catalogues, text, speech, target, units, manifests, all, respeak, teach,
 recordings and import-streamspeech.
 
 Every step reads what the steps before it left in the output directory, does only what is missing, and notes its
@@ -55,7 +55,7 @@ DEFAULT_UNITS = 1000
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare_corpus.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="echostream prepare", description=__doc__.splitlines()[0])
     steps = parser.add_subparsers(dest="step", required=True, metavar="step")
 
     def step(name: str, run: Callable, text: str, *groups: Callable) -> None:
@@ -222,7 +222,7 @@ def run_import_streamspeech(args: argparse.Namespace) -> None:
         print(f"{name}: {count} utterances" + (f"; left out: {left_out}" if left_out else ""))
     for line in found.unused:
         print(f"not used: {line}")
-    print(f"python scripts/train.py --config {args.output / 'train.yaml'} --save-dir ...")
+    print(f"echostream train --config {args.output / 'train.yaml'} --save-dir ...")
 
 
 def run_catalogues(args: argparse.Namespace) -> None:
@@ -662,7 +662,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one step; errors meant for the user come as one line and exit status 1."""
     args = build_parser().parse_args(argv)
     return run_command(
-        lambda: args.run(args), "prepare_corpus.py", "interrupted; the same command goes on from here"
+        lambda: args.run(args), "echostream prepare", "interrupted; the same command goes on from here"
     )
 
 
