@@ -61,7 +61,6 @@ EXTRAS = {
         "ctranslate2>=4.0",
         "onnxruntime>=1.17",
         "rapidfuzz>=3.0",
-        "scikit-learn>=1.3",
     ],
     # running what `echostream export` wrote: no torch
     "onnx": ["onnxruntime>=1.23"],

@@ -670,7 +670,6 @@ def progress(source: int, target: int, written: int = 0, **changes) -> Progress:
         target_tokens=target,
         target_token_frames=tuple(3 * i for i in range(target)),
         written=written,
-        unit_inputs=0,
         units_read_text=True,
     )
     return Progress(**{**values, **changes})

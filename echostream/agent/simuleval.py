@@ -27,7 +27,7 @@ from simuleval.agents.states import AgentStates
 from simuleval.data.segments import EmptySegment, Segment, TextSegment
 
 from echostream.agent.pieces import OUTPUTS, Pieces
-from echostream.checkpoint import BACKENDS, DEFAULT_BUNDLE, Bundle, load_bundle
+from echostream.checkpoint import BACKENDS, DEFAULT_BUNDLE, Bundle, load_bundle, use_threads
 from echostream.errors import EchoStreamError
 from echostream.evaluation.simul import SpeechPiece, add_recogniser_arguments, register
 from echostream.streaming.events import Event, Waveform
@@ -104,6 +104,7 @@ class SessionAgent(GenericAgent):
                     f"--{side}-type {asked}, but this agent's is {given}; what comes out is chosen by --output-type"
                 )
         self.bundle = load_bundle(args.checkpoint_dir, args.device, args.backend, args.threads)
+        use_threads(self.bundle, args.threads)
         if self.bundle.vocoder is None and self.target_type == "speech":
             raise EchoStreamError(
                 f"checkpoint directory {args.checkpoint_dir} has no vocoder, so that it cannot speak; "

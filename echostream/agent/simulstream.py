@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from echostream.agent.pieces import OUTPUTS, Pieces
-from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle
+from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle, use_threads
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import ConfigError, EchoStreamError, require
 from echostream.streaming.events import Event
@@ -81,6 +81,7 @@ class EchoStreamProcessor(SpeechProcessor):
         if key not in cls._bundles:
             directory = said["checkpoint_dir"] or DEFAULT_BUNDLE
             cls._bundles[key] = load_bundle(directory, said["device"], said["backend"], said["threads"])
+            use_threads(cls._bundles[key], said["threads"])
         return cls._bundles[key]
 
     def process_chunk(self, waveform: np.ndarray) -> IncrementalOutput:

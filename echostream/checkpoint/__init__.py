@@ -4,8 +4,8 @@
 reads those. ``echostream export`` makes of a bundle the form that is shipped (``export.directory``).
 """
 
-from echostream.checkpoint.bundle import Bundle, load_bundle
+from echostream.checkpoint.bundle import Bundle, load_bundle, use_threads
 from echostream.checkpoint.layout import BACKENDS, DEFAULT_BUNDLE
 from echostream.checkpoint.saving import save_bundle
 
-__all__ = ["BACKENDS", "DEFAULT_BUNDLE", "Bundle", "load_bundle", "save_bundle"]
+__all__ = ["BACKENDS", "DEFAULT_BUNDLE", "Bundle", "load_bundle", "save_bundle", "use_threads"]

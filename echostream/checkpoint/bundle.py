@@ -26,7 +26,7 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
 from echostream.errors import CheckpointError, ConfigError, require
 from echostream.loading import inside, shown
-from echostream.streaming.exported.model import GRAPHS_FOLDER, SPEECH_GRAPHS, TEXT_GRAPHS
+from echostream.streaming.exported.model import GRAPHS_FOLDER, SPEECH_GRAPHS, TEXT_GRAPHS, ExportedModel, ExportedVoice
 from echostream.tensor_file import WEIGHTS, read_state
 from echostream.text import Vocabulary
 from echostream.weights import check_tensors, read_weights, uninitialised
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from echostream.models.decoders.vocoder import CodeHiFiGAN
     from echostream.models.echostream_model import EchoStreamModel
-    from echostream.streaming.exported.model import ExportedModel, ExportedVoice
 
 MAX_STREAM_BYTES = 300_000_000  # of a stream's buffers and masks
 
@@ -74,7 +73,7 @@ class Bundle:
 
 
 def load_bundle(
-    directory: str | Path = DEFAULT_BUNDLE, device: str = "cpu", backend: str | None = None, threads: int | None = None
+    directory: str | Path = DEFAULT_BUNDLE, device: str = "cpu", backend: str | None = None, threads: int = 1
 ) -> Bundle:
     """Load a checkpoint directory, or one that ``echostream export`` made of it.
 
@@ -82,7 +81,7 @@ def load_bundle(
         device: where torch keeps the model; exported graphs run on the CPU.
         backend: ``torch`` or ``onnx``. Default: torch for a checkpoint, which has no graphs; onnx for an exported
             directory, whose weights torch takes dequantised.
-        threads: CPU threads that compute. Default: torch's own choice; 1 for exported graphs.
+        threads: CPU threads that compute exported graphs; torch has one number for all of a process (``use_threads``).
 
     Raises:
         CheckpointError: a file is missing, truncated, of another format, would run code when loaded, or holds weights
@@ -145,9 +144,17 @@ def load_bundle(
     )
 
 
+def use_threads(bundle: Bundle, count: int) -> None:
+    """For programs, whose process is their own: where torch computes the bundle, it does so in ``count`` threads."""
+    if not isinstance(bundle.model, ExportedModel):
+        import torch
+
+        torch.set_num_threads(count)
+
+
 def _load_torch(
     directory: Path, values: dict[str, Any], config: EchoStreamConfig, paths: dict[str, Path], device: str,
-    threads: int | None,
+    threads: int,
 ) -> tuple[EchoStreamModel, CodeHiFiGAN | None, str]:  # fmt: skip
     """Model, vocoder and digest of a checkpoint directory."""
     require("torch", "simuleval")
@@ -159,7 +166,7 @@ def _load_torch(
             "make one with echostream export-checkpoint"
         )
     state = check_tensors(weights["model"], str(paths["model"]))
-    model = _torch_model(config, state, paths["model"], device, threads)
+    model = _torch_model(config, state, paths["model"], device)
     vocoder = None
     if paths["vocoder"].exists() or paths["vocoder_config"].exists():
         from echostream.models.decoders.vocoder_checkpoint import load_vocoder
@@ -169,15 +176,12 @@ def _load_torch(
 
 
 def _torch_model(
-    config: EchoStreamConfig, state: Mapping[str, torch.Tensor], path: Path, device: str, threads: int | None
+    config: EchoStreamConfig, state: Mapping[str, torch.Tensor], path: Path, device: str
 ) -> EchoStreamModel:
     """A model with these weights; ``path`` is where they come from."""
-    import torch
 
     from echostream.models.echostream_model import build_echostream_model, check_weights
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     try:
         with uninitialised(shapes_only=True):  # a configuration of another size than the weights stops here
             check_weights(build_echostream_model(config).state_dict(), state)
@@ -191,14 +195,14 @@ def _torch_model(
 
 def _load_dequantised(
     directory: Path, values: dict[str, Any], config: EchoStreamConfig, paths: dict[str, Path], device: str,
-    threads: int | None,
+    threads: int,
 ) -> tuple[EchoStreamModel, CodeHiFiGAN | None, str]:  # fmt: skip
     """The same of an exported directory, by torch."""
     require("torch", "simuleval")
     _check_model_digest(directory, values)
     state = read_exported_state(directory)
     own = {name: tensor for name, tensor in state.items() if not name.startswith("vocoder.")}
-    model = _torch_model(config, own, directory / WEIGHTS, device, threads)
+    model = _torch_model(config, own, directory / WEIGHTS, device)
     vocoder = None
     if values["vocoder"]:
         from echostream.models.decoders.vocoder_checkpoint import vocoder_of
@@ -235,11 +239,10 @@ def _check_model_digest(directory: Path, values: Mapping[str, Any]) -> None:
 
 def _load_exported(
     directory: Path, values: dict[str, Any], config: EchoStreamConfig, paths: dict[str, Path], device: str,
-    threads: int | None,
+    threads: int,
 ) -> tuple[ExportedModel, ExportedVoice | None, str]:  # fmt: skip
     """The same of an exported directory."""
     from echostream.models.decoders.vocoder_config import VocoderConfig
-    from echostream.streaming.exported.model import ExportedModel, ExportedVoice
     from echostream.streaming.exported.names import graph_names
 
     require("onnxruntime", "onnx")
@@ -248,7 +251,7 @@ def _load_exported(
     voice = ExportedVoice(VocoderConfig.from_json(paths["vocoder_config"])) if values["vocoder"] else None
     _check_model_digest(directory, values)
     names = graph_names(config, voice.config if voice is not None else None)
-    model = ExportedModel(directory, values["precision"], threads or 1, values.get("parameters") or {}, names)
+    model = ExportedModel(directory, values["precision"], threads, values.get("parameters") or {}, names)
     return model, voice, values["digest"]
 
 

@@ -44,7 +44,6 @@ LENGTH_SHARE = 0.01
 # Spanish speech has an MT target token in 260 to 320 ms; a row without a target text weighs as if it had one in 300.
 FRAMES_PER_TOKEN = 30
 
-CTC_PARTS = ("asr", "st", "unit")
 PARTS = ("asr", "st", "mt", "unit")
 
 

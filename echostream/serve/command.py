@@ -93,7 +93,7 @@ def serve(args: argparse.Namespace) -> int:
     """
     for module in ("starlette", "uvicorn", "websockets", "prometheus_client"):
         require(module, "server")
-    from echostream.checkpoint import load_bundle
+    from echostream.checkpoint import load_bundle, use_threads
     from echostream.serve.app import Access, Server
 
     if args.threads < 1:
@@ -111,6 +111,7 @@ def serve(args: argparse.Namespace) -> int:
     listener = listen(args.host, args.port)
     try:
         bundle = load_bundle(model_directory(args), args.device, args.backend, args.threads)
+        use_threads(bundle, args.threads)
         access = Access(args.token or os.environ.get("ECHOSTREAM_TOKEN") or None, frozenset(args.allow_origin))
         server = Server(
             bundle, limits, access, said_of(args), args.state_dir, args.log_text,

@@ -70,10 +70,11 @@ def build_asgi(
     directory: str | None, state: str | None, sessions: int, threads: int, token: str | None, said: dict[str, Any]
 ) -> Any:
     """The ASGI application of one replica; its sessions drain when it is shut down."""
-    from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle
+    from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle, use_threads
     from echostream.serve.app import Access, Server
 
     bundle = load_bundle(directory or DEFAULT_BUNDLE, threads=threads)
+    use_threads(bundle, threads)
     limits = Limits(sessions=sessions, drain_s=DRAIN_S / 2)
     server = Server(bundle, limits, Access(token), said, None if state is None else Path(state), drain_at_end=True)
     return server.app

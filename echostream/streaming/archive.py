@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
 
 FORMAT = "echostream-session/2"
-_SENTENCE_LISTS = {"tokens": "i8", "frames": "i8", "times": "f8", "unit_frames": "i8", "units": "i8"}
+_SENTENCE_LISTS = {"tokens": "i8", "frames": "i8", "times": "f8", "units": "i8"}
 _SENTENCE_NUMBERS = (
     "index", "start", "extended", "begun", "source_told", "inputs_read", "last_symbol", "first_audio_s",
 )
@@ -162,7 +162,7 @@ def _try_on(engine: Engine, stream: Stream) -> None:
     engine.segmenter.voiced(stream.frames, memory)
     if len(sentence.memory) != len(engine.policy.initial()) and not sentence.begun:
         raise ValueError("the policy remembers something of a sentence that has not begun")
-    progress = Progress(sentence.visible, 0, 0, (), len(sentence.tokens), sentence.inputs_read, True)
+    progress = Progress(sentence.visible, 0, 0, (), len(sentence.tokens), True)
     _, kept = engine.policy.text(progress, sentence.memory)
     engine.policy.settle(progress, Draft(tuple(sentence.tokens), (), 0), kept)
 
@@ -216,7 +216,6 @@ def _stream(values: dict[str, Any], array: Callable[..., np.ndarray], engine: En
         "tokens": array("sentence.tokens", "i", None, least=0, most=targets - 1),
         "frames": array("sentence.frames", "i", None, least=0, most=frames),
         "times": array("sentence.times", "f", None),
-        "unit_frames": array("sentence.unit_frames", "i", None, least=0, most=frames),
         "units": array("sentence.units", "i", None, least=0, most=config.num_units - 1),
     }
     inputs = array("sentence.inputs", "f", None, width)

@@ -307,7 +307,6 @@ class Engine:
             target_tokens=len(sentence.target),
             target_token_frames=tuple(s.frame - sentence.start for s in sentence.target),
             written=len(sentence.tokens),
-            unit_inputs=sentence.inputs_read,
             units_read_text=self.units_read_text,
             source_words=max(0, begun - 1),
             first_frame=max(0, first - sentence.start),
@@ -417,7 +416,6 @@ class Engine:
             symbols = yield ReadUnits(sentence.inputs[:ready], self._written(sentence, ready))
             sentence.inputs = sentence.inputs[ready:].copy()
             sentence.inputs_read += ready
-            sentence.unit_frames += [sentence.visible] * ready
             for symbol in symbols.tolist():
                 if symbol != sentence.last_symbol and symbol >= NUM_SPECIALS:
                     new.append(symbol - NUM_SPECIALS)

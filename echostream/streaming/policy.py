@@ -42,8 +42,7 @@ class Progress:
         target_tokens: subwords the ST CTC head has emitted, repeats merged.
         target_token_frames: the encoder frame of each of those, counted from the sentence's start.
         written: target subwords committed by the MT decoder.
-        unit_inputs: inputs that the unit decoder has consumed: MT states (one a subword), or encoder frames.
-        units_read_text: are they MT states (``unit_decoder_input: mt`` or ``mt-tokens``)?
+        units_read_text: does the unit decoder read MT states (one a subword), and not encoder frames?
         source_words: words the ASR CTC head has completed: as many as it has begun, less the one it may be in.
         first_frame: the encoder frame of the sentence's first CTC token of either head, counted from its start.
         written_words: words begun by the committed subwords.
@@ -54,7 +53,6 @@ class Progress:
     target_tokens: int
     target_token_frames: tuple[int, ...]
     written: int
-    unit_inputs: int
     units_read_text: bool
     source_words: int = 0
     first_frame: int = 0

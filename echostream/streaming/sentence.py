@@ -28,7 +28,6 @@ class Sentence:
         memory: the policy's.
         tokens, frames, times: committed target subwords, g(i), and the audio clock (s) when each was written.
         inputs: [P, D] what the unit decoder has still to read, and ``inputs_read`` what it has read.
-        unit_frames: g of every input read.
         last_symbol: the unit decoder's last raw symbol.
         units, samples: all given out so far.
         first_audio_s: the audio clock at its first speech.
@@ -47,7 +46,6 @@ class Sentence:
     frames: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     inputs_read: int = 0
-    unit_frames: list[int] = field(default_factory=list)
     last_symbol: int = BLANK
     units: list[int] = field(default_factory=list)
     samples: list[np.ndarray] = field(default_factory=list)

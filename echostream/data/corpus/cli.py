@@ -49,7 +49,7 @@ from echostream.whisper.source import whisper_source
 from echostream.whisper.tokens import WhisperBPE, write_whisper_subwords
 
 PACKAGES = (
-    "echostream", "numpy", "sentencepiece", "soundfile", "scikit-learn", "onnxruntime", "ctranslate2", "py-nanotts",
+    "echostream", "numpy", "sentencepiece", "soundfile", "onnxruntime", "ctranslate2", "py-nanotts",
 )
 DEFAULT_UNITS = 1000
 
