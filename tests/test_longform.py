@@ -17,7 +17,7 @@ from echostream.audio.io import read_audio, write_audio  # noqa: E402
 from echostream.data.manifest import Utterance, write_manifest  # noqa: E402
 from echostream.errors import EchoStreamError, MissingExtraError  # noqa: E402
 from echostream.evaluation import longform  # noqa: E402
-from echostream.evaluation.longform import Segment, Spoken, Talk  # noqa: E402
+from echostream.evaluation.longform import Segment, Talk, TalkOutput  # noqa: E402
 
 REFERENCES = ["The house is big.", "Hello, my friend.", "What time is it now?"]
 TALK = Talk(Path("talk.wav"), tuple(Segment(3.0 * i, 2.0, text) for i, text in enumerate(REFERENCES)))
@@ -155,7 +155,7 @@ def ends_of(*sentences: str) -> tuple[list[str], list[int]]:
 )
 def test_boundary_f1(sentences: list[str], precision: float, recall: float) -> None:
     words, ends = ends_of(*sentences)
-    spoken = Spoken(words, [0.0] * len(words), [(end, 0.0) for end in ends], REFERENCES)
+    spoken = TalkOutput(words, [0.0] * len(words), [(end, 0.0) for end in ends], REFERENCES)
     figures = longform.score([TALK], [spoken], "levenshtein")
     assert figures["boundary_precision"] == pytest.approx(precision)
     assert figures["boundary_recall"] == pytest.approx(recall)
@@ -168,14 +168,14 @@ def test_a_weak_translation_lowers_the_ceiling() -> None:
     """Its words align badly, so that even ends in the right places seem wrong."""
     words, ends = ends_of(*REFERENCES)
     alone = [REFERENCES[1], "Goodbye!", REFERENCES[2]]  # the first sentence came out as the second one's words
-    spoken = Spoken(words, [0.0] * len(words), [(end, 0.0) for end in ends], alone)
+    spoken = TalkOutput(words, [0.0] * len(words), [(end, 0.0) for end in ends], alone)
     figures = longform.score([TALK], [spoken], "levenshtein")
     assert (figures["boundary_f1"], figures["boundary_f1_ceiling"]) == (1.0, 0.5)
 
 
 def test_tolerance_is_what_it_says() -> None:
     words, ends = ends_of("The house", "is big. Hello, my friend.", REFERENCES[2])
-    spoken = [Spoken(words, [0.0] * len(words), [(ends[0], 2.4), (ends[1], 6.0), (ends[2], 9.0)], REFERENCES)]
+    spoken = [TalkOutput(words, [0.0] * len(words), [(ends[0], 2.4), (ends[1], 6.0), (ends[2], 9.0)], REFERENCES)]
     for tolerance, expected in ((0, 0.5), (1, 0.5), (2, 1.0)):
         assert longform.score([TALK], spoken, "levenshtein", tolerance_words=tolerance)["boundary_f1"] == expected
     # By the clock: the true ends are at 2 s and 5 s, these at 2.4 s and 6 s.
@@ -187,7 +187,7 @@ def test_score_of_a_perfect_talk() -> None:
     words, ends = ends_of(*REFERENCES)
     # Every sentence's words come one second after its start, all at once.
     starts = np.repeat([0.0, 3000.0, 6000.0], [4, 3, 5])
-    spoken = Spoken(words, (starts + 1000).tolist(), [(end, 1.0) for end in ends], ["", *REFERENCES[1:]])
+    spoken = TalkOutput(words, (starts + 1000).tolist(), [(end, 1.0) for end in ends], ["", *REFERENCES[1:]])
     figures = longform.score([TALK], [spoken], "levenshtein")
     assert figures["BLEU"] == pytest.approx(100) and 50 < figures["isolated_BLEU"] < 100
     assert figures["share"] == pytest.approx(100 / figures["isolated_BLEU"])
@@ -204,8 +204,8 @@ def test_latencies_of_computing_and_of_speech() -> None:
     heard = starts + 2000 + 1000 * (np.arange(12) == 11)
     said = dict(words=words, delays=(starts + 1000).tolist(), ends=[(end, 1.0) for end in ends], isolated=REFERENCES)
     times = dict(heard=heard.tolist(), elapsed=(starts + 1200).tolist(), heard_elapsed=(heard + 200).tolist())
-    figures = longform.score([TALK], [Spoken(**said, **times)], "levenshtein")
-    plain = longform.score([TALK], [Spoken(**said)], "levenshtein")
+    figures = longform.score([TALK], [TalkOutput(**said, **times)], "levenshtein")
+    plain = longform.score([TALK], [TalkOutput(**said)], "levenshtein")
     assert not any("speech" in name or name.endswith("_CA") for name in plain)
     assert {name: figures[name] for name in plain} == plain
     assert figures["StreamLAAL_CA"] == pytest.approx(figures["StreamLAAL"] + 200)
@@ -272,7 +272,7 @@ def test_omnisteval_resegments_and_knows_longyaal() -> None:
         pytest.importorskip(name, reason="needs the extra longform")
     words, ends = ends_of("The house is big.", "Hello, my dear friend.", "What time is it?")
     starts = np.repeat([0.0, 3000.0, 6000.0], [4, 4, 4])
-    spoken = Spoken(words, (starts + 1500).tolist(), [(end, 1.0) for end in ends], REFERENCES)
+    spoken = TalkOutput(words, (starts + 1500).tolist(), [(end, 1.0) for end in ends], REFERENCES)
     figures = longform.score([TALK], [spoken], "omnisteval")
     own = longform.score([TALK], [spoken], "levenshtein")
     assert figures["resegmenter"] == "omnisteval" and figures["BLEU"] == pytest.approx(own["BLEU"])

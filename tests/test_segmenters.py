@@ -17,7 +17,7 @@ from echostream.evaluation import no_speech
 from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession
 from echostream.streaming.policy import CTCCountPolicy
 from echostream.streaming.segmenters import silero
-from echostream.streaming.segmenters.base import CombinedSegmenter, NoSegmenter, Spoken
+from echostream.streaming.segmenters.base import CombinedSegmenter, CTCToken, NoSegmenter
 from echostream.streaming.segmenters.ct_transformer import CTPunctuation, CTSegmenter
 from echostream.streaming.segmenters.factory import make_segmenter
 from echostream.streaming.segmenters.pause import PauseSegmenter, SpeechGate
@@ -103,8 +103,8 @@ def write_vad(path: Path) -> Path:
     return path
 
 
-def spoken(*frames: int) -> tuple[Spoken, ...]:
-    return tuple(Spoken(4, frame) for frame in frames)
+def spoken(*frames: int) -> tuple[CTCToken, ...]:
+    return tuple(CTCToken(4, frame) for frame in frames)
 
 
 # ------------------------------------------------------------------------------------------------ CT-Transformer
@@ -155,7 +155,7 @@ def test_full_stops_of_the_ct_transformer(tmp_path):
     hola, comma, como, est, tas, stop, hoy = range(4, 11)
     segmenter = CTSegmenter(CTPunctuation.load(write_ct(tmp_path / "ct")), words, lookahead=2)
     tokens = [(hola, 3), (comma, 5), (como, 8), (est, 11), (tas, 14), (stop, 17), (hoy, 20), (como, 25)]
-    heard = tuple(Spoken(*pair) for pair in tokens)
+    heard = tuple(CTCToken(*pair) for pair in tokens)
     for count in range(len(heard)):
         assert segmenter.find((), heard[:count], 99, {}) is None  # two words must follow
     ending = segmenter.find((), heard, 99, {})

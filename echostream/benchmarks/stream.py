@@ -40,10 +40,11 @@ from echostream.constants import BLANK, ENCODER_FRAME_MS, EOS, NUM_MEL_BINS, NUM
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_layers import pack_weights
 from echostream.models.echostream_model import build_echostream_model
-from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, TargetUnits, Waveform, track
+from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, TargetUnits, Waveform
+from echostream.streaming import stream as track
 from echostream.streaming.backends import backend_of
 from echostream.streaming.exported.model import ExportedModel
-from echostream.streaming.stages import Backend, Listen, NewSentence, ReadUnits, Request, Rewind, Write
+from echostream.streaming.stages import Backend, Encode, NewSentence, ReadUnits, Request, Rewind, Write
 from echostream.streaming.torch_stages import TorchStages
 from echostream.text import WORD_START, Vocabulary
 
@@ -123,7 +124,7 @@ class ScriptedStages:
 
     def _say(self, counts: np.ndarray, request: Request, answer: Any) -> Any:
         frames, position, units = counts.tolist()
-        if isinstance(request, Listen):
+        if isinstance(request, Encode):
             counts[0] = 0 if request.finished else frames + len(answer.frames)
             symbols = np.array([self.script.heard(frames + i) for i in range(len(answer.frames))], dtype=np.int64)
             return answer._replace(source=symbols, target=symbols)

@@ -202,7 +202,7 @@ def longform_table(args: argparse.Namespace) -> None:
                 sentences = (longform.cut(samples, segment) for segment in talk.segments)
                 alone = [s.text for s in stream(bundle, sentences, silent, args.batch, bar)]
                 path, of = file_of(talk)
-                spoken = longform.Spoken(
+                spoken = longform.TalkOutput(
                     [w.text for w in plain.words], milliseconds(plain.written), plain.ends, alone,
                     heard=milliseconds(plain.heard), elapsed=milliseconds(aware and aware.written),
                     heard_elapsed=milliseconds(aware and aware.heard),
@@ -228,7 +228,7 @@ def longform_table(args: argparse.Namespace) -> None:
             write_text(args.output / f"hypothesis{name}.jsonl", text)
     figures = longform.score(
         talks,
-        [longform.Spoken(**result["spoken"]) for result in results],
+        [longform.TalkOutput(**result["spoken"]) for result in results],
         resegmenter,
         bundle.target_lang,
         args.tolerance_words,

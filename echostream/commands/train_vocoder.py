@@ -29,7 +29,7 @@ from echostream.files import add, appending
 from echostream.memory import keep_freed_memory
 from echostream.models.decoders.vocoder import PRESETS, VocoderConfig
 from echostream.text_file import iter_lines, read_text
-from echostream.vocoder.dataset import Utterance, hold_out, read_units
+from echostream.vocoder.dataset import UnitUtterance, hold_out, read_units
 from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS
 from echostream.vocoder.durations import DURATION_OPTIONS, DurationTrainer
 from echostream.vocoder.trainer import Trainer, TrainerOptions, picture, tensorboard_writer
@@ -96,7 +96,7 @@ def read_texts(path: Path | None) -> dict[str, str]:
     return {row[0]: row[1] for row in rows if len(row) == 2}
 
 
-def without_test(items: list[Utterance], rows: Path) -> tuple[list[Utterance], set[str] | None]:
+def without_test(items: list[UnitUtterance], rows: Path) -> tuple[list[UnitUtterance], set[str] | None]:
     """The items that do not belong to the test set, and the ids of those that shall validate: the split ``dev``.
 
     Args:

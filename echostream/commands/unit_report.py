@@ -29,7 +29,7 @@ from echostream.units.dedup import expand
 from echostream.units.features import build_features
 from echostream.units.kmeans import KMeans, Projection, fit_kmeans, load_kmeans
 from echostream.units.report import bit_rate, purity
-from echostream.vocoder.dataset import Utterance, read_units
+from echostream.vocoder.dataset import UnitUtterance, read_units
 
 COLUMNS = {
     "units": "units", "used": "used", "phone_purity": "phone purity", "cluster_purity": "cluster purity",
@@ -74,7 +74,7 @@ def target_language(data: Path) -> str:
     return "en-us" if language in ("", "en") else voices.espeak_accents(language)[0]
 
 
-def labels_of(items: list[Utterance], texts: dict[str, str], language: str) -> list[np.ndarray | None]:
+def labels_of(items: list[UnitUtterance], texts: dict[str, str], language: str) -> list[np.ndarray | None]:
     """The phone of every frame of each recording."""
     mfcc = list(build_features("mfcc").extract([load_audio(item.audio) for item in tqdm(items, "reading")]))
     states = [phone_states(phonemes(texts[item.id], language)) for item in tqdm(items, "phones")]
@@ -87,7 +87,7 @@ def measure(units: list[np.ndarray], labels: list[np.ndarray | None], count: int
     return {"units": count, "recordings": len(pairs), **figures, **bit_rate(units, count)}
 
 
-def compared(args: argparse.Namespace, items: list[Utterance], labels: list[np.ndarray | None]) -> dict[str, dict]:
+def compared(args: argparse.Namespace, items: list[UnitUtterance], labels: list[np.ndarray | None]) -> dict[str, dict]:
     """Figures of k-means with each number of clusters on each kind of features."""
     found = {}
     for kind in args.features:

@@ -330,7 +330,7 @@ def resegment_softly(
 
 
 @dataclass(frozen=True)
-class Spoken:
+class TalkOutput:
     """What was made of a talk.
 
     Attributes:
@@ -366,7 +366,7 @@ def choose_resegmenter(name: str) -> str:
 
 def score(
     talks: Sequence[Talk],
-    spoken: Sequence[Spoken],
+    spoken: Sequence[TalkOutput],
     resegmenter: str = "auto",
     lang: str = "en",
     tolerance_words: float = TOLERANCE_WORDS,
@@ -428,7 +428,7 @@ def score(
 
 
 def _latencies(
-    talks: Sequence[Talk], spoken: Sequence[Spoken], plain: str, aware: str, resegmenter: str, lang: str
+    talks: Sequence[Talk], spoken: Sequence[TalkOutput], plain: str, aware: str, resegmenter: str, lang: str
 ) -> tuple[list[list[Aligned]], dict[str, float]]:
     """What each sentence got by the delays ``plain``, and its latencies; with ``_CA`` by ``aware``, if all have it."""
     words, delays = [s.words for s in spoken], [getattr(s, plain) for s in spoken]

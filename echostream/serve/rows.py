@@ -15,7 +15,7 @@ from echostream.streaming.engine import Engine
 from echostream.streaming.events import Event
 from echostream.streaming.resolve import KNOBS, resolve
 from echostream.streaming.session import make_engine
-from echostream.streaming.track import decide
+from echostream.streaming.stream import decide
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle

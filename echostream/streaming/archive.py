@@ -18,9 +18,9 @@ from echostream.loading import DAMAGE, Rule, check, check_array, parse_json, rea
 from echostream.streaming.clock import ClockState
 from echostream.streaming.engine import Engine, Stream
 from echostream.streaming.policy import Draft, Progress
-from echostream.streaming.segmenters.base import Spoken
+from echostream.streaming.segmenters.base import CTCToken
 from echostream.streaming.sentence import Sentence
-from echostream.streaming.track import Track
+from echostream.streaming.stream import StreamState
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FORMAT = "echostream-session/2"
 _SENTENCE_LISTS = {"tokens": "i8", "frames": "i8", "times": "f8", "units": "i8"}
 _SENTENCE_NUMBERS = (
-    "index", "start", "extended", "begun", "source_told", "inputs_read", "last_symbol", "first_audio_s",
+    "index", "start", "extended", "begun", "source_given", "inputs_read", "last_symbol", "first_audio_s",
 )
 MOST_HEARD = 1 << 16  # samples or numbers that a segmenter keeps in one array
 MOST_STATE = 1e6  # of a state's numbers; larger ones overflow further on
@@ -42,7 +42,7 @@ _HEADER = {
     "sentence": Rule(dict), "memory": Rule(list, 0, 1 << 16, of=_COUNT),
 }  # fmt: skip
 _SENTENCE = {
-    "index": _COUNT, "start": _COUNT, "extended": _FRAME, "begun": Rule(bool), "source_told": _COUNT,
+    "index": _COUNT, "start": _COUNT, "extended": _FRAME, "begun": Rule(bool), "source_given": _COUNT,
     "inputs_read": _COUNT, "last_symbol": _COUNT,
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def identity(engine: Engine, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def write(path: str | Path, engine: Engine, bundle: Bundle, track: Track, model: dict[str, np.ndarray]) -> None:
+def write(path: str | Path, engine: Engine, bundle: Bundle, track: StreamState, model: dict[str, np.ndarray]) -> None:
     """Write a track and the model's arrays for it.
 
     Raises:
@@ -98,7 +98,7 @@ def write(path: str | Path, engine: Engine, bundle: Bundle, track: Track, model:
         np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)
 
 
-def read(path: str | Path, engine: Engine, bundle: Bundle) -> tuple[Track, dict[str, np.ndarray]]:
+def read(path: str | Path, engine: Engine, bundle: Bundle) -> tuple[StreamState, dict[str, np.ndarray]]:
     """The track and the model's arrays of a file.
 
     Raises:
@@ -120,7 +120,7 @@ def read(path: str | Path, engine: Engine, bundle: Bundle) -> tuple[Track, dict[
     return track, model
 
 
-def _track(values: dict[str, Any], arrays: dict[str, np.ndarray], engine: Engine, what: str) -> Track:
+def _track(values: dict[str, Any], arrays: dict[str, np.ndarray], engine: Engine, what: str) -> StreamState:
     """What the header and the arrays say, all of it checked against the engine.
 
     Raises:
@@ -137,7 +137,7 @@ def _track(values: dict[str, Any], arrays: dict[str, np.ndarray], engine: Engine
     check(values, {**_HEADER, **dict.fromkeys(("clock", "waiting", "stream"), replace(_WHOLE, needed=True))}, what,
           SessionError)  # fmt: skip
     clock, stream = _clock(values, array, engine, what), _stream(values, array, engine, what)
-    if set(values["seconds"]) != set(Track(0, clock).seconds):
+    if set(values["seconds"]) != set(StreamState(0, clock).seconds):
         raise SessionError(f"{what}: seconds has the stages {', '.join(map(shown, values['seconds']))}")
     if stream.sentence is not None:
         found = {name.removeprefix("audio."): a for name, a in arrays.items() if name.startswith("audio.")}
@@ -150,7 +150,7 @@ def _track(values: dict[str, Any], arrays: dict[str, np.ndarray], engine: Engine
                 raise SessionError(f"{what}: audio.{name} holds more than a segmenter remembers")
         stream = replace(stream, audio=found)
         _try_on(engine, stream)
-    return Track(0, clock, stream, values["finished"], values["seconds"], values["elapsed_s"])
+    return StreamState(0, clock, stream, values["finished"], values["seconds"], values["elapsed_s"])
 
 
 def _try_on(engine: Engine, stream: Stream) -> None:
@@ -209,7 +209,7 @@ def _stream(values: dict[str, Any], array: Callable[..., np.ndarray], engine: En
     samples = array("sentence.samples", "f", None)
     begin, end, symbols = numbers["start"], numbers["extended"], config.num_units + NUM_SPECIALS
     spoken = {
-        name: tuple(Spoken(*pair) for pair in _pairs(array(f"sentence.{name}", "i", None, 2), size, frames, what))
+        name: tuple(CTCToken(*pair) for pair in _pairs(array(f"sentence.{name}", "i", None, 2), size, frames, what))
         for name, size in (("source", sources), ("target", targets))
     }
     lists = {
@@ -223,7 +223,7 @@ def _stream(values: dict[str, Any], array: Callable[..., np.ndarray], engine: En
     consistent = (
         begin <= end <= frames and end - begin <= config.max_sentence_frames and len(recent) <= frames
         and frames - end <= len(recent) and numbers["last_symbol"] < symbols
-        and numbers["source_told"] <= len(spoken["source"]) and isinstance(first, (int, float))
+        and numbers["source_given"] <= len(spoken["source"]) and isinstance(first, (int, float))
         and len(lists["tokens"]) == len(lists["frames"]) == len(lists["times"]) <= config.max_target_tokens
         and len(inputs) + numbers["inputs_read"] <= max(config.max_target_tokens, config.max_sentence_frames) + 1
     )  # fmt: skip

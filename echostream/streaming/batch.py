@@ -18,7 +18,7 @@ from echostream.streaming.policy import Policy
 from echostream.streaming.segmenters.base import Segmenter
 from echostream.streaming.session import make_engine
 from echostream.streaming.stages import Backend
-from echostream.streaming.track import Hearing, Track, decide
+from echostream.streaming.stream import Hearing, StreamState, decide
 from echostream.streaming.turns import Turns, in_turn
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class SessionBatch:
         self._hearing = Hearing(AudioClock(self.settings.chunk_ms, bundle.config.features), bundle.cmvn)
         self._stages = (backend or backend_of(bundle))(bundle, rows=capacity, speech=self.settings.speech)
         self._free = list(range(capacity))
-        self._tracks: dict[int, Track] = {}
+        self._tracks: dict[int, StreamState] = {}
         self._next = 0
 
     @in_turn
@@ -71,7 +71,7 @@ class SessionBatch:
         row, number = self._free.pop(0), self._next
         self._next += 1
         self._stages.reset(row)
-        self._tracks[number] = Track(row, self._hearing.clock.init_state())
+        self._tracks[number] = StreamState(row, self._hearing.clock.init_state())
         return number
 
     @in_turn
@@ -132,7 +132,7 @@ class SessionBatch:
         for number, found in zip(jobs, decide(self.engine, self._stages, list(jobs.values()))):
             events[number] += found
 
-    def _track(self, number: int) -> Track:
+    def _track(self, number: int) -> StreamState:
         if not isinstance(number, Integral) or number not in self._tracks:
             raise SessionError(f"there is no stream {number} in the batch; there are: {sorted(self._tracks) or 'none'}")
         return self._tracks[number]

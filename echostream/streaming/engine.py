@@ -3,7 +3,7 @@
 ``Engine.decide`` is a generator. It yields requests (see ``stages``), is sent their answers, and returns events;
 whoever drives it may serve many streams at once. In order, at every decision:
 
-1. Listen: the new features become encoder frames and, of each, the best symbol of both CTC heads.
+1. Encode: the new features become encoder frames and, of each, the best symbol of both CTC heads.
 2. Where does the current sentence end, if it does? By the segmenter, or with the stream, or at the maximum length.
 3. Extend: the decoders see the sentence's new frames. A sentence found to end at frame f sees ``tail_frames`` more at
    most, so that it never reads far into the next one.
@@ -28,9 +28,9 @@ from echostream.loading import shown
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits, Waveform
 from echostream.streaming.policy import Draft, Policy, Progress
 from echostream.streaming.search import Chosen
-from echostream.streaming.segmenters.base import AudioMemory, Segmenter, Spoken
+from echostream.streaming.segmenters.base import AudioMemory, CTCToken, Segmenter
 from echostream.streaming.sentence import FRAME_S, Sentence
-from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Request, Rewind, Search, Speak, Write
+from echostream.streaming.stages import Encode, Extend, NewSentence, ReadUnits, Request, Rewind, Search, Vocode, Write
 from echostream.text import WORD_START, Vocabulary
 
 Work = Generator[Request, Any, Any]
@@ -178,7 +178,7 @@ class Engine:
             stream.audio = self.segmenter.init_audio()
         if self.segmenter.listens and samples is not None:
             stream.audio = self.segmenter.hear(samples, stream.audio)
-        heard = yield Listen(features, finished)
+        heard = yield Encode(features, finished)
         if stream.sentence is None:
             yield NewSentence()
             stream.recent = heard.frames[:0].copy()
@@ -193,7 +193,7 @@ class Engine:
             end = self._find_end(stream, finished)
             closes = end is not None
             yield from self._extend(stream, end.visible if closes else stream.frames)
-            self._tell_source(sentence, events, closes, now)
+            self._give_source(sentence, events, closes, now)
             yield from self._write_text(sentence, events, closes, now)
             yield from self._write_units(sentence, events, closes, now)
             if not closes:
@@ -217,7 +217,7 @@ class Engine:
         ):
             for frame, symbol in enumerate(symbols.tolist(), stream.frames):
                 if symbol != last and symbol >= NUM_SPECIALS and self.segmenter.voiced(frame, stream.audio):
-                    found.append(Spoken(symbol, frame))
+                    found.append(CTCToken(symbol, frame))
                 last = symbol
         if len(heard.frames):
             stream.source_symbol, stream.target_symbol = int(heard.source[-1]), int(heard.target[-1])
@@ -284,19 +284,19 @@ class Engine:
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
-    def _tell_source(self, sentence: Sentence, events: list[Event], closes: bool, now: float) -> None:
+    def _give_source(self, sentence: Sentence, events: list[Event], closes: bool, now: float) -> None:
         source = sentence.visible_source()
-        if len(source) > sentence.source_told or (closes and source):
+        if len(source) > sentence.source_given or (closes and source):
             events.append(
                 SourceText(
                     sentence=sentence.index,
                     source_time_s=now,
-                    tokens=tuple(source[sentence.source_told :]),
+                    tokens=tuple(source[sentence.source_given :]),
                     text=self.source_dict.detokenize(source),
                     final=closes,
                 )
             )
-            sentence.source_told = len(source)
+            sentence.source_given = len(source)
 
     def _progress(self, sentence: Sentence) -> Progress:
         first = min(spoken[0].frame for spoken in (sentence.source, sentence.target) if spoken)
@@ -433,7 +433,7 @@ class Engine:
             )
         if self.sample_rate is None or not sentence.units or not (new or closes):
             return
-        samples = yield Speak(np.asarray(new, dtype=np.int64), closes)
+        samples = yield Vocode(np.asarray(new, dtype=np.int64), closes)
         if len(samples):
             if not sentence.samples:
                 sentence.first_audio_s = now
@@ -500,7 +500,7 @@ def _single_heads(heads: Sequence[tuple[int, int | None]], config: EchoStreamCon
     return tuple(found)
 
 
-def _last_token(tokens: tuple[Spoken, ...], before: int) -> int:
+def _last_token(tokens: tuple[CTCToken, ...], before: int) -> int:
     """The frame of the last of ``tokens`` that came before frame ``before``."""
     return max((s.frame for s in tokens if s.frame < before), default=before - 1)
 

@@ -9,7 +9,7 @@ import numpy as np
 from echostream.constants import BLANK, ENCODER_FRAME_MS
 from echostream.streaming.events import LagStatistics
 from echostream.streaming.policy import Memory
-from echostream.streaming.segmenters.base import Spoken
+from echostream.streaming.segmenters.base import CTCToken
 
 FRAME_S = ENCODER_FRAME_MS / 1000
 
@@ -24,7 +24,7 @@ class Sentence:
         extended: the frame up to which they have been given the encoder's output; ``start`` before anything was.
         begun: has the translation something to work on? Before that its start may still move.
         source, target: tokens of the ASR and ST CTC heads.
-        source_told: how many source tokens have been given out as events.
+        source_given: how many source tokens have been given out as events.
         memory: the policy's.
         tokens, frames, times: committed target subwords, g(i), and the audio clock (s) when each was written.
         inputs: [P, D] what the unit decoder has still to read, and ``inputs_read`` what it has read.
@@ -39,9 +39,9 @@ class Sentence:
     inputs: np.ndarray
     extended: int = -1
     begun: bool = False
-    source: tuple[Spoken, ...] = ()
-    target: tuple[Spoken, ...] = ()
-    source_told: int = 0
+    source: tuple[CTCToken, ...] = ()
+    target: tuple[CTCToken, ...] = ()
+    source_given: int = 0
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)

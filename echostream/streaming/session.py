@@ -18,7 +18,7 @@ from echostream.streaming.policy import Policy
 from echostream.streaming.resolve import resolve
 from echostream.streaming.segmenters.base import Segmenter
 from echostream.streaming.stages import Backend
-from echostream.streaming.track import Hearing, Track, decide
+from echostream.streaming.stream import Hearing, StreamState, decide
 from echostream.streaming.turns import Turns, in_turn
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class StreamingSession:
         self.settings = self.engine.settings
         self._hearing = Hearing(AudioClock(self.settings.chunk_ms, bundle.config.features), bundle.cmvn)
         self._stages = (backend or backend_of(bundle))(bundle, rows=1, speech=self.settings.speech)
-        self._track = Track(0, self._hearing.clock.init_state())
+        self._track = StreamState(0, self._hearing.clock.init_state())
 
     @in_turn
     def push(self, samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> list[Event]:
@@ -114,7 +114,7 @@ class StreamingSession:
     def reset(self) -> None:
         """Forget everything; the next push starts a new stream."""
         self._stages.reset(0)
-        self._track = Track(0, self._hearing.clock.init_state())
+        self._track = StreamState(0, self._hearing.clock.init_state())
 
     def translate(self, path: str | Path) -> Translation:
         """A recording from its beginning to its end, heard as if it were spoken now. The stream is new before it, and

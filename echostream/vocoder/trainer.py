@@ -21,7 +21,7 @@ from echostream.loading import DAMAGE, parse_json, reason
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_generator_state, load_weights, save_vocoder
 from echostream.models.decoders.vocoder_layers import Whole
-from echostream.vocoder.dataset import Batch, PieceSampler, Utterance, UtteranceSampler, read_samples
+from echostream.vocoder.dataset import Batch, PieceSampler, UnitUtterance, UtteranceSampler, read_samples
 from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS, build_discriminators
 from echostream.vocoder.losses import (
     SpectralLoss,
@@ -90,8 +90,8 @@ class Trainer:
         self,
         config: VocoderConfig,
         options: TrainerOptions,
-        train: list[Utterance],
-        held_out: list[Utterance],
+        train: list[UnitUtterance],
+        held_out: list[UnitUtterance],
         directory: Path,
         device: str = "cpu",
     ):
@@ -389,7 +389,7 @@ class Trainer:
         return {"duration_error_frames": float(np.mean(errors)), "duration_ratio": float(np.mean(ratios))}
 
     @torch.no_grad()
-    def resynthesize(self, count: int, true_durations: bool = False) -> Iterator[tuple[Utterance, np.ndarray]]:
+    def resynthesize(self, count: int, true_durations: bool = False) -> Iterator[tuple[UnitUtterance, np.ndarray]]:
         """The first ``count`` held-out utterances spoken from their units alone, durations predicted."""
         for item in self.held_out[:count]:
             units = torch.from_numpy(item.units).unsqueeze(0).to(self.device)
@@ -397,7 +397,7 @@ class Trainer:
             wav, _ = self.ema(units, durations=durations, speakers=self._speaker(item))
             yield item, wav[0].float().cpu().numpy()
 
-    def _speaker(self, item: Utterance) -> Tensor | None:
+    def _speaker(self, item: UnitUtterance) -> Tensor | None:
         return None if item.speaker is None else torch.tensor([item.speaker], device=self.device)
 
 

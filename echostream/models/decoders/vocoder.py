@@ -23,7 +23,7 @@ from torch import Tensor
 from echostream.errors import UnitError
 from echostream.models.decoders.vocoder_config import PRESETS, VocoderConfig
 from echostream.models.decoders.vocoder_generator import Generator
-from echostream.models.decoders.vocoder_layers import Chunk, DurationClassifier, Upsample, Whole
+from echostream.models.decoders.vocoder_layers import ChunkFlow, DurationClassifier, Upsample, WholeFlow
 from echostream.models.state import State
 
 __all__ = ["PRESETS", "CodeHiFiGAN", "VocoderConfig", "VocoderState", "WindowState"]
@@ -101,7 +101,7 @@ class CodeHiFiGAN(Generator):
         if not int(lengths.sum()):
             raise UnitError("the unit sequence is empty; there is nothing to speak")
         uneven = lengths if bool((lengths != units.shape[1]).any()) else None
-        flow = Whole(uneven)
+        flow = WholeFlow(uneven)
         x = self.embed(units, flow)
         if durations is None:
             durations = self.predict_durations(self.duration_input(units, flow, x), flow)
@@ -117,7 +117,7 @@ class CodeHiFiGAN(Generator):
             raise UnitError("all durations are 0; there is nothing to speak")
         frames = self.with_speaker(frames, speakers)
         uneven = frame_lengths if bool((frame_lengths != frames.shape[2]).any()) else None
-        flow = Whole(uneven)
+        flow = WholeFlow(uneven)
         waveform = self.upsample(self.frame_features(frames, flow), flow)
         wav_lengths = frame_lengths * self.hop
         if uneven is not None:
@@ -238,7 +238,7 @@ def _step_causal(
         units = F.pad(units, (0, ahead))
         lengths = lengths + ahead * finished.long()
     inside = (torch.arange(units.shape[1], device=units.device) < given).unsqueeze(2)
-    x, flow = torch.where(inside, model.dict(units), 0.0).mT, Chunk(lengths, state.caches)
+    x, flow = torch.where(inside, model.dict(units), 0.0).mT, ChunkFlow(lengths, state.caches)
     predictor, look = model.dur_predictor, None
     if isinstance(predictor, DurationClassifier):
         look = predictor.look(torch.where(inside, predictor.dict(units), 0.0).mT, flow)
@@ -251,10 +251,10 @@ def _step_causal(
             look = None if look is None else _shift_left(look, drop)
             state = dataclasses.replace(state, seen=(state.seen + lengths).clamp(max=ahead))
             lengths = lengths - drop
-            flow = Chunk(lengths, state.caches, flow.new)
+            flow = ChunkFlow(lengths, state.caches, flow.new)
     durations = model.predict_durations(x if look is None else look, flow)
     frames, frame_lengths = model.stretch(x, durations, lengths)
-    flow = Chunk(frame_lengths, state.caches, flow.new)
+    flow = ChunkFlow(frame_lengths, state.caches, flow.new)
     if frames.shape[2]:
         waveform = model.upsample(model.frame_features(model.with_speaker(frames, speakers), flow), flow)
         caches = tuple(flow.new)
@@ -286,7 +286,7 @@ def _step_window(
     reach = model.dur_predictor.right if model.dur_predictor is not None else 0
     before, behind = model.field
     ids, held = _append(state.units, state.unit_count, units, lengths)
-    durations = model.predict_durations(model.dict(ids).mT, Whole(held))
+    durations = model.predict_durations(model.dict(ids).mT, WholeFlow(held))
     ready = torch.where(finished, held, torch.maximum(held - reach, state.unit_done))
     # The units that became ready, as frames of their ids.
     fresh = _shift_left(torch.stack([ids, durations], 1), state.unit_done)
@@ -299,7 +299,7 @@ def _step_window(
     frames, frame_held = _append(state.frames, state.frame_count, fresh[:, 0].gather(1, at), new)
     frame_ready = torch.where(finished, frame_held, torch.maximum(frame_held - behind, state.frame_done))
     if int((frame_ready - state.frame_done).max()):
-        flow = Whole(frame_held)
+        flow = WholeFlow(frame_held)
         x = model.with_speaker(model.dict(frames).mT, speakers)
         waveform = model.upsample(model.frame_features(x, flow), flow)
         waveform = _shift_left(waveform.unsqueeze(1), state.frame_done * model.hop).squeeze(1)

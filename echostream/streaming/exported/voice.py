@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PER_UNIT = ("context.", "duration.")  # caches of the graph of units; all others are of the graph of frames
 
 
-class ExportedSpeaker(Rows):
+class ExportedVocoder(Rows):
     """A causal vocoder for ``rows`` streams.
 
     A unit is given to the graphs once those within the look-ahead have come behind it; until then it waits here.
@@ -42,7 +42,7 @@ class ExportedSpeaker(Rows):
         super().reset(row)
         self.ids[row] = self.config.num_embeddings  # silence
 
-    def speak(self, row: int, units: np.ndarray, finished: bool) -> np.ndarray:
+    def vocode(self, row: int, units: np.ndarray, finished: bool) -> np.ndarray:
         """Samples, float32 [M], of all units [U] whose look-ahead is there; ``finished`` flushes the rest.
 
         Raises:
@@ -58,7 +58,7 @@ class ExportedSpeaker(Rows):
         samples = np.zeros(0, dtype=np.float32)
         if ready:
             silence = np.full(self.ahead if finished else 0, self.config.num_embeddings, dtype=np.int64)
-            samples = self._speak(row, np.concatenate([ids, silence])[: self.left + ready + self.ahead], ready)
+            samples = self._vocode(row, np.concatenate([ids, silence])[: self.left + ready + self.ahead], ready)
         if finished:
             self.reset(row)
         else:
@@ -67,7 +67,7 @@ class ExportedSpeaker(Rows):
             self.waiting[row] = held - ready
         return samples
 
-    def _speak(self, row: int, ids: np.ndarray, count: int) -> np.ndarray:
+    def _vocode(self, row: int, ids: np.ndarray, count: int) -> np.ndarray:
         out = self._run("voice_units", row, {"ids": ids[None]})
         durations = out["durations"][0] if "durations" in out else np.ones(count, dtype=np.int64)
         unit = np.repeat(np.arange(count), durations)

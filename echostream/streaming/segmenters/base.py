@@ -15,7 +15,7 @@ AudioMemory = dict[str, np.ndarray]  # what a segmenter remembers of the sound: 
 
 
 @dataclass(frozen=True)
-class Spoken:
+class CTCToken:
     """One CTC token: the symbol and the encoder frame (40 ms, from the stream's start) that emitted it."""
 
     token: int
@@ -60,7 +60,7 @@ class Segmenter(Protocol):
         """The memory after float32 [N] samples at 16 kHz more."""
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         """The first end of the current sentence, or None while it goes on.
 
@@ -96,7 +96,7 @@ class NoSegmenter(SegmenterBase):
     name: str = "none"
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         return None
 
@@ -124,7 +124,7 @@ class CombinedSegmenter:
         )
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         found = [part.find(source, target, frames, self._part(i, memory)) for i, part in enumerate(self.parts)]
         return min((ending for ending in found if ending), key=lambda ending: ending.place, default=None)

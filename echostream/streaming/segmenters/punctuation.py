@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from echostream.streaming.segmenters.base import AudioMemory, Ending, SegmenterBase, Spoken
+from echostream.streaming.segmenters.base import AudioMemory, CTCToken, Ending, SegmenterBase
 from echostream.text import Vocabulary
 
 
@@ -16,7 +16,7 @@ class PunctuationSegmenter(SegmenterBase):
     name: str = "punctuation"
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         words = False
         for spoken in target:

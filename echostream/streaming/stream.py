@@ -28,7 +28,7 @@ def _no_time() -> dict[str, float]:
 
 
 @dataclass
-class Track:
+class StreamState:
     """A stream from its samples to its sentences.
 
     Attributes:
@@ -81,7 +81,7 @@ class Hearing:
     def __init__(self, clock: AudioClock, cmvn: Any):
         self.clock, self.cmvn = clock, cmvn
 
-    def push(self, track: Track, samples: Any, sample_rate: int) -> Iterator[Decision]:
+    def push(self, track: StreamState, samples: Any, sample_rate: int) -> Iterator[Decision]:
         """The decisions that these samples make due, each computed when it is asked for.
 
         Warns:
@@ -98,7 +98,7 @@ class Hearing:
             warnings.warn(said, AudioWarning, stacklevel=4)
         return self._push(track, samples, int(sample_rate))
 
-    def _push(self, track: Track, samples: np.ndarray, rate: int) -> Iterator[Decision]:
+    def _push(self, track: StreamState, samples: np.ndarray, rate: int) -> Iterator[Decision]:
         chunks = self.clock.push(samples, rate, track.clock)
         while True:
             started = timer()
@@ -110,7 +110,7 @@ class Hearing:
                 return
             yield Decision(features, False, track.clock.decisions * self.clock.chunk_ms / 1000, chunk.samples)
 
-    def finish(self, track: Track) -> Decision:
+    def finish(self, track: StreamState) -> Decision:
         """The last decision.
 
         Raises:
@@ -127,7 +127,7 @@ class Hearing:
         return Decision(features, True, now, chunk.samples)
 
 
-def decide(engine: Engine, stages: Stages, jobs: Sequence[tuple[Track, Decision]]) -> list[list[Event]]:
+def decide(engine: Engine, stages: Stages, jobs: Sequence[tuple[StreamState, Decision]]) -> list[list[Event]]:
     """Take one decision on each of several tracks, their requests of one kind answered together.
 
     Of the kinds waiting the one that comes first in the chain is served, so that streams that are behind catch up and
