@@ -162,13 +162,13 @@ def test_agents_of_all_kinds(tiny_bundle: Path, kind: type, output: str) -> None
 def asked(session: StreamingSession, monkeypatch: pytest.MonkeyPatch, samples: np.ndarray) -> set[str]:
     """Which kinds of work the session has its model do."""
     kinds: set[str] = set()
-    run = session._stages.run
+    run = session._core.stages.run
 
     def watched(requests: list) -> list:
         kinds.update(type(request).__name__ for _, request in requests)
         return run(requests)
 
-    monkeypatch.setattr(session._stages, "run", watched)
+    monkeypatch.setattr(session._core.stages, "run", watched)
     session.push(samples)
     session.finish()
     return kinds

@@ -41,7 +41,7 @@ from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_layers import pack_weights
 from echostream.models.echostream_model import build_echostream_model
 from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, TargetUnits, Waveform
-from echostream.streaming import stream as track
+from echostream.streaming import stream as timing
 from echostream.streaming.backends import backend_of
 from echostream.streaming.exported.model import ExportedModel
 from echostream.streaming.stages import Backend, Encode, NewSentence, ReadUnits, Request, Rewind, Write
@@ -272,12 +272,12 @@ class Stopwatch:
 @contextlib.contextmanager
 def clock_for(name: str) -> Iterator[Callable[[], float]]:
     """The clock to measure with, which sessions book their time by, too."""
-    before = track.timer
-    track.timer = clock_of(name)
+    before = timing.timer
+    timing.timer = clock_of(name)
     try:
-        yield track.timer
+        yield timing.timer
     finally:
-        track.timer = before
+        timing.timer = before
 
 
 def resident_mb() -> float:

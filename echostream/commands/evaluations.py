@@ -25,7 +25,7 @@ from echostream.evaluation.table import markdown
 from echostream.files import keep_apart, write_json, write_text
 from echostream.loading import read_mapping
 from echostream.output.words import WordTimes
-from echostream.streaming.options import said_options, session_options
+from echostream.streaming.options import given_options, session_options
 from echostream.text_file import read_lines
 from echostream.vocode import load as load_voice
 
@@ -105,12 +105,12 @@ def simultaneous_table(args: argparse.Namespace) -> None:
         folder = args.output / f"chunk{chunk}"
         print(f"chunk {chunk} ms: {len(sources)} recordings", file=sys.stderr)
         options = {"checkpoint_dir": args.checkpoint_dir, "chunk_ms": chunk, "device": args.device}
-        options |= {"output_type": args.output_type, **said_options(args)}
+        options |= {"output_type": args.output_type, **given_options(args)}
         run.simulate(sources, references, folder, options, args.jobs)
         results[chunk] = run.score(folder, args.asr, args.output_type, **scoring)
     listener = run.recogniser_name(args.output / f"chunk{args.chunk_ms[-1]}")
     about = {"recordings": len(sources), "asr": listener, "output_type": args.output_type}
-    about["options"] = {name: str(value) for name, value in said_options(args).items()}
+    about["options"] = {name: str(value) for name, value in given_options(args).items()}
     write_json(args.output / "results.json", {**about, "chunks": results})
     print(f"\n{len(sources)} recordings; ASR is {listener}; times in ms, computation-aware ones in brackets\n")
     quality_names, latencies = run.QUALITY[args.output_type], run.latencies(args.output_type)
@@ -135,7 +135,7 @@ def policy_sweep(args: argparse.Namespace) -> None:
         "model": bundle.digest,
         "recordings": len(sources),
         "data": sweep.fingerprint([source.name for source in sources], references),
-        "segmenter": {name: str(value) for name, value in said_options(args).items()},
+        "segmenter": {name: str(value) for name, value in given_options(args).items()},
         "speech": recogniser.name if recogniser else None,
     }
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from echostream.errors import AudioWarning, ConfigError, EchoStreamError, MissingExtraError, require
 from echostream.serve.limits import Limits
-from echostream.streaming.options import SEGMENTER_OPTIONS, add_policy_arguments, add_segmenter_arguments, said_options
+from echostream.streaming.options import SEGMENTER_OPTIONS, add_policy_arguments, add_segmenter_arguments, given_options
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
@@ -114,7 +114,7 @@ def serve(args: argparse.Namespace) -> int:
         use_threads(bundle, args.threads)
         access = Access(args.token or os.environ.get("ECHOSTREAM_TOKEN") or None, frozenset(args.allow_origin))
         server = Server(
-            bundle, limits, access, said_of(args), args.state_dir, args.log_text,
+            bundle, limits, access, given_of(args), args.state_dir, args.log_text,
             spell=lambda name: f"--{name.replace('_', '-')}",
         )  # fmt: skip
         tls = {} if args.tls_cert is None else {"ssl_certfile": args.tls_cert, "ssl_keyfile": args.tls_key}
@@ -128,15 +128,15 @@ def serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def said_of(args: argparse.Namespace) -> dict[str, Any]:
+def given_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of how to translate, by names."""
-    said = said_options(args)
-    said.update({name: getattr(args, name) for name in SEGMENTER_OPTIONS if getattr(args, name) is not None})
+    given = given_options(args)
+    given.update({name: getattr(args, name) for name in SEGMENTER_OPTIONS if getattr(args, name) is not None})
     if args.chunk_ms is not None:
-        said["chunk_ms"] = args.chunk_ms
+        given["chunk_ms"] = args.chunk_ms
     if args.no_speech:
-        said["speech"] = False
-    return said
+        given["speech"] = False
+    return given
 
 
 def describe(bundle: Bundle, limits: Limits) -> str:

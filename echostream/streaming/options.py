@@ -50,7 +50,7 @@ SEGMENTER_OPTIONS = (
 def add_policy_arguments(
     parser: ArgumentParser | argparse._ArgumentGroup, chunks: tuple[int, ...] = ()
 ) -> None:
-    """``--policy``, a flag for each knob of any policy, and ``--chunk-ms``. What is not said stays None.
+    """``--policy``, a flag for each knob of any policy, and ``--chunk-ms``. What is not given stays None.
 
     With ``chunks``, which are then its default, ``--chunk-ms`` takes any number of sizes.
     """
@@ -87,7 +87,7 @@ def add_chunk_argument(parser: ArgumentParser | argparse._ArgumentGroup, several
 
 
 def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) -> None:
-    """``--segmenter`` and what its kinds need. What is not said stays None."""
+    """``--segmenter`` and what its kinds need. What is not given stays None."""
     parser.add_argument(
         "--segmenter",
         metavar="NAME[+NAME]",
@@ -112,8 +112,8 @@ def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) ->
     )
 
 
-def said_options(args: Namespace) -> dict[str, Any]:
-    """The options of this file that were said, but for ``--chunk-ms``: to hand them on to another program."""
+def given_options(args: Namespace) -> dict[str, Any]:
+    """The options of this file that were given, but for ``--chunk-ms``: to hand them on to another program."""
     names = ("policy", "beam", *KNOBS, *SEGMENTER_OPTIONS)
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
@@ -126,8 +126,8 @@ def session_options(args: Namespace, bundle: Bundle) -> dict[str, Any]:
         CheckpointError, MissingExtraError: what a segmenter needs is missing.
     """
     names = ("policy", *KNOBS, *SEGMENTER_OPTIONS, "chunk_ms", "beam")
-    said = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    if "speech_gate" in said:
-        said["speech_gate"] = said["speech_gate"] == "on"
-    found = resolve(bundle, said, spell=lambda name: f"--{name.replace('_', '-')}")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if "speech_gate" in given:
+        given["speech_gate"] = given["speech_gate"] == "on"
+    found = resolve(bundle, given, spell=lambda name: f"--{name.replace('_', '-')}")
     return found._asdict()

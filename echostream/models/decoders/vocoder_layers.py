@@ -1,6 +1,6 @@
 """Layers of a CodeHiFiGAN that run offline, as a stream, and on a CPU without waste.
 
-A convolution does not know where it stands: a *flow* (``WholeFlow``, ``ChunkFlow``) sets what belongs there before its input.
+A convolution does not know where it stands: a *flow* (``WholeFlow`` or ``ChunkFlow``) sets what was there before it.
 
 Tensors are [B, C, T]. While speaking they lie in memory as [B, T, C] ("time-major", oneDNN's channels-last): chunks are
 then joined along the time without a copy per channel, and oneDNN takes them as they are. Measured on a chunk of 320 ms
