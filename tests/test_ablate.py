@@ -26,7 +26,7 @@ from echostream.evaluation.ablation import compare, table  # noqa: E402
 from tests.test_generate import fairseq  # noqa: E402
 from tests.training_data import TINY_MODEL, make_corpus  # noqa: E402
 
-SHIPPED = Path(__file__).resolve().parents[1] / "configs/es-en/ablations.yaml"
+SHIPPED = Path(__file__).resolve().parents[1] / "configs/scratch/ablations.yaml"
 FLAGS = dict(
     arch="echostream", optimizer="adam", lr=0.003, lr_scheduler="polynomial_decay", total_num_update=100,
     warmup_updates=50, max_tokens=400, cpu=True, num_workers=0, valid_subset="dev", join_probability=0.0, seed=1,

@@ -88,6 +88,20 @@ def test_error_rates() -> None:
         quality.bleu(["a", "b"], ["a"])
 
 
+def test_scripts_without_spaces() -> None:
+    """BLEU's tokenizer follows the target language; errors are counted by letters where words have no spaces."""
+    sacrebleu = pytest.importorskip("sacrebleu")
+    assert [quality.tokenizer_for(name) for name in ("zh", "zh-CN", "ja", "ko", "en-GB", "fr", "")] == [
+        "zh", "zh", "ja-mecab", "ko-mecab", "13a", "13a", "13a",
+    ]  # fmt: skip
+    said, true = ["今天天气很好，我们去公园吧。"], ["今天天气很好，我们去公园玩。"]
+    theirs = sacrebleu.corpus_bleu(said, [true], tokenize="zh").score
+    assert quality.bleu(said, true, quality.tokenizer_for("zh")) == pytest.approx(theirs) and theirs > 50
+    assert quality.bleu(said, true) < 1  # one word a sentence
+    assert quality.word_error_rate(said, true, numbers=False) == pytest.approx(100 / 12)  # 1 of 12 letters
+    assert quality.spoken_words("iPhone 手机。", numbers=False) == "iphone 手 机"
+
+
 simul = pytest.importorskip("echostream.evaluation.simul", reason="needs the extra simuleval")
 RATE = 8000
 

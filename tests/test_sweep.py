@@ -19,7 +19,7 @@ from echostream.errors import EchoStreamError  # noqa: E402
 from echostream.evaluation import sweep  # noqa: E402
 from echostream.evaluation.streams import Streamed, stream  # noqa: E402
 from echostream.output.words import TimedWord, WordTimes  # noqa: E402
-from echostream.streaming import SentenceEnd, StreamingSession, Waveform, make_policy  # noqa: E402
+from echostream.streaming import SentenceEnd, StreamingSession, TargetText, Waveform, make_policy  # noqa: E402
 from echostream.text import Vocabulary  # noqa: E402
 from tests.evaluate_script import evaluate  # noqa: E402
 
@@ -94,6 +94,23 @@ def test_figures_worked_by_hand() -> None:
     assert (figures["AL"], figures["LAAL"], figures["StartOffset"], figures["silent"]) == (1000, 1000, 1000, 1)
     assert 0 < figures["BLEU"] < 100  # of five words one is missing
     assert sweep.measure([said], ["one two three four"])["BLEU"] == pytest.approx(100)
+
+
+def test_chinese_is_measured_by_characters() -> None:
+    """14 characters, three a step: BLEU is sacrebleu's with its tokenizer zh, AL that of characters, by hand."""
+    sacrebleu = pytest.importorskip("sacrebleu")
+    text, reference = "今天天气很好，我们去公园吧。", "今天天气很好，我们去公园玩。"
+    vocabulary = Vocabulary([f"▁{text[0]}", *text[1:]])
+    said = Streamed(1.0, WordTimes(vocabulary, False, True), None)
+    for step, start in enumerate(range(0, len(text), 3)):
+        tokens = tuple(4 + i for i in range(start, min(start + 3, len(text))))  # behind the special symbols
+        time = 0.25 * min(step + 1, 4)
+        said.take(TargetText(sentence=0, source_time_s=time, tokens=tokens, frames=(), text="", sentence_text=""))
+    figures = sweep.measure([said], [reference], language="zh", unit="char")
+    assert figures["BLEU"] == pytest.approx(sacrebleu.corpus_bleu([text], [[reference]], tokenize="zh").score)
+    delays = [250] * 3 + [500] * 3 + [750] * 3 + [1000]  # to the first that comes at the source's end
+    assert figures["AL"] == pytest.approx(np.mean([d - 1000 / 14 * i for i, d in enumerate(delays)]))
+    assert sweep.measure([said], [reference])["AL"] == pytest.approx(1000)  # one word, complete with its last letter
 
 
 def test_a_batch_gives_what_a_session_gives(tiny_bundle: Path) -> None:

@@ -363,7 +363,8 @@ def test_plain_commands(corpus, tmp_path, monkeypatch):
 
 
 def test_yaml_becomes_a_command(tmp_path):
-    from echostream.commands.train import command, read_flags
+    from echostream.commands.train import command
+    from echostream.recipe import read_flags
 
     path = tmp_path / "config.yaml"
     path.write_text("data: there\nmax_tokens: 100\nlr: 0.1\ncpu: true\nfp16: false\nupdate-freq: [1, 2]\n")
@@ -380,3 +381,38 @@ def test_yaml_becomes_a_command(tmp_path):
             read_flags(path)
     with pytest.raises(ConfigError, match="does not exist"):
         read_flags(tmp_path / "none.yaml")
+
+
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.stem != "ablations")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recipes_serve_any_pair(path):
+    """Not one path of another pair in them; ``--pair`` wins over ``configs/pair.yaml``."""
+    from echostream.recipe import read_flags
+
+    assert "es-en" not in path.read_text(encoding="utf-8")
+    french, shipped = read_flags(path, "fr-en"), read_flags(path)
+    assert french["data"] == "data/fr-en" and french["save-dir"] == f"runs/fr-en/{path.stem}"
+    assert shipped["data"] == "data/es-en"
+    assert not any("{" in str(value) or "es-en" in str(value) for value in french.values())
+
+
+def test_the_pair_of_a_recipe(tmp_path, monkeypatch):
+    from echostream.recipe import read_flags
+
+    path = tmp_path / "recipes" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text("data: data/{pair}\n")
+    with pytest.raises(ConfigError, match="say which: --pair fr-en"):
+        read_flags(path)
+    (tmp_path / "pair.yaml").write_text("pair: de-en\n")
+    assert read_flags(path)["data"] == "data/de-en"
+    path.write_text("pair: fr-en\ndata: data/{pair}\n")
+    assert read_flags(path) == {"data": "data/fr-en"}  # its own file says it
+    assert read_flags(path, "it-en") == {"data": "data/it-en"}
+    for wrong in ("../x", "a/b"):
+        with pytest.raises(ConfigError, match="names folders"):
+            read_flags(path, wrong)
+    monkeypatch.chdir(tmp_path)  # a recipe of the package is found from anywhere
+    assert read_flags("configs/scratch/asr.yaml", "fr-en")["save-dir"] == "runs/fr-en/asr"

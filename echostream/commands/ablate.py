@@ -1,6 +1,6 @@
 """Ablations: variants of the recipe ("arms"), trained for equal budgets, decoded offline and compared in a table.
 
-    echostream ablate --config configs/es-en/ablations.yaml --data data/es-en --save-dir runs/ablations \
+    echostream ablate --config configs/scratch/ablations.yaml --data data/es-en --save-dir runs/ablations \
         --minutes 20 --only memory-0 full-context --table ABLATIONS.md
 
 The configuration file has:
@@ -40,7 +40,6 @@ import yaml
 from tqdm import tqdm
 
 from echostream.commands import training_runs
-from echostream.commands.train import read_flags
 from echostream.commands.training_runs import Training, digest_of, schedule
 from echostream.data.config import DataConfig
 from echostream.data.manifest import Utterance, read_manifest, write_manifest
@@ -49,6 +48,7 @@ from echostream.evaluation import ablation
 from echostream.evaluation.systems import read_results
 from echostream.files import write_json, write_text
 from echostream.loading import read_mapping
+from echostream.recipe import fill, find_recipe, read_flags
 from echostream.text_file import read_json
 
 TEST = "ablation_test"  # the first rows of the manifest to decode
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "echostream ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, required=True, help="steps and arms (YAML)")
-    parser.add_argument("--data", type=Path, default=Path("data/es-en"), help="data directory (default: %(default)s)")
+    parser.add_argument("--pair", metavar="SRC-TGT", help="what {pair} in the files stands for, instead of pair.yaml's")
+    parser.add_argument("--data", type=Path, required=True, help="data directory")
     parser.add_argument("--save-dir", type=Path, default=Path("runs/ablations"), help="(default: %(default)s)")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--updates", type=int, help="budget of a share of 1, in updates")
@@ -125,7 +126,8 @@ class Ablations:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.config = args, read_mapping(args.config)
+        args.config = find_recipe(args.config)
+        self.args, self.config = args, fill(read_mapping(args.config), args.config, args.pair)
         self.changes: dict[str, dict[str, Any]] = defaultdict(dict)  # by step; those of "" are for all
         for name, equals, value in (pair.partition("=") for pair in args.set):
             if not equals:
@@ -193,7 +195,7 @@ class Ablations:
         if title not in steps:
             raise ConfigError(f"{self.args.config} has no step {title!r}; its steps are {', '.join(steps)}")
         step = steps[title]
-        flags = read_flags(self.args.config.parent / step["config"]) | step.get("flags", {})
+        flags = read_flags(self.args.config.parent / step["config"], self.args.pair) | step.get("flags", {})
         flags |= {**self.changes[""], **self.changes[title]}
         return step, {key: flags[key] for key in flags if key not in ("data", "save-dir", *step.get("start", {}))}
 

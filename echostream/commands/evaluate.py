@@ -25,7 +25,7 @@ from pathlib import Path
 from echostream.checkpoint import DEFAULT_BUNDLE
 from echostream.commands.evaluations import COMMANDS
 from echostream.errors import EchoStreamError
-from echostream.evaluation import longform, no_speech, quality, run, sweep
+from echostream.evaluation import longform, no_speech, run, sweep
 from echostream.evaluation.asr import RECOGNISERS
 from echostream.streaming.options import (
     add_beam_argument,
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     offline = commands.add_parser("offline", help="WER, BLEU, chrF, unit error rate, ASR-BLEU of fairseq-generate")
     offline.add_argument("results", type=Path, nargs="+", help="generate-<subset>.jsonl")
     offline.add_argument("--asr", default="auto", choices=("auto", "none", *RECOGNISERS), help="listens to the wavs")
+    add_asr_model(offline)
     offline.add_argument("--target-lang", default="en", metavar="CODE", help="what is heard (default: %(default)s)")
     add_tokenizer(offline)
     offline.add_argument("--output", type=Path, help="write the figures as JSON too")
@@ -59,11 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_segmenter_arguments(simul)
     simul.add_argument("--jobs", type=int, default=1, help="processes; more than one falsifies computation-aware times")
     simul.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS))
-    simul.add_argument("--asr-model", metavar="DIR", help="another Whisper for it, in CTranslate2's form")
+    add_asr_model(simul)
     add_tokenizer(simul)
-    simul.add_argument(
-        "--eval-latency-unit", choices=("word", "char"), default="word", help="what AL and its like count (word)"
-    )
+    add_latency_unit(simul)
     simul.add_argument("--output", type=Path, required=True, help="a folder for each chunk size, and results.json")
 
     sweeping = commands.add_parser("sweep", help="quality against latency of every policy: table and picture")
@@ -79,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_segmenter_arguments(sweeping)
     sweeping.add_argument("--speech", action="store_true", help="measure the speech too, which takes far longer")
     sweeping.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS), help="hears the speech")
+    add_asr_model(sweeping)
+    add_tokenizer(sweeping)
+    add_latency_unit(sweeping)
     add_batch(sweeping)
     sweeping.add_argument(
         "--output", type=Path, required=True, help="a file for each point; sweep.md, .tsv, .json, .png"
@@ -144,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reporting.add_argument("--sweep", type=Path, metavar="DIR", help="what sweep wrote")
     reporting.add_argument("--longform", type=Path, metavar="DIR", help="what longform wrote")
     reporting.add_argument("--manifest", type=Path, help="for voices and, of a sweep, the recordings' lengths")
+    reporting.add_argument("--target-lang", metavar="CODE", help="default: as config.yaml by the manifest says, or en")
     reporting.add_argument("--seed", type=int, default=1, help="of resampling and examples, from 1 (default: 1)")
     reporting.add_argument("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
     reporting.add_argument("--examples", type=int, default=10, help="random examples (default: %(default)s)")
@@ -156,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     speaking.add_argument("--seed", type=int, default=1, help="of the choice (default: 1)")
     add_vocoder_arguments(speaking)
     speaking.add_argument("--asr", default="auto", choices=("auto", *RECOGNISERS))
+    add_asr_model(speaking)
     speaking.add_argument("--json", type=Path, metavar="FILE", help="gets the figures and what was heard, too")
 
     quiet = commands.add_parser("nospeech", help="words made of silence, noise, hum and music; right are none")
@@ -193,9 +197,22 @@ def add_recordings(parser: argparse.ArgumentParser) -> None:
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sacrebleu-tokenizer", default=quality.TOKENIZER, metavar="NAME",
-        help="of BLEU: 13a (default), zh, ja-mecab, char ...",
+        "--sacrebleu-tokenizer", default="", metavar="NAME",
+        help="of BLEU: zh, ja-mecab, char ... (default: the target language's, as sacrebleu chooses, or 13a)",
     )  # fmt: skip
+
+
+def add_asr_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--asr-model", metavar="DIR",
+        help="another Whisper to listen, a CTranslate2 directory (default: tiny.en; base for other languages)",
+    )  # fmt: skip
+
+
+def add_latency_unit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--eval-latency-unit", choices=("word", "char"), default="word", help="what AL and its like count (word)"
+    )
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:

@@ -36,9 +36,9 @@ def language_of(directory: Path, side: str) -> str:
     return str(read_mapping(path).get(f"{side}_lang") or "").partition("-")[0] if path.is_file() else ""
 
 
-def listener(asr: str, language: str) -> Recogniser:
+def listener(asr: str, language: str, model: str | None = None) -> Recogniser:
     """The recogniser for a target language."""
-    return load_recogniser(asr) if language == "en" else load_recogniser(asr, None, language)
+    return load_recogniser(asr) if language == "en" and model is None else load_recogniser(asr, model, language)
 
 
 def offline_tables(args: argparse.Namespace) -> None:
@@ -46,7 +46,9 @@ def offline_tables(args: argparse.Namespace) -> None:
     keep_apart({"--output": args.output}, {f"the results {path}": path for path in args.results})
     for path in args.results:
         rows = read_results(path)
-        figures[path.stem] = score_offline(rows, path, args.asr, args.target_lang, args.sacrebleu_tokenizer)
+        figures[path.stem] = score_offline(
+            rows, path, args.asr, args.target_lang, args.sacrebleu_tokenizer, args.asr_model
+        )
         print(f"\n{path} ({len(rows)} utterances)\n")
         rows = [[part, name, f"{value:.2f}"] for part, name, value in figures[path.stem]]
         print(markdown(["part", "measure", "value"], rows))
@@ -55,13 +57,14 @@ def offline_tables(args: argparse.Namespace) -> None:
 
 
 def score_offline(
-    rows: list[dict[str, Any]], path: Path, asr: str = "auto", language: str = "en", tokenizer: str = quality.TOKENIZER
+    rows: list[dict[str, Any]], path: Path, asr: str = "auto", language: str = "en", tokenizer: str = "",
+    asr_model: str | None = None,
 ) -> list[tuple[str, str, float]]:
     """(part, measure, value) for every part whose hypotheses and references are there. Rates are in percent.
 
     What was heard in the recordings is kept beside ``path``, the rows' file, for the report.
     """
-    english = language == "en"
+    english, tokenizer = language == "en", tokenizer or quality.tokenizer_for(language)
     figures: list[tuple[str, str, float]] = []
 
     def column(name: str) -> list[str] | None:
@@ -83,7 +86,7 @@ def score_offline(
     add("units", "unit error rate", quality.unit_error_rate, "units", "units_ref")
     wavs = column("wav")
     if wavs is not None and asr != "none":
-        engine = listener(asr, language)
+        engine = listener(asr, language, asr_model)
         for row in tqdm(rows, desc=f"listening ({engine.name})"):
             row["heard"] = engine.transcribe_file(path.parent / row["wav"])
         keep_heard(path, engine.name, {str(row["id"]): row["heard"] for row in rows})
@@ -99,8 +102,9 @@ def score_offline(
 def simultaneous_table(args: argparse.Namespace) -> None:
     sources, references = read_pairs(args, "src_text" if args.output_type == "source" else "tgt_text")
     results = {}
-    scoring = {"unit": args.eval_latency_unit, "tokenizer": args.sacrebleu_tokenizer, "model": args.asr_model}
-    scoring["language"] = language_of(args.checkpoint_dir, "target") or "en"
+    target = language_of(args.checkpoint_dir, "target") or "en"
+    tokenizer = args.sacrebleu_tokenizer or quality.tokenizer_for(target)
+    scoring = {"unit": args.eval_latency_unit, "tokenizer": tokenizer, "model": args.asr_model, "language": target}
     for chunk in args.chunk_ms:
         folder = args.output / f"chunk{chunk}"
         print(f"chunk {chunk} ms: {len(sources)} recordings", file=sys.stderr)
@@ -130,7 +134,9 @@ def policy_sweep(args: argparse.Namespace) -> None:
     points = sweep.plan(args.policies, sweep.parse_grid(args.grid), args.chunk_ms)
     sources, references = read_pairs(args)
     bundle = load(args)
-    recogniser = listener(args.asr, bundle.target_lang.partition("-")[0] or "en") if args.speech else None
+    target = bundle.target_lang.partition("-")[0] or "en"
+    recogniser = listener(args.asr, target, args.asr_model) if args.speech else None
+    scoring = (target, args.sacrebleu_tokenizer or quality.tokenizer_for(target), args.eval_latency_unit)
     of = {
         "model": bundle.digest,
         "recordings": len(sources),
@@ -138,6 +144,8 @@ def policy_sweep(args: argparse.Namespace) -> None:
         "segmenter": {name: str(value) for name, value in given_options(args).items()},
         "speech": recogniser.name if recogniser else None,
     }
+    if scoring[1:] != (quality.TOKENIZER, "word"):
+        of["scoring"] = list(scoring[1:])
 
     def options(point: sweep.Point) -> dict[str, Any]:
         said = {**vars(args), **dict(point.knobs), "policy": point.policy, "chunk_ms": point.chunk_ms}
@@ -151,7 +159,7 @@ def policy_sweep(args: argparse.Namespace) -> None:
         if result is None:
             recordings = map(load_audio, tqdm(sources, desc=point.name, leave=False))
             streamed = list(stream(bundle, recordings, chosen, args.batch))
-            figures = sweep.measure(streamed, references, recogniser)
+            figures = sweep.measure(streamed, references, recogniser, *scoring)
             result = {"of": of, "figures": figures, "texts": [s.text for s in streamed]}
             sweep.write_result(path, result)
         results.append((point, result["figures"]))
@@ -277,7 +285,8 @@ def write_report(args: argparse.Namespace) -> None:
     systems = read_systems({name: Path(path) for name, path in named}, rows)
     inputs = {"--manifest": args.manifest, **{f"--system {name}": path for name, path in named}}
     keep_apart({"--output": args.output}, inputs)
-    options = report.Options(args.seed, args.samples, args.examples, args.ceiling)
+    language = args.target_lang or (language_of(args.manifest.parent, "target") if args.manifest else "") or "en"
+    options = report.Options(args.seed, args.samples, args.examples, args.ceiling, language)
     report.write(args.output, systems, rows, args.sweep, args.longform, options)
     print(args.output)
 
@@ -297,8 +306,9 @@ def resynthesis_table(args: argparse.Namespace) -> None:
         print(f"without DNSMOS: {error}", file=sys.stderr)
     model = load_voice(args.vocoder, args.config, args.device)
     data = args.data if args.data.is_dir() else args.data.parent
-    recogniser = listener(args.asr, language_of(data, "target") or "en")
-    report = resynthesis.measure(model, items, recogniser, mos)
+    target = language_of(data, "target") or "en"
+    recogniser = listener(args.asr, target, args.asr_model)
+    report = resynthesis.measure(model, items, recogniser, mos, target)
     print(f"\n{len(items)} recordings; heard by {report['recogniser']}\n")
     print(markdown(["measure", "original", "resynthesis", "bar", "reached"], resynthesis.table(report)))
     if args.json:

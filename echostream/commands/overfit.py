@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "echostream overfit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, default=Path("data/es-en"), help="data directory (default: %(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="data directory")
     parser.add_argument("--work", type=Path, default=Path("runs/overfit"), help="directory to work in")
     parser.add_argument("--utterances", type=int, default=64)
     parser.add_argument("--round", type=int, default=200, help="updates between looks at the figures")

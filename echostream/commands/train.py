@@ -1,13 +1,14 @@
-"""Train from a YAML file of fairseq-train's flags: ``echostream train --config configs/es-en/units.yaml``.
+"""Train from a YAML file of fairseq-train's flags: ``echostream train --config configs/scratch/units.yaml``.
 
 Each ``key: value`` of the file is the flag ``--key value``; ``true`` gives the bare flag, ``false`` and ``null`` leave
-it out, a list is joined by commas. ``data`` is the data directory. Flags on the command line override the file's:
+it out, a list is joined by commas. ``data`` is the data directory; ``{pair}`` in a value is the language pair, which
+``configs/pair.yaml`` or ``--pair`` says. Flags on the command line override the file's:
 
-    echostream train --config configs/es-en/asr.yaml --data data/other --max-update 100
+    echostream train --config configs/scratch/asr.yaml --pair fr-en --max-update 100
 
 The equivalent fairseq-train command is printed first. Several processes without GPUs (gloo):
 
-    torchrun --nproc_per_node 2 -m echostream train --config configs/es-en/units.yaml
+    torchrun --nproc_per_node 2 -m echostream train --config configs/scratch/units.yaml
 """
 
 from __future__ import annotations
@@ -20,23 +21,10 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from echostream.errors import ConfigError, EchoStreamError
-from echostream.loading import read_mapping
+from echostream.recipe import read_flags
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ALWAYS = {"task": "echostream_s2st", "criterion": "echostream_multitask"}
-
-
-def read_flags(path: str | Path) -> dict[str, Any]:
-    """The flat ``key: value`` pairs of a YAML file, keys with hyphens.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or holds nested values.
-    """
-    values = read_mapping(path)
-    for key, value in values.items():
-        if isinstance(value, dict):
-            raise ConfigError(f"configuration file {path}: {key} is nested; every key is one flag of fairseq-train")
-    return {str(key).replace("_", "-"): value for key, value in values.items()}
 
 
 def command(flags: dict[str, Any], overrides: Sequence[str] = (), data: str | None = None) -> list[str]:
@@ -68,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "echostream train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file of fairseq-train's flags")
+    parser.add_argument("--pair", metavar="SRC-TGT", help="what {pair} in the file stands for, instead of pair.yaml's")
     parser.add_argument("--data", help="data directory, instead of the file's")
     parser.add_argument("--dry-run", action="store_true", help="print the fairseq-train command and stop")
     args, overrides = parser.parse_known_args(argv)
     try:
-        arguments = command(read_flags(args.config), overrides, args.data)
+        arguments = command(read_flags(args.config, args.pair), overrides, args.data)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             arguments += distributed_flags(arguments)
         if os.environ.get("RANK", "0") == "0":

@@ -410,8 +410,9 @@ def score(
             _ends_by_words(talk, sum(alone, []), np.cumsum([len(words) for words in alone]).tolist(), tolerance_words),
         )
     references = [reference for talk in talks for reference in talk.references]
-    bleu = quality.bleu([part.text for parts in aligned for part in parts], references)
-    isolated = quality.bleu([text for said in spoken for text in said.isolated], references)
+    tokenizer = quality.tokenizer_for(lang)
+    bleu = quality.bleu([part.text for parts in aligned for part in parts], references, tokenizer)
+    isolated = quality.bleu([text for said in spoken for text in said.isolated], references, tokenizer)
     by_words, by_time, ceiling = totals.tolist()
     return {
         **{f"boundary_{name}": value for name, value in f1(*by_words).items()},

@@ -6,10 +6,21 @@ import functools
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from echostream.errors import EchoStreamError, require
 
 TOKENIZER = "13a"  # sacrebleu's default
+_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}  # as sacrebleu chooses by the language pair
+# Scripts without spaces between words, whose letters are counted in place of them: Thai to Tibetan, Khmer, kana, Han.
+_UNSPACED = re.compile(
+    r"([\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
+)
+
+
+def tokenizer_for(language: str) -> str:
+    """sacrebleu's tokenizer for a target language, with or without its region: ``zh`` → ``zh``, ``en-GB`` → ``13a``."""
+    return _TOKENIZERS.get(re.split("[-_]", language)[0].lower(), TOKENIZER)
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str], tokenizer: str = TOKENIZER) -> float:
@@ -21,10 +32,15 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], tokenizer: str = 
     Raises:
         EchoStreamError: sacrebleu has no such tokenizer, or lacks what it needs.
     """
+    return float(corpus_bleu(hypotheses, references, tokenizer).score)
+
+
+def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str], tokenizer: str, extra: str = "simuleval") -> Any:
+    """The same with its counts, as sacrebleu's BLEUScore; ``extra`` is what brings sacrebleu along."""
     _check(hypotheses, references)
-    score = require("sacrebleu", "simuleval").corpus_bleu
+    score = require("sacrebleu", extra).corpus_bleu
     try:
-        return float(score(list(hypotheses), [list(references)], tokenize=tokenizer).score)
+        return score(list(hypotheses), [list(references)], tokenize=tokenizer)
     except (RuntimeError, ImportError, KeyError, AssertionError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise EchoStreamError(f"sacrebleu's tokenizer {tokenizer!r} cannot be used: {reason}") from None
@@ -45,9 +61,9 @@ def asr_bleu(
 
 
 def word_error_rate(hypotheses: Sequence[str], references: Sequence[str], numbers: bool = True) -> float:
-    """Word errors in percent of the references' words, both sides through ``spoken_form``; may exceed 100."""
+    """Word errors in percent of the references' words, both sides through ``spoken_words``; may exceed 100."""
     return _error_rate(
-        [spoken_form(h, numbers) for h in hypotheses], [spoken_form(r, numbers) for r in references]
+        [spoken_words(h, numbers) for h in hypotheses], [spoken_words(r, numbers) for r in references]
     )
 
 
@@ -67,6 +83,11 @@ def spoken_form(text: str, numbers: bool = True) -> str:
         text = re.sub(r"\d+(?:st|nd|rd|th)?\b", lambda match: f" {_engine().number_to_words(match[0])} ", text)
     letters = (c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
     return " ".join("".join(letters).split())
+
+
+def spoken_words(text: str, numbers: bool = True) -> str:
+    """``spoken_form`` with a space between two words, and around every letter of a script that writes none."""
+    return " ".join(_UNSPACED.sub(r" \1 ", spoken_form(text, numbers)).split())
 
 
 @functools.cache

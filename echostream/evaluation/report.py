@@ -20,9 +20,9 @@ from echostream.constants import FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE
 from echostream.data.corpus.tts import TEST_ONLY_VOICES
 from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError, require
-from echostream.evaluation import sweep
+from echostream.evaluation import significance, sweep
 from echostream.evaluation.run import LATENCY
-from echostream.evaluation.significance import MEASURES, Measure, bootstrap
+from echostream.evaluation.significance import Measure, bootstrap
 from echostream.evaluation.systems import System
 from echostream.evaluation.table import markdown
 from echostream.files import write_text
@@ -43,12 +43,14 @@ class Options:
         samples: bootstrap samples.
         examples: how many sentences to show.
         ceiling: name of the system of whose quality the simultaneous ones reach a share.
+        language: of the translations, which BLEU's tokenizer follows.
     """
 
     seed: int = 1
     samples: int = 1000
     examples: int = 10
     ceiling: str | None = None
+    language: str = "en"
 
 
 def write(
@@ -130,11 +132,11 @@ def cells(measures: Iterable[Measure], system: System, ids: Sequence[str], optio
     return row
 
 
-def measures_of(systems: Sequence[System], names: Sequence[str] = ()) -> list[Measure]:
+def measures_of(systems: Sequence[System], options: Options, names: Sequence[str] = ()) -> list[Measure]:
     """The measures that at least one system has, of those named or of all."""
     return [
         measure
-        for measure in MEASURES
+        for measure in significance.measures(options.language)
         if any(system.has(measure.hypothesis, measure.reference) for system in systems)
         and (not names or measure.name in names)
     ]
@@ -142,7 +144,7 @@ def measures_of(systems: Sequence[System], names: Sequence[str] = ()) -> list[Me
 
 def quality(systems: Sequence[System], options: Options) -> str:
     """Every head of every system over all its sentences."""
-    measures = measures_of(systems)
+    measures = measures_of(systems, options)
     if not measures:
         raise EchoStreamError("the results hold no hypothesis with its reference (asr, st, mt, heard with *_ref)")
     rows = [
@@ -162,7 +164,7 @@ def grouped(
     title: str, group: str, systems: Sequence[System], groups: Mapping[str, set[str]], options: Options
 ) -> str:
     """A row for every system and every group of sentences that it has."""
-    measures, rows = measures_of(systems), []
+    measures, rows = measures_of(systems, options), []
     for system in tqdm(systems, desc=title.lower()):
         for name, members in groups.items():
             ids = [i for i in system.sentences if i in members]
@@ -208,7 +210,7 @@ def by_length(systems: Sequence[System], options: Options) -> str:
 def simultaneous(systems: Sequence[System], ceiling: System | None, picture: Path, options: Options) -> str:
     """Quality against every latency; times in ms, computation-aware ones in brackets."""
     running = [system for system in systems if system.latency]
-    measures = [m for m in measures_of(running) if m.name in COMPARED]
+    measures = [m for m in measures_of(running, options) if m.name in COMPARED]
     header = ["system", "options", *(m.name for m in measures), *LATENCY, "AL / source", "RTF", "silent"]
     shares = [m for m in measures if ceiling and ceiling.has(m.hypothesis, m.reference) and not m.falls]
     header += [f"{m.name} / {ceiling.name}" for m in shares]
@@ -348,7 +350,7 @@ def comparisons(systems: Sequence[System], options: Options) -> str:
     rows = []
     for first, second in tqdm(list(combinations(systems, 2)), desc="comparisons"):
         ids = [i for i in first.sentences if i in second.sentences]
-        for measure in measures_of([first, second], COMPARED):
+        for measure in measures_of([first, second], options, COMPARED):
             texts = (measure.hypothesis, measure.reference)
             if not ids or not (first.has(*texts) and second.has(*texts)):
                 continue

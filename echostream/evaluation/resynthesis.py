@@ -80,7 +80,7 @@ def resynthesize(model: CodeHiFiGAN, items: Sequence[UnitUtterance]) -> tuple[li
 
 
 def measure(
-    model: CodeHiFiGAN, items: Sequence[UnitUtterance], recogniser: Recogniser, mos: DNSMOS | None
+    model: CodeHiFiGAN, items: Sequence[UnitUtterance], recogniser: Recogniser, mos: DNSMOS | None, language: str = "en"
 ) -> dict[str, Any]:
     """Figures of the recordings (``original``) and of what the voice makes of their units (``resynthesis``).
 
@@ -89,14 +89,15 @@ def measure(
         voice's ``times_realtime``, ``recogniser``, ``dnsmos`` (its name) and ``sentences`` with what was heard.
     """
     spoken, seconds = resynthesize(model, items)
+    english = language.partition("-")[0] == "en"
     references = [item.text for item in items]
     report: dict[str, Any] = {"recogniser": recogniser.name, "dnsmos": mos.name if mos else None}
     sentences = [{"id": item.id, "text": item.text} for item in items]
     for kind, sounds in (("original", [load_audio(item.audio) for item in items]), ("resynthesis", spoken)):
         heard = [recogniser.transcribe(samples) for samples in tqdm(sounds, f"{kind}: {recogniser.name}")]
         report[kind] = {
-            "asr_bleu": quality.asr_bleu(heard, references),
-            "wer": quality.word_error_rate(heard, references),
+            "asr_bleu": quality.asr_bleu(heard, references, quality.tokenizer_for(language), english),
+            "wer": quality.word_error_rate(heard, references, english),
             "seconds": sum(map(len, sounds)) / SAMPLE_RATE,
         }
         for sentence, text in zip(sentences, heard):

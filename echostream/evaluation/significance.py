@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from echostream.errors import EchoStreamError, require
-from echostream.evaluation.quality import spoken_form
+from echostream.evaluation.quality import spoken_form, spoken_words, tokenizer_for
 
 require("sacrebleu", "simuleval")
 
@@ -63,14 +63,21 @@ class Measure:
     falls: bool = False
 
 
-MEASURES = (
-    Measure("WER", "asr", "asr_ref", WordErrorRate, functools.partial(spoken_form, numbers=False), falls=True),
-    Measure("ST BLEU", "st", "mt_ref", BLEU),
-    Measure("ST chrF", "st", "mt_ref", CHRF),
-    Measure("BLEU", "mt", "mt_ref", BLEU),
-    Measure("chrF", "mt", "mt_ref", CHRF),
-    Measure("ASR-BLEU", "heard", "mt_ref", BLEU, spoken_form),
-)
+def measures(language: str = "en") -> tuple[Measure, ...]:
+    """The measures of translations into a language."""
+    bleu = functools.partial(BLEU, tokenize=tokenizer_for(language))
+    heard = functools.partial(spoken_form, numbers=language.partition("-")[0] in ("", "en"))
+    return (
+        Measure("WER", "asr", "asr_ref", WordErrorRate, functools.partial(spoken_words, numbers=False), falls=True),
+        Measure("ST BLEU", "st", "mt_ref", bleu),
+        Measure("ST chrF", "st", "mt_ref", CHRF),
+        Measure("BLEU", "mt", "mt_ref", bleu),
+        Measure("chrF", "mt", "mt_ref", CHRF),
+        Measure("ASR-BLEU", "heard", "mt_ref", bleu, heard),
+    )
+
+
+MEASURES = measures()
 
 
 def bootstrap(

@@ -119,29 +119,40 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def measure(
-    streamed: Sequence[Streamed], references: Sequence[str], recogniser: Recogniser | None = None
+    streamed: Sequence[Streamed], references: Sequence[str], recogniser: Recogniser | None = None,
+    language: str = "en", tokenizer: str = "", unit: str = "word",
 ) -> dict[str, float]:
     """The figures of a point; those of speech are there with a ``recogniser`` to hear it. Latencies are in ms.
+
+    Args:
+        language: of the translations.
+        tokenizer: sacrebleu's; by default the language's.
+        unit: ``word`` or ``char``: what latencies count.
 
     Recordings without any output have no latency and are left out of its mean; ``silent`` counts them.
     """
     texts = [s.text for s in streamed]
-    figures = {"BLEU": quality.bleu(texts, references), "chrF": quality.chrf(texts, references)}
-    figures |= _latencies(streamed, references, spoken=False)
+    tokenizer = tokenizer or quality.tokenizer_for(language)
+    figures = {"BLEU": quality.bleu(texts, references, tokenizer), "chrF": quality.chrf(texts, references)}
+    figures |= _latencies(streamed, references, False, unit)
     if recogniser is not None:
         heard = [recogniser.transcribe(sound(s)) for s in streamed]
-        figures["ASR_BLEU"] = quality.asr_bleu(heard, references)
-        figures |= {f"{name}_speech": value for name, value in _latencies(streamed, references, spoken=True).items()}
+        figures["ASR_BLEU"] = quality.asr_bleu(heard, references, tokenizer, language.partition("-")[0] == "en")
+        figures |= {f"{name}_speech": value for name, value in _latencies(streamed, references, True, unit).items()}
         figures |= {f"{name}_speech": value for name, value in _playing(streamed).items()}
     return figures
 
 
-def _latencies(streamed: Sequence[Streamed], references: Sequence[str], spoken: bool) -> dict[str, float]:
+def _latencies(
+    streamed: Sequence[Streamed], references: Sequence[str], spoken: bool, unit: str
+) -> dict[str, float]:
     rows = []
     for s, reference in zip(streamed, references, strict=True):
-        delays = [1000 * word.seconds for word in (s.spoken if spoken else s.written).words]
+        given = s.spoken if spoken else s.written
+        times = given.letters if unit == "char" else [word.seconds for word in given.words]
+        delays, words = [1000 * second for second in times], reference.split()
         if delays:
-            of = (delays, 1000 * s.seconds, max(1, len(reference.split())))
+            of = (delays, 1000 * s.seconds, max(1, len("".join(words) if unit == "char" else words)))
             rows.append((latency.average_lagging(*of), latency.length_adaptive_average_lagging(*of), delays[0]))
     means = np.mean(rows, axis=0).tolist() if rows else [float("nan")] * 3
     return dict(zip(("AL", "LAAL", "StartOffset"), means)) | {"silent": len(streamed) - len(rows)}

@@ -32,6 +32,7 @@ class WordTimes:
     def __init__(self, vocabulary: Vocabulary, speech: bool, units_read_text: bool):
         self.vocabulary, self.speech, self.units_read_text = vocabulary, speech, units_read_text
         self.words: list[TimedWord] = []
+        self.letters: list[float] = []  # the audio clock when each letter of them was given out
         self.silent: list[int] = []  # the sentence's subwords that have no sound yet
         self.said = 0  # how many of its subwords have one
         self.gap = True  # the next subword starts a word whatever it is
@@ -53,6 +54,7 @@ class WordTimes:
         for token in self.silent[:count]:
             piece = self.vocabulary[token]
             letters = piece.removeprefix(WORD_START)
+            self.letters += [now] * sum(not c.isspace() for c in letters)
             if self.gap or piece.startswith(WORD_START):
                 self.words.append(TimedWord(letters, now))
                 self._given(letters)

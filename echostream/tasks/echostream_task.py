@@ -26,7 +26,8 @@ from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
 from echostream.data.joining import JoinPolicy
 from echostream.data.text_pairs import TextPairDataset
-from echostream.errors import ConfigError, ManifestError, require
+from echostream.errors import ConfigError, ManifestError
+from echostream.evaluation.quality import corpus_bleu, tokenizer_for
 from echostream.models.echostream_model import SentenceWindows
 from echostream.text import SPECIALS, collapse_ctc
 
@@ -129,6 +130,8 @@ class EchoStreamTask(FairseqTask):
             speech=SpeechAugment.parse(cfg.augment_speech),
             clean=cfg.distill_clean,
         )
+        if cfg.eval_bleu:
+            corpus_bleu(["a"], ["a"], tokenizer_for(config.target_lang), "train")
 
     @classmethod
     def setup_task(cls, cfg: EchoStreamTaskConfig, **kwargs: Any) -> "EchoStreamTask":
@@ -260,13 +263,14 @@ class EchoStreamTask(FairseqTask):
         if self.cfg.eval_bleu_print_samples:
             logger.info("translation: %s", translations[0])
             logger.info("reference:   %s", references[0])
-        log = _counts("_bleu", translations, references)
+        tokenizer = tokenizer_for(self.config.target_lang)
+        log = _counts("_bleu", translations, references, tokenizer)
         if self.reads_text:
             return log
         best = model.st_decoder(x, lengths).argmax(-1).tolist()
         previews = [self.target_text(collapse_ctc(row[:n])) for row, n in zip(best, lengths.tolist())]
         whole = [self.target_text(row) for row in sample["tgt_text"].tolist()]
-        log.update(_counts("_st_bleu", previews, whole))
+        log.update(_counts("_st_bleu", previews, whole, tokenizer))
         return log
 
     def target_text(self, ids: list[int]) -> str:
@@ -349,9 +353,8 @@ def _number(value: Any) -> int:
     return int(value.item()) if isinstance(value, Tensor) else int(value)
 
 
-def _counts(name: str, translations: list[str], references: list[str]) -> dict[str, int]:
-    sacrebleu = require("sacrebleu", "train")
-    score = sacrebleu.corpus_bleu(translations, [references])
+def _counts(name: str, translations: list[str], references: list[str], tokenizer: str) -> dict[str, int]:
+    score = corpus_bleu(translations, references, tokenizer, "train")
     log = {f"{name}_lengths_0": score.sys_len, f"{name}_lengths_1": score.ref_len}
     for i in range(BLEU_ORDER):
         log[f"{name}_counts_{i}"] = score.counts[i]
