@@ -49,7 +49,8 @@ def import_whisper(args: argparse.Namespace) -> Path:
     from echostream.models.echostream_model import build_echostream_model
     from echostream.models.whisper_init import decoder_weights, encoder_weights, whisper_config
     from echostream.whisper.source import whisper_source
-    from echostream.whisper.tokens import WhisperBPE, piece_origins, prompt
+    from echostream.whisper.subwords import piece_origins
+    from echostream.whisper.tokens import WhisperBPE, prompt
     from echostream.whisper.weights import read_whisper
 
     path = whisper_source(args.source)

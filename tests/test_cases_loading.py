@@ -32,7 +32,8 @@ from echostream.data.manifest import read_manifest  # noqa: E402
 from echostream.data.source import load_features, load_samples  # noqa: E402
 from echostream.errors import AudioError, CheckpointError, ConfigError, EchoStreamError, ManifestError, SessionError  # noqa: E402
 from echostream.export.directory import export_directory, make_voice_graphs  # noqa: E402
-from echostream.loading import Rule, check, inside, read_array, read_json, read_npz, read_yaml  # noqa: E402
+from echostream.loading import inside, read_array, read_json, read_npz, read_yaml  # noqa: E402
+from echostream.rules import Rule, check  # noqa: E402
 from echostream.streaming import SessionBatch, StreamingSession  # noqa: E402
 from echostream.streaming.exported.names import graph_names  # noqa: E402
 from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options  # noqa: E402

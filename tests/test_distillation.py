@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from echostream import plugin  # noqa: E402
 from echostream.constants import EOS, NUM_SPECIALS, PAD, UNK  # noqa: E402
-from echostream.data.dataset import collate_targets, pad  # noqa: E402
+from echostream.data.collate import collate_targets, pad  # noqa: E402
 from echostream.data.manifest import read_manifest, write_manifest  # noqa: E402
 from echostream.errors import CheckpointError, ConfigError, ManifestError  # noqa: E402
 from echostream.models.echostream_model import EchoStreamModel, build_echostream_model  # noqa: E402

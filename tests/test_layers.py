@@ -16,7 +16,7 @@ FLOORS = (
     "checkpoint data",
     "fairseq_model criterions tasks generator plugin hub info import_whisper vocode export output"
     " evaluation benchmarks",
-    "commands data.corpus.cli agent serve client translate cli __main__",
+    "commands data.corpus.cli data.corpus.steps agent serve client translate cli __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
@@ -68,3 +68,8 @@ def test_no_module_imports_from_a_floor_above_its_own():
 def test_every_floor_is_there():
     assert {floor(name) for name in GRAPH} == set(range(len(FLOORS)))
     assert len(GRAPH) > 150
+
+
+def test_no_module_is_longer_than_can_be_read_in_one_sitting():
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+    assert not {name: count for name, count in lines.items() if count > 400}

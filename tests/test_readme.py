@@ -129,7 +129,7 @@ def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A directory with everything that the README's commands name, as the current one."""
     from echostream.commands import evaluations as evaluate
     from echostream.data.corpus import tts
-    from echostream.evaluation import asr, simul
+    from echostream.evaluation import asr
 
     folder = tmp_path_factory.mktemp("readme")
     for name in ("scripts", "agent", "configs", "echostream", "Makefile", "setup.py"):
@@ -169,7 +169,7 @@ def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.chdir(folder)
         patch.setattr(tts, "Kokoro", lambda source, voices, language: Tones(tuple(voices)))
         patch.setattr(tts, "Hibari", Whistler)
-        patch.setattr(simul, "load_recogniser", Ear)
+        patch.setattr("echostream.evaluation.simul_quality.load_recogniser", Ear)
         patch.setattr(evaluate, "load_recogniser", Ear)
         patch.setattr(asr, "Whisper", Ear)
         patch.setattr(evaluate, "require", lambda *a: None)

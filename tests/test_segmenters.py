@@ -15,7 +15,7 @@ from echostream.audio.io import load_audio
 from echostream.errors import CheckpointError, ConfigError, MissingExtraError
 from echostream.evaluation import no_speech
 from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession
-from echostream.streaming.policy import CTCCountPolicy
+from echostream.streaming.policies.counting import CTCCountPolicy
 from echostream.streaming.segmenters import silero
 from echostream.streaming.segmenters.base import CombinedSegmenter, CTCToken, NoSegmenter
 from echostream.streaming.segmenters.ct_transformer import CTPunctuation, CTSegmenter

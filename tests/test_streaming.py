@@ -39,7 +39,7 @@ from echostream.streaming import (
     Waveform,
     make_policy,
 )
-from echostream.streaming.policy import Progress
+from echostream.streaming.policies.base import Progress
 from echostream.streaming.writing import loop_length
 from echostream.text import Vocabulary
 from tests.conftest import NUM_UNITS, tiny_config, tiny_voice

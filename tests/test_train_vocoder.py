@@ -29,7 +29,8 @@ from echostream.vocoder.losses import (
     generator_loss,
     mel_filters,
 )
-from echostream.vocoder.trainer import Trainer, TrainerOptions
+from echostream.vocoder.options import TrainerOptions
+from echostream.vocoder.trainer import Trainer
 
 UNITS = 6
 CHOICE = dict(

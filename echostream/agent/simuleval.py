@@ -29,7 +29,9 @@ from simuleval.data.segments import EmptySegment, Segment, TextSegment
 from echostream.agent.pieces import OUTPUTS, Pieces
 from echostream.checkpoint import BACKENDS, DEFAULT_BUNDLE, Bundle, load_bundle, use_threads
 from echostream.errors import EchoStreamError
-from echostream.evaluation.simul import SpeechPiece, add_recogniser_arguments, register
+from echostream.evaluation.simul import register
+from echostream.evaluation.simul_instances import SpeechPiece
+from echostream.evaluation.simul_quality import add_recogniser_arguments
 from echostream.streaming.events import Event, Waveform
 from echostream.streaming.exported.model import ExportedModel
 from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options

@@ -16,18 +16,8 @@ from typing import Any
 
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import CheckpointError, ManifestError
-from echostream.loading import (
-    MAX_SETTINGS,
-    Rule,
-    check,
-    inside,
-    pieces_of,
-    read_json,
-    read_subwords,
-    read_text,
-    read_yaml,
-    shown,
-)
+from echostream.loading import MAX_SETTINGS, inside, pieces_of, read_json, read_subwords, read_text, read_yaml, shown
+from echostream.rules import Rule, check
 from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS
 from echostream.text import Vocabulary
 
@@ -50,9 +40,9 @@ GRAPHS = (*TEXT_GRAPHS, *SPEECH_GRAPHS, *VOICE_GRAPHS)  # in the order in which 
 CONFIG = "config.yaml"
 CARD = "MODEL_CARD.md"
 EXPORTED_CONFIG, EXPORTED_CARD = "config.json", "README.md"  # as on the Hugging Face hub
-_SHA256, _LANGUAGE = Rule(str, 64, 64), Rule(str, 0, 35)
+_SHA256, LANGUAGE = Rule(str, 64, 64), Rule(str, 0, 35)
 _RULES = {
-    "source_lang": _LANGUAGE, "target_lang": _LANGUAGE, "sample_rate": Rule(int, choices=(SAMPLE_RATE,)),
+    "source_lang": LANGUAGE, "target_lang": LANGUAGE, "sample_rate": Rule(int, choices=(SAMPLE_RATE,)),
     "policy": Rule(dict), "files": Rule(dict, of=Rule(str, 1, 255)), "digests": Rule(dict, of=_SHA256),
     "model": Rule(dict, needed=True),
 }  # fmt: skip

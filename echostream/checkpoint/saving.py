@@ -12,12 +12,12 @@ import yaml
 from echostream.audio.cmvn import GlobalCMVN
 from echostream.audio.features import feature_extractor
 from echostream.checkpoint.layout import (
-    _LANGUAGE,
     CARD,
     CONFIG,
     COPIED,
     FILES,
     FORMAT,
+    LANGUAGE,
     check_subwords,
     check_vocabulary,
     sha256,
@@ -26,7 +26,8 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import CheckpointError, ManifestError
 from echostream.files import replacing_directory, write_text
-from echostream.loading import check, read_yaml
+from echostream.loading import read_yaml
+from echostream.rules import check
 from echostream.text import Vocabulary
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def save_bundle(
 
     directory, data = Path(directory), Path(data)
     corpus = read_yaml(data / CONFIG, "configuration", CheckpointError) if (data / CONFIG).exists() else {}
-    check(corpus, {"source_lang": _LANGUAGE, "target_lang": _LANGUAGE}, str(data / CONFIG), CheckpointError)
+    check(corpus, {"source_lang": LANGUAGE, "target_lang": LANGUAGE}, str(data / CONFIG), CheckpointError)
     source_dict, target_dict, unit_dict = (
         Vocabulary.load(data / FILES[name]) for name in ("source_dict", "target_dict", "unit_dict")
     )

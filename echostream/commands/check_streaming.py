@@ -31,7 +31,7 @@ from echostream.data.manifest import read_manifest
 from echostream.errors import EchoStreamError
 from echostream.files import write_json
 from echostream.streaming import SentenceEnd, make_policy
-from echostream.streaming.policy import POLICIES
+from echostream.streaming.policies.factory import POLICIES
 
 DEMO = DEFAULT_BUNDLE.parent / "demo"
 BAR = 1e-4  # of waveforms and scores

@@ -33,7 +33,7 @@ from echostream.streaming.options import (
     add_policy_arguments,
     add_segmenter_arguments,
 )
-from echostream.streaming.policy import POLICIES
+from echostream.streaming.policies.factory import POLICIES
 from echostream.vocode import add_vocoder_arguments
 
 

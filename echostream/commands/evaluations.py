@@ -22,6 +22,7 @@ from echostream.evaluation.asr import Recogniser, load_recogniser
 from echostream.evaluation.streams import stream, stream_live
 from echostream.evaluation.systems import keep_heard, read_results, read_systems
 from echostream.evaluation.table import markdown
+from echostream.evaluation.talks import Talk, cut, make_talks, read_talks
 from echostream.files import keep_apart, write_json, write_text
 from echostream.loading import read_mapping
 from echostream.output.words import WordTimes
@@ -170,7 +171,7 @@ def policy_sweep(args: argparse.Namespace) -> None:
 def join_talks(args: argparse.Namespace) -> None:
     rows = read_manifest(args.manifest, need=RECORDING)
     root = args.audio_root or args.manifest.parent
-    talks = longform.make_talks(
+    talks = make_talks(
         rows, root, args.output, args.count, args.minutes, args.sentences, tuple(args.pause), args.seed
     )
     minutes = sum(talk.seconds for talk in talks) / 60
@@ -178,7 +179,7 @@ def join_talks(args: argparse.Namespace) -> None:
 
 
 def longform_table(args: argparse.Namespace) -> None:
-    talks = longform.read_talks(args.talks)[: args.limit]
+    talks = read_talks(args.talks)[: args.limit]
     bundle = load(args)
     resegmenter = longform.choose_resegmenter(args.resegmenter)
     if args.speech and bundle.vocoder is None:
@@ -186,7 +187,7 @@ def longform_table(args: argparse.Namespace) -> None:
     chosen = session_options(args, bundle)
     options, silent = {"speech": args.speech, **chosen}, {"speech": False, **chosen}
 
-    def file_of(talk: longform.Talk) -> tuple[Path, dict[str, Any]]:
+    def file_of(talk: Talk) -> tuple[Path, dict[str, Any]]:
         of = {
             "model": bundle.digest,
             "data": sweep.fingerprint([talk.path.name], talk.references),
@@ -207,7 +208,7 @@ def longform_table(args: argparse.Namespace) -> None:
             else:
                 whole = ((found, None) for found in stream(bundle, recordings, options, args.batch, bar))
             for talk, samples, (plain, aware) in zip(group, recordings, whole):
-                sentences = (longform.cut(samples, segment) for segment in talk.segments)
+                sentences = (cut(samples, segment) for segment in talk.segments)
                 alone = [s.text for s in stream(bundle, sentences, silent, args.batch, bar)]
                 path, of = file_of(talk)
                 spoken = longform.TalkOutput(

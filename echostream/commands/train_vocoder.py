@@ -32,7 +32,8 @@ from echostream.text_file import iter_lines, read_text
 from echostream.vocoder.dataset import UnitUtterance, hold_out, read_units
 from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS
 from echostream.vocoder.durations import DURATION_OPTIONS, DurationTrainer
-from echostream.vocoder.trainer import Trainer, TrainerOptions, picture, tensorboard_writer
+from echostream.vocoder.options import TrainerOptions
+from echostream.vocoder.trainer import Trainer, picture, tensorboard_writer
 
 
 def parser() -> argparse.ArgumentParser:

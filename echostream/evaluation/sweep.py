@@ -24,7 +24,7 @@ from echostream.evaluation.streams import Streamed
 from echostream.evaluation.table import markdown
 from echostream.files import write_json, write_text
 from echostream.streaming.options import KNOBS
-from echostream.streaming.policy import POLICIES, knobs_of
+from echostream.streaming.policies.factory import POLICIES, knobs_of
 from echostream.text_file import read_json
 
 Value = int | str

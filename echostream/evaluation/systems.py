@@ -148,7 +148,7 @@ def _simultaneous(name: str, path: Path, ids: Mapping[str, str]) -> list[System]
 def _run(
     name: str, family: str, folder: Path, chunk_ms: int | None, about: Mapping[str, Any], ids: Mapping[str, str]
 ) -> System:
-    from echostream.evaluation.simul import spoken_text
+    from echostream.evaluation.simul_quality import spoken_text
 
     instances = run.read_instances(folder)
     hypothesis, reference = ("asr", "asr_ref") if about.get("output_type") == "source" else ("mt", "mt_ref")

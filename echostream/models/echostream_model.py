@@ -17,7 +17,7 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, EOS, NUM_SPECIALS, PAD
 from echostream.errors import CheckpointError, ConfigError, EchoStreamError
 from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder, STState
-from echostream.models.decoders.layers import DecoderState
+from echostream.models.decoders.decoder_base import DecoderState
 from echostream.models.decoders.transformer_decoder import MTDecoder
 from echostream.models.decoders.unit_decoder import UnitDecoder, greedy_units
 from echostream.models.decoders.vocoder import CodeHiFiGAN

@@ -20,13 +20,14 @@ from starlette.websockets import WebSocket
 
 from echostream import __version__
 from echostream.serve.engine import Engine
-from echostream.serve.hub import Hub, Refused
+from echostream.serve.hub import Hub
 from echostream.serve.limits import Limits
 from echostream.serve.metrics import Metrics
 from echostream.serve.realtime import RATE, RealtimeConnection, RealtimeRenderer
 from echostream.serve.rows import Rows
+from echostream.serve.session import Refused
 from echostream.serve.simulstream import SimulstreamConnection, open_session
-from echostream.streaming.policy import POLICIES
+from echostream.streaming.policies.factory import POLICIES
 from echostream.streaming.resolve import KNOBS
 
 if TYPE_CHECKING:

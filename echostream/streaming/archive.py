@@ -21,10 +21,11 @@ from echostream.audio.resample import Resampler, check_rate
 from echostream.constants import FRAME_LENGTH, NUM_MEL_BINS, NUM_SPECIALS, SAMPLE_RATE
 from echostream.errors import SessionError
 from echostream.files import replacing
-from echostream.loading import DAMAGE, Rule, check, check_array, parse_json, read_npz, reason, shown
+from echostream.loading import DAMAGE, check_array, parse_json, read_npz, reason, shown
+from echostream.rules import Rule, check
 from echostream.streaming.clock import ClockState
 from echostream.streaming.engine import Engine, EngineState
-from echostream.streaming.policy import Draft, Memory, Progress
+from echostream.streaming.policies.base import Draft, Memory, Progress
 from echostream.streaming.segmenters.base import AudioMemory, CTCToken
 from echostream.streaming.stream import StreamState
 

@@ -13,7 +13,7 @@ from echostream.constants import SAMPLE_RATE
 from echostream.errors import ConfigError, SessionError
 from echostream.streaming.core import StreamCore
 from echostream.streaming.events import Event
-from echostream.streaming.policy import Policy
+from echostream.streaming.policies.base import Policy
 from echostream.streaming.segmenters.base import Segmenter
 from echostream.streaming.settings import Settings
 from echostream.streaming.stages import Backend

@@ -23,7 +23,7 @@ import numpy as np
 from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, NUM_SPECIALS
 from echostream.streaming.events import Event, SentenceEnd, SourceText
-from echostream.streaming.policy import Policy
+from echostream.streaming.policies.base import Policy
 from echostream.streaming.segmenters.base import AudioMemory, CTCToken, Segmenter
 from echostream.streaming.sentence import FRAME_S, Sentence
 from echostream.streaming.settings import Settings

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echostream.streaming.policy import POLICIES, WAIT_UNITS
+from echostream.streaming.policies.counting import WAIT_UNITS
+from echostream.streaming.policies.factory import POLICIES
 from echostream.streaming.resolve import resolve
 from echostream.streaming.segmenters.factory import CT_SIDES, SEGMENTERS
 

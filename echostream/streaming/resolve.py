@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from echostream.constants import ENCODER_FRAME_MS
 from echostream.errors import CheckpointError, ConfigError
-from echostream.loading import Rule, check, shown
-from echostream.streaming.policy import POLICIES, Policy, knobs_of, make_policy
+from echostream.loading import shown
+from echostream.rules import Rule, check
+from echostream.streaming.policies.base import Policy
+from echostream.streaming.policies.factory import POLICIES, knobs_of, make_policy
 from echostream.streaming.segmenters.base import CombinedSegmenter, Segmenter
 from echostream.streaming.segmenters.factory import CT_SIDES, SEGMENTERS, make_segmenter
 from echostream.streaming.segmenters.pause import SpeechGate

@@ -8,7 +8,7 @@ import numpy as np
 
 from echostream.constants import BLANK, ENCODER_FRAME_MS
 from echostream.streaming.events import LagStatistics
-from echostream.streaming.policy import Memory
+from echostream.streaming.policies.base import Memory
 from echostream.streaming.segmenters.base import CTCToken
 
 FRAME_S = ENCODER_FRAME_MS / 1000

@@ -10,7 +10,7 @@ import numpy as np
 from echostream.constants import SAMPLE_RATE
 from echostream.streaming.core import StreamCore
 from echostream.streaming.events import Event, SentenceEnd, Waveform
-from echostream.streaming.policy import Policy
+from echostream.streaming.policies.base import Policy
 from echostream.streaming.segmenters.base import Segmenter
 from echostream.streaming.settings import Settings
 from echostream.streaming.stages import Backend
@@ -42,9 +42,9 @@ class StreamingSession:
 
     Args:
         bundle: a loaded checkpoint (``echostream.checkpoint.load_bundle``). Many sessions may share it.
-        policy: when to write: a policy, its name (see ``policy.POLICIES``; its knobs are the bundle's), or None for
+        policy: when to write: a policy, its name (see ``policies.factory.POLICIES``; its knobs are the bundle's), or None for
             what the bundle says (the CTC-count policy, if it says nothing).
-        segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenter.SEGMENTERS``):
+        segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenters.factory.SEGMENTERS``):
             ``punctuation`` (the model's own), ``pause``, or ``none`` for recordings that are one sentence each; or None
             for what the bundle says (``punctuation``, if it says nothing).
         settings: see ``Settings``; default: the bundle's. Its fields may also be given by name (``chunk_ms=640``), as

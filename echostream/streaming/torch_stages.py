@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echostream.models.decoders.layers import AttentionProbe, DecoderState
+from echostream.models.decoders.decoder_base import DecoderState
+from echostream.models.decoders.layers import AttentionProbe
 from echostream.models.state import State
 from echostream.streaming.search import Step
 from echostream.streaming.stages import (

@@ -15,7 +15,7 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import BOS, EOS, NUM_SPECIALS, PAD
 from echostream.errors import ConfigError
 from echostream.streaming.events import Event, TargetText, TargetUnits, Waveform
-from echostream.streaming.policy import Draft, Policy, Progress
+from echostream.streaming.policies.base import Draft, Policy, Progress
 from echostream.streaming.sentence import FRAME_S, Sentence
 from echostream.streaming.settings import Settings
 from echostream.streaming.stages import ReadUnits, Request, Rewind, Search, Vocode, Write

@@ -10,7 +10,8 @@ from typing import Any, Mapping
 
 from echostream.constants import SAMPLE_RATE, UNIT_HOP
 from echostream.errors import ConfigError
-from echostream.loading import Rule, check, read_json
+from echostream.loading import read_json
+from echostream.rules import Rule, check
 
 _WIDTH, _KERNEL = Rule(int, 0, 8192), Rule(int, 1, 256)
 _KERNELS = Rule(list, 1, 16, of=_KERNEL)
