@@ -42,9 +42,9 @@ class StreamingSession:
 
     Args:
         bundle: a loaded checkpoint (``echostream.checkpoint.load_bundle``). Many sessions may share it.
-        policy: when to write: a policy, its name (see ``policies.factory.POLICIES``; its knobs are the bundle's), or None for
+        policy: when to write: a policy, its name (see ``policies.factory``; its knobs are the bundle's), or None for
             what the bundle says (the CTC-count policy, if it says nothing).
-        segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenters.factory.SEGMENTERS``):
+        segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenters.factory``):
             ``punctuation`` (the model's own), ``pause``, or ``none`` for recordings that are one sentence each; or None
             for what the bundle says (``punctuation``, if it says nothing).
         settings: see ``Settings``; default: the bundle's. Its fields may also be given by name (``chunk_ms=640``), as
