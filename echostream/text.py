@@ -72,7 +72,12 @@ class Vocabulary:
 
     def has_letters(self, index: int) -> bool:
         """Is there more to this subword than punctuation?"""
-        return any(letter.isalnum() for letter in self.symbols[index].replace(WORD_START, ""))
+        return has_letters(self.symbols[index])
+
+
+def has_letters(text: str) -> bool:
+    """Is there a letter or a digit in it? Punctuation alone makes no sound."""
+    return any(letter.isalnum() for letter in text)
 
 
 def collapse_ctc(ids: Sequence[int], previous: int = BLANK, blank: int = BLANK) -> list[int]:
@@ -85,4 +90,4 @@ def collapse_ctc(ids: Sequence[int], previous: int = BLANK, blank: int = BLANK) 
     return out
 
 
-__all__ = ["BLANK", "BOS", "EOS", "PAD", "UNK", "Vocabulary", "collapse_ctc"]
+__all__ = ["BLANK", "BOS", "EOS", "PAD", "UNK", "Vocabulary", "collapse_ctc", "has_letters"]

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "echostream"
 # From the ground up; a name stands for all modules below it, the longest that fits counts.
 FLOORS = (
-    "echostream constants errors text_file loading files text config recipe tensor_file weights compat memory",
+    "echostream constants errors text_file loading rules files text config recipe tensor_file weights compat memory",
     "audio",
     "models units whisper vocoder",
     "streaming",

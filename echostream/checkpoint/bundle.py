@@ -29,7 +29,7 @@ from echostream.loading import inside, shown
 from echostream.streaming.exported.model import GRAPHS_FOLDER, SPEECH_GRAPHS, TEXT_GRAPHS, ExportedModel, ExportedVoice
 from echostream.tensor_file import WEIGHTS, read_state
 from echostream.text import Vocabulary
-from echostream.weights import check_tensors, read_weights, uninitialised
+from echostream.weights import check_tensors, read_weights, with_weights
 
 if TYPE_CHECKING:
     import torch
@@ -183,11 +183,9 @@ def _torch_model(
     from echostream.models.echostream_model import build_echostream_model, check_weights
 
     try:
-        with uninitialised(shapes_only=True):  # a configuration of another size than the weights stops here
-            check_weights(build_echostream_model(config).state_dict(), state)
-        with uninitialised():
-            model = build_echostream_model(config)
-        model.load_state_dict(state)
+        model = with_weights(
+            lambda: build_echostream_model(config), state, lambda empty: check_weights(empty.state_dict(), state)
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return model.float().eval().to(_device(device))

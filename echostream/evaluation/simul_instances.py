@@ -17,7 +17,7 @@ from echostream.audio.io import read_audio, write_audio
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import AudioError, EchoStreamError, require
 from echostream.evaluation import latency
-from echostream.text import WORD_START
+from echostream.text import WORD_START, has_letters
 from echostream.text_file import read_lines
 
 require("simuleval", "simuleval")
@@ -128,7 +128,7 @@ class Words:
                 else:
                     word = self.done[-1]
                     word["text"] += part
-                    if any(c.isalnum() for c in part):  # a full stop that follows later makes no sound
+                    if has_letters(part):  # a full stop that follows later makes no sound
                         word.update(timing)
             self.gap = piece[-1:].isspace() or (self.gap and not piece)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from echostream.errors import EchoStreamError
+from echostream.errors import check_room
 from echostream.models.decoders.layers import (
     Append,
     AttentionProbe,
@@ -109,7 +109,7 @@ class TransformerDecoder(nn.Module):
             EchoStreamError: a row would hold more frames than the state was made for (``max_sentence_frames``).
         """
         append = Append(state.frames, lengths, frames.shape[1])
-        _check_room(append.used, state.memory[0].keys.shape[1], "encoder frames", "max_sentence_frames")
+        check_room(append.used, state.memory[0].keys.shape[1], "encoder frames", "max_sentence_frames")
         if not append.longest:
             return state
         memory = tuple(
@@ -131,7 +131,7 @@ class TransformerDecoder(nn.Module):
         """
         new = x.shape[1]
         append = Append(state.positions, lengths, new)
-        _check_room(append.used, state.own[0].keys.shape[1], "positions", self.position_limit)
+        check_room(append.used, state.own[0].keys.shape[1], "positions", self.position_limit)
         positions = state.positions[:, None] + torch.arange(new, device=x.device)
         x = self.dropout(x + self.position_vectors(positions, x.dtype))
         if not append.longest:
@@ -154,11 +154,3 @@ class TransformerDecoder(nn.Module):
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x, DecoderState(tuple(own), state.memory, state.positions + lengths, state.frames)
-
-
-def _check_room(wanted: int, places: int, what: str, limit: str) -> None:
-    if wanted > places:
-        raise EchoStreamError(
-            f"a sentence of {wanted} {what} does not fit the {places} of its buffers; "
-            f"end the sentence earlier or raise {limit}"
-        )

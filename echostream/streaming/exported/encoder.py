@@ -17,6 +17,7 @@ import numpy as np
 
 from echostream.config import EchoStreamConfig
 from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT, WHISPER_SILENCE
+from echostream.models.segments import visible_keys
 from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pick, unstack
 from echostream.streaming.exported.subsampling import patches, windows
 from echostream.streaming.stages import Encode, EncoderOutput
@@ -207,29 +208,16 @@ def turn(segment: int, left: int, memory: int) -> tuple[int, int]:
 def segment_mask(
     segment: int, left: int, right: int, memory: int, before: int, frames: int, count: int, shift: bool
 ) -> np.ndarray:
-    """``ExportedEncoder._mask`` of one stream, [1, 1, Q, M + L + G W + G]; not to be written to.
-
-    The twin of ``models.emformer_layer.attention_mask``, which explains ``shift``.
-    """
-    index = np.arange(count).repeat(segment + right)  # segment of each query, and of each own key
-    offset = np.tile(np.arange(segment + right), count)
-    own = index * segment + offset  # frames, counted from the first of these segments
-    main = offset < segment
-    query = index[:, None]
-    first = query * segment - left
-    if shift:
-        first = first + (frames - query * segment).clip(1, segment + right) - 1
-    sees = (own >= first) & (index <= query) & main
-    sees |= (index == query) & ~main
-    past = ring_ages(np.array([before * segment]), left)
-    parts = [
-        (past >= first) & (past >= -before * segment),
-        (sees & (own < frames)) | np.eye(len(own), dtype=bool),
-    ]
+    """``ExportedEncoder._mask`` of one stream, [1, 1, Q, M + L + G W + G]; not to be written to."""
+    index, bank = np.arange(count), ring_ages(np.array([before]), memory)[0]
+    sees_past, sees_own, sees_bank = visible_keys(
+        index.repeat(segment + right), np.tile(np.arange(segment + right), count),
+        ring_ages(np.array([before * segment]), left)[0], np.concatenate([bank, index]), before, frames,
+        segment, left, right, memory, shift,
+    )  # fmt: skip
+    parts = [sees_past, sees_own | np.eye(len(sees_own), dtype=bool)]
     if memory:
-        bank = ring_ages(np.array([before]), memory)
-        parts.insert(0, (bank >= query - memory) & (bank >= -before))
-        parts.append((np.arange(count) < query) & (np.arange(count) >= query - memory))
+        parts = [sees_bank[:, :memory], *parts, sees_bank[:, memory:]]
     return additive(np.concatenate(parts, axis=1))[None, None]
 
 
