@@ -38,7 +38,7 @@ BAR = 1e-4  # of waveforms and scores
 
 
 @dataclass
-class Row:
+class Check:
     """A line of the table: what was compared, and what was found.
 
     Attributes:
@@ -70,9 +70,9 @@ class Row:
         return not self.differing and self.largest <= BAR
 
 
-def check(bundle: Bundle, recordings: list[np.ndarray], splits: int, seed: int) -> list[Row]:
+def check(bundle: Bundle, recordings: list[np.ndarray], splits: int, seed: int) -> list[Check]:
     rng = np.random.default_rng(seed)
-    rows = {name: Row(name) for name in ("split", "restore", *(f"training, {name}" for name in POLICIES), "batch")}
+    rows = {name: Check(name) for name in ("split", "restore", *(f"training, {name}" for name in POLICIES), "batch")}
 
     def compare(name: str, found: list, expected: list) -> None:
         ends = [event for event in expected if isinstance(event, SentenceEnd)]

@@ -27,7 +27,7 @@ class Knob:
     choices: tuple[str, ...] | None = None
 
 
-KNOBS = {
+KNOB_OPTIONS = {
     "lagging_k1": Knob("ctc: subwords that the text stays behind the ST CTC head"),
     "stride_n1": Knob("ctc: source and target CTC subwords from one writing of text to the next"),
     "wait_k": Knob("wait-k: source units before the first writing"),
@@ -58,7 +58,7 @@ def add_policy_arguments(
     parser.add_argument("--policy", choices=tuple(POLICIES), help="when to write (default: the checkpoint's, or ctc)")
     add_chunk_argument(parser, chunks)
     add_beam_argument(parser)
-    for name, knob in KNOBS.items():
+    for name, knob in KNOB_OPTIONS.items():
         parser.add_argument(
             "--" + name.replace("_", "-"),
             type=knob.type,
@@ -115,7 +115,7 @@ def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) ->
 
 def given_options(args: Namespace) -> dict[str, Any]:
     """The options of this file that were given, but for ``--chunk-ms``: to hand them on to another program."""
-    names = ("policy", "beam", *KNOBS, *SEGMENTER_OPTIONS)
+    names = ("policy", "beam", *KNOB_OPTIONS, *SEGMENTER_OPTIONS)
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
@@ -126,7 +126,7 @@ def session_options(args: Namespace, bundle: Bundle) -> dict[str, Any]:
         ConfigError: a knob that the policy does not have, a value out of range, or an unknown segmenter.
         CheckpointError, MissingExtraError: what a segmenter needs is missing.
     """
-    names = ("policy", *KNOBS, *SEGMENTER_OPTIONS, "chunk_ms", "beam")
+    names = ("policy", *KNOB_OPTIONS, *SEGMENTER_OPTIONS, "chunk_ms", "beam")
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     if "speech_gate" in given:
         given["speech_gate"] = given["speech_gate"] == "on"

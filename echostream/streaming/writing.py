@@ -30,8 +30,8 @@ BASE_TOKENS, TOKENS_PER_SECOND = 16, 12
 LOOP_COPIES, LOOP_TOKENS, LONGEST_LOOP = 3, 9, 8
 
 
-class Written(NamedTuple):
-    """Tokens to be committed, and the MT decoder's states that they come from; at a sentence's end that of ``</s>``."""
+class Committed(NamedTuple):
+    """Tokens to commit, and the MT decoder's states that they come from; at a sentence's end that of ``</s>``."""
 
     tokens: list[int]
     states: list[np.ndarray]
@@ -90,7 +90,7 @@ class Writer:
         return [self._commit(sentence, tokens, now)] if tokens else []
 
     def _draft(self, sentence: Sentence, room: int) -> Work:
-        """``Written`` as far as the policy allows, of at most ``room`` tokens in the sentence.
+        """``Committed`` as far as the policy allows, of at most ``room`` tokens in the sentence.
 
         A word is known to be whole when the token after it starts another one: one token more than allowed is drafted
         to see that. (``</s>`` does not tell: with half of the source in view, so does a decoder that has closed the
@@ -102,7 +102,7 @@ class Writer:
         allowed, sentence.memory = self.policy.text(progress, sentence.memory)
         wanted = min(allowed, room) - len(before)
         if wanted <= 0:
-            return Written([], [])
+            return Committed([], [])
         last = before[-1] if before else EOS
         draft: list[int] = []
         states: list[np.ndarray] = []
@@ -129,10 +129,10 @@ class Writer:
         keep = max((place for place in places if place <= most), default=0)
         if len(states) != keep:
             yield Rewind(len(before) + keep)
-        return Written(draft[:keep], states[:keep])
+        return Committed(draft[:keep], states[:keep])
 
     def _finish(self, sentence: Sentence, room: int) -> Work:
-        """``Written`` to the sentence's end, ``room`` tokens in all at most: greedily, or by beam search if so set."""
+        """``Committed`` to the sentence's end, of ``room`` tokens at most: greedily, or by beam search if so set."""
         before = sentence.tokens
         wanted = max(0, room - len(before))
         last = before[-1] if before else EOS
@@ -152,7 +152,7 @@ class Writer:
             draft.append(token)
             repeated = loop_length(before + draft)
         keep = len(draft) - repeated
-        return Written(draft[:keep], states[: keep + 1])  # the state of </s> too, as in training
+        return Committed(draft[:keep], states[: keep + 1])  # the state of </s> too, as in training
 
     def _commit(self, sentence: Sentence, tokens: list[int], now: float) -> TargetText:
         before = joined(self.target_dict, sentence.tokens)

@@ -7,14 +7,14 @@ import copy
 import numpy as np
 
 from echostream.errors import check_room
-from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pad
+from echostream.streaming.exported.model import ExportedModel, RowStates, additive, layers, pad
 from echostream.streaming.exported.pages import Pages
 
-# Rows that step together: more gain nothing, and those of one length shall not read the places of longer ones.
+# RowStates that step together: more gain nothing, and those of one length shall not read the places of longer ones.
 TOGETHER = 8
 
 
-class ExportedDecoder(Rows):
+class ExportedDecoder(RowStates):
     """A decoder for ``rows`` streams.
 
     Args:

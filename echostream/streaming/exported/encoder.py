@@ -18,14 +18,14 @@ import numpy as np
 from echostream.config import EchoStreamConfig
 from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT, WHISPER_SILENCE
 from echostream.models.segments import visible_keys
-from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pick, unstack
+from echostream.streaming.exported.model import ExportedModel, RowStates, additive, layers, pick, unstack
 from echostream.streaming.exported.subsampling import patches, windows
 from echostream.streaming.stages import Encode, EncoderOutput
 
 MAX_SEGMENTS = 8  # computed at once when so many have arrived; the weights are then read once for all of them
 
 
-class ExportedEncoder(Rows):
+class ExportedEncoder(RowStates):
     """Stem, encoder and both CTC heads for ``rows`` streams."""
 
     def __init__(self, config: EchoStreamConfig, model: ExportedModel, rows: int):

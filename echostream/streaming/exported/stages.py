@@ -8,7 +8,7 @@ import numpy as np
 
 from echostream.streaming.exported.decoder import ExportedDecoder
 from echostream.streaming.exported.encoder import ExportedEncoder
-from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, Rows
+from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, RowStates
 from echostream.streaming.exported.voice import ExportedVocoder
 from echostream.streaming.search import Chosen, search_together, searching
 from echostream.streaming.stages import (
@@ -49,7 +49,7 @@ class ExportedStages(Answering):
             model, "mt", "mt_memory", config.mt_decoder_layers, config.mt_decoder_heads, config.mt_decoder_embed_dim,
             config.max_target_tokens, frames, "max_target_tokens", rows,
         )  # fmt: skip
-        self.parts: dict[str, Rows] = {"encoder": self.encoder, "mt": self.mt}
+        self.parts: dict[str, RowStates] = {"encoder": self.encoder, "mt": self.mt}
         if speech:
             self.ratio, self.units_read_tokens = config.ctc_upsample_ratio, config.unit_decoder_input == "mt-tokens"
             limit = "max_target_tokens" if config.units_read_text else "max_sentence_frames"

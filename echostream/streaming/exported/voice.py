@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echostream.errors import UnitError
-from echostream.streaming.exported.model import ExportedModel, Rows
+from echostream.streaming.exported.model import ExportedModel, RowStates
 
 if TYPE_CHECKING:
     from echostream.models.decoders.vocoder_config import VocoderConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PER_UNIT = ("context.", "duration.")  # caches of the graph of units; all others are of the graph of frames
 
 
-class ExportedVocoder(Rows):
+class ExportedVocoder(RowStates):
     """A causal vocoder for ``rows`` streams.
 
     A unit is given to the graphs once those within the look-ahead have come behind it; until then it waits here.
