@@ -63,7 +63,8 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Value, ...]]:
         name, found, values = text.partition("=")
         name = name.strip("-").replace("-", "_")
         if not found or name not in KNOB_OPTIONS:
-            raise EchoStreamError(f"grid {text!r} is not KNOB=VALUE,VALUE with one of the knobs {', '.join(KNOB_OPTIONS)}")
+            known = ", ".join(KNOB_OPTIONS)
+            raise EchoStreamError(f"grid {text!r} is not KNOB=VALUE,VALUE with one of the knobs {known}")
         try:
             grid[name] = tuple(KNOB_OPTIONS[name].type(value) for value in values.split(","))
         except ValueError:
