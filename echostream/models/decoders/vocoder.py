@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from echostream.errors import UnitError
-from echostream.models.decoders.vocoder_config import PRESETS, VocoderConfig
+from echostream.models.decoders.vocoder_config import PRESETS, VocoderConfig, kept_inputs
 from echostream.models.decoders.vocoder_generator import Generator
-from echostream.models.decoders.vocoder_layers import ChunkFlow, DurationClassifier, Upsample, WholeFlow
+from echostream.models.decoders.vocoder_layers import ChunkFlow, DurationClassifier, WholeFlow
 from echostream.models.state import State
 
 __all__ = ["PRESETS", "CodeHiFiGAN", "VocoderConfig", "VocoderState", "WindowState"]
@@ -189,7 +188,7 @@ def _init_state(
     """All zeros: what a convolution sees before a stream's first unit, and no units held."""
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
     if model.config.causal:
-        sizes = list(_kept(model))
+        sizes = kept_inputs(model.config).values()
         caches = tuple(torch.zeros(batch_size, kept, width, dtype=dtype, device=device) for kept, width in sizes)
         return VocoderState(seen=zeros, caches=caches)
     units, frames = _windows(model)
@@ -201,23 +200,6 @@ def _init_state(
         frame_count=zeros.clone(),
         frame_done=zeros.clone(),
     )
-
-
-def _kept(model: Generator) -> Iterator[tuple[int, int]]:
-    """(inputs kept, channels) of a causal generator's convolutions, in the order in which they run."""
-    predictor = model.dur_predictor
-    if isinstance(predictor, DurationClassifier):
-        yield predictor.first.left + predictor.first.right, predictor.first.in_channels
-    for layer in getattr(model, "context", ()):
-        yield layer.left + layer.right, layer.conv.in_channels
-    layers = [] if predictor is None else predictor.in_order()
-    layers += [model.conv_pre, *(conv for block in getattr(model, "frame_layers", ()) for conv in block.in_order())]
-    for i, up in enumerate(model.ups):
-        layers += [up, *(conv for block in model.blocks(i) for conv in block.in_order())]
-    for layer in (*layers, model.conv_post):
-        past = layer.past if isinstance(layer, Upsample) else layer.left
-        if past:
-            yield past, layer.in_channels
 
 
 def _step_causal(
