@@ -258,15 +258,7 @@ class SpeechInstance(SpeechToSpeechInstance):
         """The log line; also writes the wav: silence where the listener waits, from the first piece of speech on."""
         rate = self.target_sample_rate if self.target_sample_rate > 0 else SAMPLE_RATE
         self.intervals = [list(interval) for interval in latency.playback(self.delays, self.durations)]
-        pieces, self.silences = [np.zeros(0, dtype=np.float32)], []
-        end = self.intervals[0][0] if self.intervals else 0.0
-        for (start, duration), samples in zip(self.intervals, self.prediction_list, strict=True):
-            if start > end:
-                pieces.append(np.zeros(round(rate * (start - end) / 1000), dtype=np.float32))
-                self.silences.append(start - end)
-            pieces.append(samples)
-            end = start + duration
-        waveform = np.concatenate(pieces)
+        waveform, self.silences = latency.played(self.intervals, self.prediction_list, rate)
         write_audio(self.wav_path, waveform, rate)
         return {
             **self._summary(),
