@@ -151,7 +151,7 @@ class Writer:
                 break
             draft.append(token)
             repeated = loop_length(before + draft)
-        keep = len(draft) - repeated
+        keep = max(0, len(draft) - repeated)  # the circle may have begun in what was committed
         return Committed(draft[:keep], states[: keep + 1])  # the state of </s> too, as in training
 
     def _commit(self, sentence: Sentence, tokens: list[int], now: float) -> TargetText:
