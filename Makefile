@@ -6,17 +6,20 @@ PYTEST_ARGS ?=
 # Processes that share the tests; a file's tests stay together.
 JOBS ?= 2
 BENCH_ARGS ?=
+SAMPLES_ARGS ?=
 
 # Two threads fight over two cores; idle workers that spin make it worse.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench dist samples clean
 help:
 	@echo "make demo   translate a dozen spoken Spanish sentences while they are spoken; results in demo-output/"
 	@echo "make test   run the tests"
 	@echo "make lint   check the style"
 	@echo "make bench  measure the speed on this machine (about 5 minutes) and write docs/benchmarks.md with a picture"
+	@echo "make samples  translate the demo's sentences into docs/samples: Opus files, pictures, a page"
+	@echo "make dist   build wheel and source archive into dist/"
 	@echo "make clean  remove .venv and demo-output"
 
 $(VENV)/.installed: setup.py
@@ -42,6 +45,14 @@ lint: $(VENV)/.installed
 # Close what else is running: the page tells the load. BENCH_ARGS='--clock cpu' on a machine that is never quiet.
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/benchmark.py all --report docs/benchmarks.md $(BENCH_ARGS)
+
+samples: $(VENV)/.installed
+	$(BIN)/python scripts/make_samples.py $(SAMPLES_ARGS)
+
+# Built from what git knows, so that nothing else gets in.
+dist: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'build>=1.2'
+	$(BIN)/python scripts/build_dist.py --output dist
 
 clean:
 	rm -rf $(VENV) demo-output

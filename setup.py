@@ -62,8 +62,8 @@ EXTRAS = {
         "onnxruntime>=1.17",
         "rapidfuzz>=3.0",
     ],
-    # running what `echostream export` wrote: no torch
-    "onnx": ["onnxruntime>=1.23"],
+    # running what `echostream export` wrote, without torch: the core does by now
+    "onnx": [],
     # echostream export
     "export": ["torch>=2.9", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"],
     # echostream.from_pretrained("owner/model"); directories need nothing
@@ -79,7 +79,7 @@ EXTRAS = {
         "onnxruntime>=1.23",
     ],
     "client": ["websockets>=14,<16"],
-    # echostream.serve.ray: replicas
+    # echostream.serve.ray: replicas; prepare_corpus.py --executor ray
     "ray": ["ray[serve]>=2.50", "starlette>=0.40", "prometheus_client>=0.20", "onnxruntime>=1.23"],
     "docs": ["mkdocs-material>=9"],  # the pages in docs/ as a site: mkdocs serve
     # sentences that end where the speaker pauses: what it needs comes with the package now
@@ -103,6 +103,7 @@ EXTRAS = {
         "selenium>=4.20",
     ],
 }
+CONFIGS = {"echostream.configs": "configs"} if (ROOT / "configs").is_dir() else {}  # a container needs none
 EXTRAS["demo"] = EXTRAS["simuleval"]
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
@@ -115,9 +116,14 @@ setup(
     author="The EchoStream authors",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["echostream", "echostream.*"]),
-    package_data={"echostream": ["assets/**/*", "serve/page/*"]},
-    install_requires=["numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm"],
+    # The recipes lie in configs/ and are installed as echostream/configs, where echostream.recipe finds them.
+    packages=[*find_packages(include=["echostream", "echostream.*"]), *CONFIGS],
+    package_dir=CONFIGS,
+    package_data={"echostream": ["assets/**/*", "serve/page/*"], **{name: ["**/*.yaml"] for name in CONFIGS}},
+    install_requires=[
+        "numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm",
+        "onnxruntime>=1.23",  # runs the shipped model; torch is for training
+    ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["echostream=echostream.cli:main"]},
     classifiers=[

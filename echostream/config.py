@@ -233,6 +233,11 @@ class EchoStreamConfig:
         return dataclasses.replace(cls(**SMALL), **changes)
 
     @classmethod
+    def tiny(cls, **changes: Any) -> "EchoStreamConfig":
+        """To try a recipe and a corpus out in minutes; it translates nothing (arch ``echostream_tiny``)."""
+        return dataclasses.replace(cls(**TINY), **changes)
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EchoStreamConfig":
         """Build a configuration from plain values, refusing keys that do not exist."""
         known = {f.name for f in fields(cls)}
@@ -304,4 +309,22 @@ SMALL: dict[str, Any] = dict(
     unit_decoder_heads=3,
     unit_decoder_embed_dim=192,
     unit_decoder_ffn_dim=768,
+)
+
+TINY: dict[str, Any] = SMALL | dict(
+    conv_channels=32,
+    encoder_embed_dim=96,
+    encoder_layers=3,
+    encoder_attention_heads=2,
+    encoder_ffn_embed_dim=192,
+    st_decoder_layers=1,
+    st_decoder_heads=2,
+    mt_decoder_layers=1,
+    mt_decoder_heads=2,
+    mt_decoder_embed_dim=96,
+    mt_decoder_ffn_dim=192,
+    unit_decoder_layers=1,
+    unit_decoder_heads=2,
+    unit_decoder_embed_dim=96,
+    unit_decoder_ffn_dim=192,
 )

@@ -1,4 +1,4 @@
-"""EchoStream as a fairseq model: ``--arch echostream`` and ``--arch echostream_small``."""
+"""EchoStream as a fairseq model: ``--arch echostream``, ``echostream_small`` and ``echostream_tiny``."""
 
 from __future__ import annotations
 
@@ -211,6 +211,13 @@ def echostream(args: argparse.Namespace) -> None:
 def echostream_small(args: argparse.Namespace) -> None:
     """About a quarter of the compute, for training on CPUs."""
     _fill(args, EchoStreamConfig.small().to_dict())
+    compat.bf16_without_tpu(args)
+
+
+@register_model_architecture("echostream", "echostream_tiny")
+def echostream_tiny(args: argparse.Namespace) -> None:
+    """To try a recipe and a corpus out in minutes; it translates nothing."""
+    _fill(args, EchoStreamConfig.tiny().to_dict())
     compat.bf16_without_tpu(args)
 
 

@@ -16,7 +16,7 @@ FLOORS = (
     "checkpoint data",
     "fairseq_model criterions tasks generator plugin hub info import_whisper vocode export output"
     " evaluation benchmarks",
-    "commands data.corpus.cli data.corpus.steps agent serve client translate cli __main__",
+    "commands data.corpus.cli data.corpus.steps data.corpus.further agent serve client translate cli __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

@@ -437,6 +437,7 @@ def test_architectures_fill_what_was_not_said(fairseq_models):
     expected = EchoStreamConfig.small(encoder_layers=3, encoder_normalize_before=True)
     assert EchoStreamConfig.from_args(args) == expected and args.unit_decoder_input == SMALL["unit_decoder_input"]
     assert EchoStreamConfig.from_args(parse("--arch", "echostream")) == EchoStreamConfig()
+    assert EchoStreamConfig.from_args(parse("--arch", "echostream_tiny")) == EchoStreamConfig.tiny()
 
 
 def tiny_args(**changes) -> argparse.Namespace:

@@ -57,6 +57,7 @@ COMMANDS = list(dict.fromkeys(line.partition(" #")[0].strip() for line in EVERY_
 BEHIND = {
     "echostream prepare all .*--pairs": "--train-pairs 24 --dev-pairs 4 --features mfcc --num-units 20 --positions 0",
     "echostream prepare all .*--cvss": "--features mfcc --num-units 20 --positions 0",
+    "echostream prepare respeak ": "--features mfcc --num-units 20 --positions 0",
     "echostream prepare text .*--train-only": "--vocab-size 40",
     "import-streamspeech": f"--num-units {NUM_UNITS}",
     "echostream train ": "--dry-run",
@@ -76,9 +77,12 @@ INSTEAD = [
     (r"--output data/es-en --cvss", "--output data/cvss --cvss"),  # not over the corpus of the command before
     (r"^echostream export echostream/assets/es-en", "echostream export bundles/es-en"),
     (r"^(echostream translate (?!.*--checkpoint-dir).*)", r"\1 --checkpoint-dir bundles/es-en"),
-    (r"/usr/share/locale /usr/share/games", "locale"),
+    (r"/usr/share/locale( /usr/share/games)?", "locale"),
+    (r"--kmeans \S+", ""),
+    (r"--test-size \d+", "--test-size 8"),
     (r"--limit 200", "--limit 2"),
     (r"--chunk-ms 320 960", "--chunk-ms 320"),
+    (r"--executor ray --ray-address auto", "--executor local --limit 2"),
     (r"--minutes 60", "--updates 2"),  # minutes are measured by training, even in a dry run
     (r"--count 10 --minutes 5", "--count 1 --sentences 2"),
 ]
@@ -141,7 +145,8 @@ def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     (folder / "voices").mkdir()
     table = "es\ten\n" + "".join(f"{a}\t{b}\n" for a, b in pairs(64))
     (folder / "pairs.tsv.gz").write_bytes(gzip.compress(table.encode()))
-    write_mo(folder / "locale" / "es" / "LC_MESSAGES" / "a.mo", [(b, a) for a, b in pairs(200)[64:]])
+    for language in ("es", "fr"):
+        write_mo(folder / "locale" / language / "LC_MESSAGES" / "a.mo", [(b, a) for a, b in pairs(200)[64:]])
     common_voice, cvss = folder / "cv-corpus" / "es", folder / "cvss_c_es_en"
     (common_voice / "clips").mkdir(parents=True)
     lines = {"train": [], "dev": []}
@@ -155,16 +160,17 @@ def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         (cvss / f"{split}.tsv").write_text("".join(f"{clip}\t{target}\n" for clip, _, target in rows))
     rows = [row for split in lines.values() for row in split]
     (common_voice / "validated.tsv").write_text("path\tsentence\n" + "".join(f"{c}\t{s}\n" for c, s, _ in rows))
-    shutil.copytree(tiny_bundle, folder / "bundles" / "es-en")
+    for pair in ("es-en", "fr-en"):
+        shutil.copytree(tiny_bundle, folder / "bundles" / pair)
     write_tiny_whisper(folder / "whisper")
     write_streamspeech(folder / "cvss-c")
     (folder / "StreamSpeech" / "configs" / "fr-en").mkdir(parents=True)
     (folder / "runs" / "vocoder").mkdir(parents=True)
     for name in ("vocoder.pt", "vocoder.json"):
         shutil.copy(tiny_bundle / name, folder / "runs" / "vocoder")
-    (folder / "runs" / "es-en" / "units").mkdir(parents=True)
-    for name in ("checkpoint_1_10.pt", "checkpoint_last.pt"):
-        (folder / "runs" / "es-en" / "units" / name).write_bytes(b"")
+    for name in ("es-en/units/checkpoint_1_10.pt", "es-en/units/checkpoint_last.pt", "fr-en/own/checkpoint_last.pt"):
+        (folder / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "runs" / name).write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(tts, "Kokoro", lambda source, voices, language: Tones(tuple(voices)))
@@ -217,7 +223,7 @@ def run_program(name: str, words: list[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(program, "export", asked.append)
             call(program.main, name, words)
-        assert asked and asked[0].vocoder.is_file() and (asked[0].data / "config.yaml").is_file()
+        assert asked and asked[0].vocoder.exists() and (asked[0].data / "config.yaml").is_file()
         assert [Path(path).is_file() for path in asked[0].checkpoint] == [True]
     else:
         call(program.main, name, words)
@@ -298,18 +304,19 @@ def expand(words: list[str]) -> list[str]:
 
 
 def stand_in(folder: Path, words: list[str]) -> None:
-    """The results of a fairseq-generate that was only parsed: two rows of the corpus, translated well."""
+    """The results of a fairseq-generate that was only parsed: the rows of the corpus, translated well."""
+    subset = words[words.index("--gen-subset") + 1]
     results = folder / words[words.index("--results-path") + 1]
     results.mkdir(parents=True, exist_ok=True)
     from echostream.data.manifest import read_manifest
 
-    rows = read_manifest(folder / "data" / "es-en" / "test.tsv")
+    rows = read_manifest(folder / words[0] / f"{subset}.tsv")
     lines = []
     for row in rows:
         soundfile.write(results / f"{row.id}.wav", tone(0.5), 16000)
         texts = {"asr": row.src_text, "asr_ref": row.src_text, "st": row.tgt_text, "mt": row.tgt_text}
         lines.append({"id": row.id, "audio": row.audio, **texts, "mt_ref": row.tgt_text, "wav": f"{row.id}.wav"})
-    (results / "generate-test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (results / f"generate-{subset}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda number: " ".join(COMMANDS[number].split()[:3]))
@@ -347,9 +354,15 @@ def test_case_08_every_command_runs(
         run_program(rest[0], rest[1:])
     elif program == "echostream":
         call(cli.main, program, rest)
-    elif program == "torchrun":
-        assert rest[:5] == ["--nproc_per_node", "2", "-m", "echostream", "train"]
-        run_train(rest[5:], capsys)
+    elif program in ("torchrun", "srun"):
+        assert "torchrun" in words[:2]
+        launched = words.index("-m")
+        launcher = importlib.import_module("torch.distributed.run").get_args_parser()
+        asked = launcher.parse_args([*words[words.index("torchrun") + 1 : launched], "-m", "echostream"])
+        assert asked.nproc_per_node == "2" and words[launched + 1 : launched + 3] == ["echostream", "train"]
+        run_train(words[launched + 3 :], capsys)
+    elif program == "ray":  # tests/test_corpus_cluster.py and test_serve_ray.py start one
+        assert rest == ["start", "--head"]
     elif program == "fairseq-generate":
         parse_fairseq("generate", rest)
         stand_in(sandbox, rest)

@@ -52,7 +52,9 @@ _EXPORTED_RULES = {
     "digest": Rule(str, 64, 64, needed=True), "exported_from": _SHA256, "parameters": Rule(dict, of=Rule(int, 0)),
 }  # fmt: skip
 COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")  # from the corpus as they are
-DEFAULT_BUNDLE = Path(__file__).resolve().parents[1] / "assets" / "es-en"
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
+# The shipped model: exported, which needs no torch, where that is there; else the checkpoint.
+DEFAULT_BUNDLE = _ASSETS / ("es-en-int8" if (_ASSETS / "es-en-int8").is_dir() else "es-en")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def save_bundle(
 
     Args:
         state: the model's weights; those of an attached vocoder (``vocoder.*``) are left out. Stored as fp16.
-        data: corpus directory with dictionaries, SentencePiece models, ``gcmvn.npz`` and ``config.yaml``.
+        data: corpus directory with dictionaries, SentencePiece models, ``gcmvn.npz`` and ``config.yaml``; its
+            k-means goes along.
         vocoder: checkpoint and ``config.json`` of a CodeHiFiGAN; only the generator is kept, as fp16.
         policy: the policy's defaults for this model.
         card: text of ``MODEL_CARD.md``.
@@ -86,6 +87,8 @@ def save_bundle(
                 shutil.copyfile(data / FILES[name], new / FILES[name])
         cmvn.save(new / FILES["cmvn"])
         torch.save({"format": FORMAT, "model": weights}, new / FILES["model"])
+        if (data / "units" / FILES["kmeans"]).is_file():
+            shutil.copyfile(data / "units" / FILES["kmeans"], new / FILES["kmeans"])
         if voice is not None:
             save_vocoder(voice, new / FILES["vocoder"], new / FILES["vocoder_config"], half=True)
         values = {

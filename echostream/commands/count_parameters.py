@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from echostream.config import EchoStreamConfig
 from echostream.errors import EchoStreamError
 
-ARCHITECTURES = {"echostream": EchoStreamConfig, "echostream_small": EchoStreamConfig.small}
+ARCHITECTURES = {
+    "echostream": EchoStreamConfig,
+    "echostream_small": EchoStreamConfig.small,
+    "echostream_tiny": EchoStreamConfig.tiny,
+}
 
 # What the design states for its default configuration, and for the encoder without the memory bank.
 DESIGN = {

@@ -12,6 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from echostream.checkpoint import load_bundle, save_bundle
 from echostream.checkpoint.fairseq import average_checkpoints
@@ -19,6 +20,7 @@ from echostream.checkpoint.layout import FILES
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
 from echostream.errors import EchoStreamError
+from echostream.models.decoders.vocoder_checkpoint import save_vocoder
 from echostream.text import Vocabulary
 from echostream.text_file import read_text
 
@@ -29,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PT", help="fairseq checkpoints to average")
     parser.add_argument("--data", required=True, type=Path, help="corpus directory (echostream prepare)")
-    parser.add_argument("--vocoder", type=Path, help="vocoder checkpoint; without it the bundle does not speak")
+    parser.add_argument(
+        "--vocoder", type=Path,
+        help="vocoder checkpoint, or a model's directory whose voice it shall have (its units must be the corpus's); "
+        "without it the bundle does not speak",
+    )  # fmt: skip
     parser.add_argument("--vocoder-config", type=Path, help="its configuration (default: beside the checkpoint)")
     parser.add_argument("--config", type=Path, help="model configuration (YAML), where the checkpoint holds none")
     parser.add_argument(
@@ -64,17 +70,34 @@ def export(args: argparse.Namespace) -> None:
         mt_vocab_size=sizes["target_dict"],
         num_units=sizes["unit_dict"] - NUM_SPECIALS,
     )
-    vocoder = None
-    if args.vocoder is not None:
-        beside = args.vocoder.with_suffix(".json")  # ours; the field calls it config.json
-        beside = beside if beside.exists() else args.vocoder.with_name("config.json")
-        vocoder = (args.vocoder, args.vocoder_config or beside)
     card = read_text(args.card) if args.card else ""
-    save_bundle(args.output, state, config, args.data, vocoder, dict(map(parse_setting, args.policy)), card)
+    with TemporaryDirectory() as folder:
+        vocoder = voice_files(args, Path(folder))
+        save_bundle(args.output, state, config, args.data, vocoder, dict(map(parse_setting, args.policy)), card)
     load_bundle(args.output)  # what cannot be read back must not be shipped
     for path in sorted(args.output.iterdir()):
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")
     print(f"{sum(path.stat().st_size for path in args.output.iterdir()) / 1e6:8.2f} MB  {args.output}")
+
+
+def voice_files(args: argparse.Namespace, folder: Path) -> tuple[Path, Path] | None:
+    """Checkpoint and configuration of the voice; those of a model's voice are written into ``folder``.
+
+    Raises:
+        EchoStreamError: the model has no voice.
+    """
+    if args.vocoder is None:
+        return None
+    if args.vocoder.is_dir():
+        voice = load_bundle(args.vocoder, backend="torch").vocoder
+        if voice is None:
+            raise EchoStreamError(f"the model {args.vocoder} has no voice")
+        files = folder / "vocoder.pt", folder / "vocoder.json"
+        save_vocoder(voice, *files)
+        return files
+    beside = args.vocoder.with_suffix(".json")  # ours; the field calls it config.json
+    beside = beside if beside.exists() else args.vocoder.with_name("config.json")
+    return args.vocoder, args.vocoder_config or beside
 
 
 def parse_setting(text: str) -> tuple[str, int | float | str]:

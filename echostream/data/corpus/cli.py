@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Callable
 
 from echostream.data.corpus import catalogues, recordings, voices
+from echostream.data.corpus.further import run_catalogues, run_import_streamspeech, run_recordings, run_teach
 from echostream.data.corpus.rows import Row
 from echostream.data.corpus.steps import (
     DEFAULT_UNITS,
     run_all,
-    run_catalogues,
-    run_import_streamspeech,
     run_manifests,
-    run_recordings,
     run_respeak,
     run_speech,
     run_target,
-    run_teach,
     run_text,
     run_units,
 )
@@ -43,14 +40,18 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
 
     step("text", run_text, "read the pairs, normalise, split, train SentencePiece", _text_options)
-    step("speech", run_speech, "record one set of source speech", _speech_options, _shard_options)
-    step("target", run_target, "record the target speech of the sets", _target_options, _kokoro_option, _shard_options)
-    step("units", run_units, "fit k-means and turn the target speech into units", _units_options, _shard_options)
+    step("speech", run_speech, "record one set of source speech", _speech_options, _shard_options,
+         _executor_options)
+    step("target", run_target, "record the target speech of the sets", _target_options, _kokoro_option, _shard_options,
+         _executor_options)
+    step("units", run_units, "fit k-means and turn the target speech into units", _units_options, _shard_options,
+         _executor_options)
     step("manifests", run_manifests, "write manifests, CMVN, config.yaml and corpus.json", _manifest_options)
     step("respeak", run_respeak, "let the target voice say what a model made of the training speech",
          _respeak_options, _units_options, _kokoro_option, _shard_options)
     step("all", run_all, "every step in a row, one set of recordings for each split", _text_options,
-         _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options)
+         _voice_options, _all_options, _target_options, _units_options, _manifest_options, _shard_options,
+         _executor_options)
     text = "write parallel text, the messages of programs, from gettext catalogues (.mo, .po)"
     _catalogue_options(steps.add_parser("catalogues", help=text, description=text))
     text = "give a manifest Whisper's translations and transcripts as further references"
@@ -84,6 +85,13 @@ def _shard_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--max-seconds", type=float, default=30.0, help="longer recordings are skipped")
     parser.add_argument("--audio-format", choices=("wav", "flac"), default="wav")
+
+
+def _executor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--executor", choices=("local", "ray"), default="local",
+                        help="ray: shards as tasks of a Ray cluster whose machines share --output (extra ray)")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="auto or host:port (default: this machine alone)")
+    parser.add_argument("--retries", type=int, default=3, help="how often a shard is begun again when its worker dies")
 
 
 def _text_options(parser: argparse.ArgumentParser) -> None:

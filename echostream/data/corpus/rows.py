@@ -91,6 +91,8 @@ class Ledger:
         """Everything finished so far, by any shard."""
         done = {}
         for path in sorted(self.directory.glob(f"{self.name}.*-of-*.tsv")):
+            if not path.stat().st_size:  # another shard has just begun
+                continue
             for line in read_table(path, self.columns):
                 done[line[self.columns[0]]] = line
         return done

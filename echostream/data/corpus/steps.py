@@ -6,24 +6,12 @@ import argparse
 import hashlib
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from echostream.audio.features import feature_extractor
 from echostream.constants import NUM_SPECIALS, SAMPLE_RATE
-from echostream.data.config import DataConfig
-from echostream.data.corpus import (
-    catalogues,
-    languages,
-    manifests,
-    recordings,
-    sources,
-    speech,
-    streamspeech,
-    target_units,
-    teach,
-    tts,
-    voices,
-)
+from echostream.data.corpus import cluster, languages, manifests, sources, speech, target_units, tts, voices
 from echostream.data.corpus.normalize import count_words
 from echostream.data.corpus.notes import (
     check_splits,
@@ -37,43 +25,17 @@ from echostream.data.corpus.notes import (
 )
 from echostream.data.corpus.rows import Ledger, Row, Skipped, read_rows, read_table, write_rows, write_table
 from echostream.data.corpus.subwords import train_subwords, write_unit_dictionary
-from echostream.data.manifest import read_manifest
-from echostream.data.manifest import write_manifest as write_utterances
-from echostream.errors import ConfigError, ManifestError
+from echostream.errors import ManifestError, require
 from echostream.evaluation.systems import read_results
 from echostream.files import keep_apart, write_json
-from echostream.streaming.segmenters.silero import load_silero
 from echostream.text_file import read_json
-from echostream.units.features import build_features
-from echostream.units.kmeans import load_kmeans
+from echostream.units.features import UnitFeatures, build_features
+from echostream.units.kmeans import KMeans, load_kmeans
 from echostream.whisper.source import whisper_source
 from echostream.whisper.subwords import write_whisper_subwords
 from echostream.whisper.tokens import WhisperBPE
 
 DEFAULT_UNITS = 1000
-
-
-def run_import_streamspeech(args: argparse.Namespace) -> None:
-    if not args.directory.is_dir():
-        raise ManifestError(f"data directory {args.directory} does not exist")
-    keep_apart({"--output": args.output}, {"the data directory": args.directory})
-    pair = args.source_lang, args.target_lang
-    found = streamspeech.import_directory(args.directory, args.output, args.look_in, pair, args.num_units)
-    for name, count in found.rows.items():
-        left_out = ", ".join(f"{many} with {reason}" for reason, many in found.skipped[name].items())
-        print(f"{name}: {count} utterances" + (f"; left out: {left_out}" if left_out else ""))
-    for line in found.unused:
-        print(f"not used: {line}")
-    print(f"echostream train --config {args.output / 'train.yaml'} --save-dir ...")
-
-
-def run_catalogues(args: argparse.Namespace) -> None:
-    counts = catalogues.write_pairs(
-        args.output, args.directories, args.source_lang, args.target_lang, args.message_lang, args.exclude,
-        catalogues.Limits(args.min_words, args.max_words, args.fragments), progress_bar("catalogues", unit="file"),
-    )
-    written = {name: counts.pop(name) for name in ("pairs", "words", "catalogues")}
-    print(", ".join(f"{count} {name}" for name, count in written.items()) + f"; left out: {dict(counts)}")
 
 
 def run_text(args: argparse.Namespace) -> None:
@@ -125,6 +87,11 @@ def languages_of(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def run_speech(args: argparse.Namespace) -> None:
+    _run_shards(record_speech, args, f"speech/{args.set}.*-of-*.tsv", f"speech {args.set}")
+
+
+def record_speech(args: argparse.Namespace) -> cluster.Outcome:
+    """One shard of a set of recordings. Returns what the step notes: its name, and facts."""
     rows = read_rows(args.output / "rows.tsv")
     exclude = {line["row"] for name in args.exclude_set for line in speech_ledger(args.output, name).values()}
     selection = speech.Selection(
@@ -138,12 +105,28 @@ def run_speech(args: argparse.Namespace) -> None:
         args.output, args.set, rows, selection, engine, ready, args.seed, args.max_seconds, f".{args.audio_format}",
         args.shard, args.num_shards, progress=progress_bar(f"speech {args.set}"),
     )
-    note_step(args, f"speech-{args.set}", counts=dict(counts), voices=list(getattr(engine, "voices", ())),
-              engine_version=getattr(engine, "version", None))
-    print(f"speech {args.set}: {dict(counts)}")
+    facts = {"voices": list(getattr(engine, "voices", ())), "engine_version": getattr(engine, "version", None)}
+    return f"speech-{args.set}", {"counts": dict(counts), **facts}
+
+
+def _run_shards(
+    run: Callable[[argparse.Namespace], cluster.Outcome], args: argparse.Namespace, ledger: str, title: str
+) -> None:
+    """A step's shard in this process, or all of its shards on a cluster; noted and told."""
+    if getattr(args, "executor", "local") == "ray":
+        name, facts = cluster.run_sharded(run, args, ledger, require("tqdm", "all").tqdm(desc=title, unit="row"))
+    else:
+        name, facts = run(args)
+    note_step(args, name, **facts)
+    print(f"{title}: {facts['counts']}")
 
 
 def run_target(args: argparse.Namespace) -> None:
+    _run_shards(record_target, args, "target/speech.*-of-*.tsv", "target")
+
+
+def record_target(args: argparse.Namespace) -> cluster.Outcome:
+    """One shard of the target speech. Returns as ``record_speech``."""
     rows = {row.row: row for row in read_rows(args.output / "rows.tsv")}
     names = args.sets or speech_sets(args.output)
     wanted = [rows[line["row"]] for name in names for line in speech_ledger(args.output, name).values()]
@@ -158,8 +141,7 @@ def run_target(args: argparse.Namespace) -> None:
         args.output, wanted, engine, args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
         args.num_shards, progress=progress_bar("target"),
     )
-    note_step(args, "target", counts=dict(counts), engine_version=getattr(engine, "version", None))
-    print(f"target: {dict(counts)}")
+    return "target", {"counts": dict(counts), "engine_version": getattr(engine, "version", None)}
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -187,6 +169,28 @@ def _of_step(args: argparse.Namespace, step: str, **settings: object) -> argpars
 
 
 def run_units(args: argparse.Namespace) -> None:
+    on_cluster = getattr(args, "executor", "local") == "ray"
+    if on_cluster:
+        _, model, _ = fit_units(args)  # once, before anything is shared out
+    _run_shards(assign_units, args, "units/*.*-of-*.tsv", "units")
+    if on_cluster:  # two shards that finish together may have missed each other's last lines
+        target_units.write_units(args.output, target_units.units_ledger(args.output, model))
+
+
+def assign_units(args: argparse.Namespace) -> cluster.Outcome:
+    """One shard of the units. Returns as ``record_speech``."""
+    features, model, recordings = fit_units(args)
+    facts = {"features": features.name, "num_units": len(model),
+             "ledger": target_units.units_ledger(args.output, model).name}
+    note_step(args, "units", **facts)  # already here: manifests can be written while units are being made
+    counts = target_units.assign_units(
+        args.output, features, model, list(recordings), args.shard, args.num_shards, progress_bar("units")
+    )
+    return "units", {**facts, "counts": dict(counts)}
+
+
+def fit_units(args: argparse.Namespace) -> tuple[UnitFeatures, KMeans, dict[str, dict[str, str]]]:
+    """Features, the k-means that is there or is fitted now, and the target recordings."""
     rows = read_rows(args.output / "rows.tsv")
     recordings = Ledger(args.output / "target", "speech", speech.TARGET_COLUMNS).read()
     if not recordings:
@@ -194,6 +198,7 @@ def run_units(args: argparse.Namespace) -> None:
     features = build_features(args.features, args.features_model, args.layer, args.compute_type)
     if args.kmeans:
         model = load_kmeans(args.kmeans)
+        model.save(args.output / "units" / "kmeans.npz")  # it goes with the model, and so to further pairs
     else:
         model = target_units.existing_kmeans(args.output, features, args.num_units)
     if model is None:
@@ -206,14 +211,7 @@ def run_units(args: argparse.Namespace) -> None:
             progress_bar("k-means", unit="it"),
         )
         print(f"units: k-means fitted, {len(model)} units of {features.name}", flush=True)
-    facts = {"features": features.name, "num_units": len(model),
-             "ledger": target_units.units_ledger(args.output, model).name}
-    note_step(args, "units", **facts)  # already here: manifests can be written while units are being made
-    counts = target_units.assign_units(
-        args.output, features, model, list(recordings), args.shard, args.num_shards, progress_bar("units")
-    )
-    note_step(args, "units", **facts, counts=counts)
-    print(f"units: {counts}")
+    return features, model, recordings
 
 
 def run_manifests(args: argparse.Namespace) -> None:
@@ -324,58 +322,6 @@ def run_respeak(args: argparse.Namespace) -> None:
     tally = manifests.write_manifest(args.output / f"{args.manifest}.tsv", lines, own, units)
     note_step(args, f"respeak-{args.manifest}", counts={**counts, **tally})
     print(f"{args.manifest}: {tally['written']} utterances, {tally['no units']} without units")
-
-
-def run_teach(args: argparse.Namespace) -> None:
-    """Whisper writes what it hears and how it translates it; what is sound becomes further references."""
-    tasks = [task for task in args.task.split(",") if task]
-    wrong = next((task for task in tasks if task not in teach.TASKS), None)
-    if not tasks or wrong is not None:
-        raise ConfigError(f"--task is {args.task!r}; it is a list of {' and '.join(teach.TASKS)}")
-    if args.output.resolve() == args.manifest.resolve():
-        raise ConfigError(f"-o {args.output} is the manifest itself; give the new one another name")
-    utterances = read_manifest(args.manifest)
-    directory = args.manifest.parent
-    config = DataConfig.load(directory) if (directory / "config.yaml").is_file() else DataConfig(directory)
-    language = args.source_lang or config.source_lang
-    if not language:
-        raise ConfigError(f"{directory} has no config.yaml with a source_lang; give --source-lang")
-    whisper = teach.Whisper(args.whisper, language, args.compute_type, args.beam)
-    written, counts = {}, Counter()
-    for task in tasks:
-        ledger = Ledger(args.output.parent / "teach", f"{args.output.stem}-{task}", teach.LEDGER_COLUMNS, args.shard,
-                        args.num_shards)
-        counts += teach.write_hypotheses(
-            ledger, whisper, utterances, args.audio_root or config.root, task, args.batch_size, args.shard,
-            args.num_shards, progress_bar(task, unit="batch"),
-        )
-        written[task] = ledger.read()
-    rows, tally = teach.add_references(utterances, written)
-    write_utterances(args.output, rows)
-    settings = {**vars(args), "output": args.output.parent, "task": args.task}
-    note_step(argparse.Namespace(**settings), f"teach-{args.output.stem}", counts=dict(tally))
-    print(f"teach: {dict(counts)}")
-    print(f"{args.output.name}: {dict(sorted(tally.items()))}")
-
-
-def run_recordings(args: argparse.Namespace) -> None:
-    """A manifest without text of what people say; all shards' pieces that are there by now are in it."""
-    cut = recordings.Cut(args.shortest, args.longest, args.pause_ms, args.threshold)
-    found = recordings.find_recordings(args.recordings)
-    path = args.output / f"{args.manifest}.tsv"
-    keep_apart({"the manifest": path}, {name: file for name, file in found.items()})
-    counts = recordings.cut_recordings(
-        args.output, found, load_silero(args.vad_model), cut, f".{args.audio_format}", args.shard, args.num_shards,
-        progress_bar("recordings", unit="file"),
-    )
-    lines = Ledger(args.output / "recordings", "pieces", recordings.LEDGER_COLUMNS).read().values()
-    rows = recordings.rows_of(lines)
-    if not rows:
-        raise ManifestError(f"{', '.join(map(str, args.recordings))}: no speech of {args.shortest:g} s or more")
-    write_utterances(path, rows)
-    note_step(args, f"recordings-{args.manifest}", counts=dict(counts))
-    print(f"recordings: {dict(counts)}")
-    print(f"{path.name}: {len(rows)} pieces, {sum(row.n_frames for row in rows) / 360_000:.3f} h")
 
 
 def _speaker(voice: str) -> str:
