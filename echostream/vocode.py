@@ -140,7 +140,8 @@ def load(vocoder: Path | None, config: Path | None, device: str = "cpu"):
     Raises:
         ConfigError, CheckpointError: it cannot be loaded, or no configuration lies beside it.
     """
-    from echostream.checkpoint import DEFAULT_BUNDLE, EXPORTED_CONFIG, FILES, load_bundle
+    from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle
+    from echostream.checkpoint.layout import EXPORTED_CONFIG, FILES
     from echostream.models.decoders.vocoder_checkpoint import load_vocoder
 
     vocoder = DEFAULT_BUNDLE if vocoder is None else vocoder
