@@ -627,3 +627,23 @@ def test_gathered_windows_make_the_subsampler(channels: int, bins: int) -> None:
         theirs = subsampler._convolve(features, *ages, torch.tensor([3, 3, 2]))
     assert torch.allclose(ours[:2], theirs[:2], atol=1e-5)
     assert torch.allclose(ours[2, :2], theirs[2, :2], atol=1e-5)  # what lies behind the end is nobody's
+
+
+def test_an_exported_directory_as_the_shipped_model(exported: Path, tiny_bundle: Path, monkeypatch) -> None:
+    """It lends its voice, to ``vocode`` and to other pairs, and the server takes it as it is."""
+    from echostream import vocode
+    from echostream.commands import export_checkpoint
+    from echostream.models.decoders.vocoder_checkpoint import load_vocoder
+    from echostream.serve.command import model_directory
+
+    mine = vocode.load(exported, None)
+    true = load_vocoder(tiny_bundle / "vocoder.pt", tiny_bundle / "vocoder.json")
+    for name, weight in true.state_dict().items():
+        assert torch.allclose(mine.state_dict()[name], weight, atol=2e-3), name
+    saved = export_checkpoint.voice_files(SimpleNamespace(vocoder=exported), exported.parent)
+    again = load_vocoder(*saved)
+    for name, weight in mine.state_dict().items():
+        assert torch.allclose(again.state_dict()[name], weight, atol=1e-5), name
+    monkeypatch.setattr("echostream.checkpoint.layout.DEFAULT_BUNDLE", exported)
+    args = SimpleNamespace(checkpoint_dir=None, backend=None, device="cpu")
+    assert model_directory(args) == exported

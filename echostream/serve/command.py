@@ -163,7 +163,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def model_directory(args: argparse.Namespace) -> Path:
-    """The directory asked for, or the shipped model, exported at its first use where that is possible.
+    """The directory asked for, or the shipped model: exported, if need be at its first use where that is possible.
 
     Raises:
         CheckpointError: there is no such directory.
@@ -175,6 +175,8 @@ def model_directory(args: argparse.Namespace) -> Path:
         return directory
     from echostream.checkpoint.layout import EXPORTED_CONFIG, EXPORTED_FORMAT, read_config
 
+    if (directory / EXPORTED_CONFIG).is_file():  # the shipped model has graphs of its own
+        return directory
     digest = (read_config(directory).get("digests") or {}).get("model.pt", "")[:12]
     name = f"es-en-{digest}-{EXPORTED_FORMAT.rpartition('/')[2]}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echostream" / name
