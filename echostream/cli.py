@@ -1,4 +1,4 @@
-"""The command ``echostream``: translate recordings and live speech, look at checkpoints, export them."""
+"""The command ``echostream``: translate recordings and live speech, export checkpoints; and ``commands``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from echostream import __version__, import_whisper, vocode
-from echostream.errors import CheckpointError
+from echostream.commands import PROGRAMS, run
 from echostream.files import run_command
 
 EXAMPLES = """examples:
@@ -36,6 +36,9 @@ PIPES = """standard input and output:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (0; 1 after an error; 130 after Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in PROGRAMS:
+        return run_command(lambda: run(argv[0], argv[1:]))
     args = build_parser().parse_args(argv)
     return run_command(lambda: args.run(args))
 
@@ -150,10 +153,14 @@ def build_parser() -> argparse.ArgumentParser:
         "EchoStream)",
     )
     info.add_argument("--json", action="store_true", help="the same as JSON")
+
+    for name, (_, purpose) in PROGRAMS.items():  # listed here, parsed by themselves
+        commands.add_parser(name, help=purpose, add_help=False)
     return parser
 
 
 def run_translate(args: argparse.Namespace) -> int:
+    from echostream.checkpoint.layout import checkpoint_directory
     from echostream.translate import translate
 
     args.checkpoint_dir = checkpoint_directory(args.checkpoint_dir)
@@ -167,6 +174,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
+    from echostream.checkpoint.layout import checkpoint_directory
     from echostream.export.directory import export_directory
 
     path = args.checkpoint if args.checkpoint is not None and args.checkpoint.is_file() else None
@@ -190,31 +198,13 @@ def run_import_whisper(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
+    from echostream.checkpoint.layout import checkpoint_directory
     from echostream.info import describe, show
 
     path = args.checkpoint if args.checkpoint is not None and args.checkpoint.is_file() else None
     described = describe(path or checkpoint_directory(args.checkpoint))
     print(json.dumps(described, indent=2) if args.json else show(described), flush=True)
     return 0
-
-
-def checkpoint_directory(path: Path | None) -> Path:
-    """``path``, or the shipped model's directory.
-
-    Raises:
-        CheckpointError: there is no checkpoint.
-    """
-    from echostream.checkpoint import DEFAULT_BUNDLE, config_path
-
-    if path is None and not config_path(DEFAULT_BUNDLE).is_file():
-        raise CheckpointError(
-            f"no model is shipped in {DEFAULT_BUNDLE}; train one as docs/training.md says, "
-            "or name a checkpoint directory"
-        )
-    path = DEFAULT_BUNDLE if path is None else path
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint directory {path} does not exist")
-    return path
 
 
 if __name__ == "__main__":

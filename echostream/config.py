@@ -9,10 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from echostream.errors import ConfigError
-from echostream.files import write_text
 from echostream.loading import read_mapping, shown
 
 ACTIVATIONS = ("relu", "gelu")
@@ -261,10 +258,6 @@ class EchoStreamConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Raises: OutputError."""
-        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:

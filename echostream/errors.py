@@ -80,3 +80,12 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingExtraError(
             f"{module} is not installed; it comes with: pip install 'echostream[{extra}]'"
         ) from None
+
+
+def check_room(wanted: int, places: int, what: str, limit: str) -> None:
+    """Raises EchoStreamError: a decoder's buffers hold fewer ``what`` of a sentence than are wanted."""
+    if wanted > places:
+        raise EchoStreamError(
+            f"a sentence of {wanted} {what} does not fit the {places} of its buffers; "
+            f"end the sentence earlier or raise {limit}"
+        )

@@ -25,6 +25,7 @@ from echostream.constants import BOS, EOS, PAD
 from echostream.errors import ConfigError
 from echostream.files import add, growing, reported
 from echostream.models.decoders.unit_decoder import greedy_units
+from echostream.models.echostream_model import written_inputs
 from echostream.text import collapse_ctc
 
 STATE = "echostream"
@@ -99,10 +100,9 @@ class EchoStreamGenerator:
         if not model.config.units_read_text:
             inputs, input_lengths = x, lengths
         else:
-            written = data_utils.collate_tokens(tokens, PAD).to(x.device)
             previous = data_utils.collate_tokens(tokens, PAD, EOS, move_eos_to_beginning=True).to(x.device)
-            _, inputs = model.mt_decoder(previous, x, lengths)
-            input_lengths = torch.tensor([len(t) for t in tokens], device=x.device)
+            _, hidden = model.mt_decoder(previous, x, lengths)
+            inputs, input_lengths, written = written_inputs(previous, hidden)
         logits = model.unit_decoder(inputs, input_lengths, x, lengths, tokens=written)
         units, counts, _ = greedy_units(logits, input_lengths * model.config.ctc_upsample_ratio)
         return units, counts

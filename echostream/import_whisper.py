@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from echostream.checkpoint import FILES, load_bundle, save_bundle
+from echostream.checkpoint import load_bundle, save_bundle
+from echostream.checkpoint.layout import FILES
 from echostream.constants import NUM_SPECIALS
 from echostream.data.config import DataConfig
 from echostream.errors import require
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="Whisper model: base, a directory, or OpenAI's .pt file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="corpus directory (scripts/prepare_corpus.py), whose "
+        "--data", type=Path, required=True, metavar="DIR", help="corpus directory (echostream prepare), whose "
         "vocabularies the model reads and writes",
     )
     parser.add_argument("--decoder-layers", type=int, metavar="N", help="take so many decoder layers (default: all)")
@@ -48,7 +49,8 @@ def import_whisper(args: argparse.Namespace) -> Path:
     from echostream.models.echostream_model import build_echostream_model
     from echostream.models.whisper_init import decoder_weights, encoder_weights, whisper_config
     from echostream.whisper.source import whisper_source
-    from echostream.whisper.tokens import WhisperBPE, piece_origins, prompt
+    from echostream.whisper.subwords import piece_origins
+    from echostream.whisper.tokens import WhisperBPE, prompt
     from echostream.whisper.weights import read_whisper
 
     path = whisper_source(args.source)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from echostream.checkpoint import Bundle, load_bundle, read_fairseq_checkpoint
+from echostream.checkpoint import Bundle, load_bundle
+from echostream.checkpoint.fairseq import read_fairseq_checkpoint
 from echostream.config import EchoStreamConfig
 from echostream.constants import ENCODER_FRAME_MS, FRAME_LENGTH, SAMPLE_RATE
 from echostream.streaming.exported.model import ExportedModel

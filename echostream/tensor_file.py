@@ -21,7 +21,8 @@ import numpy as np
 
 from echostream.errors import CheckpointError
 from echostream.files import replacing
-from echostream.loading import Rule, check, opened, parse_json, shown
+from echostream.loading import opened, parse_json, shown
+from echostream.rules import Rule, check
 
 WEIGHTS = "model.safetensors"
 FORMAT = "echostream-weights/1"

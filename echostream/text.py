@@ -70,6 +70,15 @@ class Vocabulary:
         """Does this subword close a sentence (``.``, ``!``, ``?``, ``…`` as its last letter, or their like)?"""
         return index >= NUM_SPECIALS and self.symbols[index][-1] in SENTENCE_ENDS
 
+    def has_letters(self, index: int) -> bool:
+        """Is there more to this subword than punctuation?"""
+        return has_letters(self.symbols[index])
+
+
+def has_letters(text: str) -> bool:
+    """Is there a letter or a digit in it? Punctuation alone makes no sound."""
+    return any(letter.isalnum() for letter in text)
+
 
 def collapse_ctc(ids: Sequence[int], previous: int = BLANK, blank: int = BLANK) -> list[int]:
     """Greedy CTC output: repeats merged, blanks dropped. ``previous`` is the raw symbol before ``ids[0]``."""
@@ -81,4 +90,4 @@ def collapse_ctc(ids: Sequence[int], previous: int = BLANK, blank: int = BLANK) 
     return out
 
 
-__all__ = ["BLANK", "BOS", "EOS", "PAD", "UNK", "Vocabulary", "collapse_ctc"]
+__all__ = ["BLANK", "BOS", "EOS", "PAD", "UNK", "Vocabulary", "collapse_ctc", "has_letters"]

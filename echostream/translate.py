@@ -16,7 +16,7 @@ import numpy as np
 
 from echostream.audio.io import check_finite
 from echostream.audio.stream import AudioSource, open_file, open_pipe
-from echostream.checkpoint import load_bundle
+from echostream.checkpoint import load_bundle, use_threads
 from echostream.errors import AudioError, AudioWarning, CheckpointError, ConfigError, EchoStreamError
 from echostream.files import complain, keep_apart
 from echostream.output.speech import SpeechFile, SpeechPipe
@@ -54,6 +54,7 @@ def translate(args: Namespace) -> int:
         if args.threads < 1:
             raise ConfigError(f"--threads is {args.threads}; it must be at least 1")
         bundle = load_bundle(args.checkpoint_dir, args.device, args.backend, args.threads)
+        use_threads(bundle, args.threads)
         if output is not None and bundle.vocoder is None:
             raise CheckpointError(f"{args.checkpoint_dir} has no vocoder: it cannot speak, leave -o out")
         session = StreamingSession(

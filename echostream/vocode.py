@@ -140,10 +140,16 @@ def load(vocoder: Path | None, config: Path | None, device: str = "cpu"):
     Raises:
         ConfigError, CheckpointError: it cannot be loaded, or no configuration lies beside it.
     """
-    from echostream.checkpoint import DEFAULT_BUNDLE, FILES
+    from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle
+    from echostream.checkpoint.layout import EXPORTED_CONFIG, FILES
     from echostream.models.decoders.vocoder_checkpoint import load_vocoder
 
     vocoder = DEFAULT_BUNDLE if vocoder is None else vocoder
+    if (vocoder / EXPORTED_CONFIG).is_file() and config is None:  # its weights lie with those of the model
+        voice = load_bundle(vocoder, device, backend="torch").vocoder
+        if voice is None:
+            raise CheckpointError(f"the model {vocoder} has no voice")
+        return voice
     if vocoder.is_dir():
         checkpoint, beside = vocoder / FILES["vocoder"], [vocoder / FILES["vocoder_config"]]
     else:

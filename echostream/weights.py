@@ -5,16 +5,18 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from echostream.errors import CheckpointError
 from echostream.loading import DAMAGE, reason, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+M = TypeVar("M")  # a torch module
 
 
 def read_weights(path: str | Path, what: str = "checkpoint", device: Any = "cpu") -> Any:
@@ -94,6 +96,17 @@ def check_tensors(state: Any, where: str, ignored: str = "") -> dict[str, Tensor
             raise CheckpointError(f"{where}: {name} holds NaN or infinity")
         found[name] = tensor
     return found
+
+
+def with_weights(make: Callable[[], M], state: Mapping[str, Tensor], check: Callable[[M], None]) -> M:
+    """A module that ``make`` makes, with these weights; ``check`` is shown it before it takes memory, so that a
+    configuration of another size than the weights stops there."""
+    with uninitialised(shapes_only=True):
+        check(make())
+    with uninitialised():
+        model = make()
+    model.load_state_dict(dict(state))
+    return model
 
 
 @contextmanager

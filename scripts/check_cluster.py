@@ -21,15 +21,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from echostream.audio.io import write_audio
+from echostream.data.corpus.cluster import rows_in
+from echostream.data.corpus.rows import read_table
+from echostream.errors import EchoStreamError, require
+from echostream.files import run_command
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a checkout works without being installed
-
-from echostream.audio.io import write_audio  # noqa: E402
-from echostream.data.corpus.cluster import rows_in  # noqa: E402
-from echostream.data.corpus.rows import read_table  # noqa: E402
-from echostream.errors import EchoStreamError, require  # noqa: E402
-from echostream.files import run_command  # noqa: E402
-
 TONES = 8
 WORDS = "casa perro libro ventana calle mesa puerta noche agua fuego".split()
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "300"}

@@ -17,15 +17,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
-
-from echostream.checkpoint import DEFAULT_BUNDLE, config_path  # noqa: E402
-from echostream.errors import EchoStreamError, ManifestError  # noqa: E402
-from echostream.evaluation import run  # noqa: E402
-from echostream.evaluation.asr import RECOGNISERS  # noqa: E402
-from echostream.evaluation.timeline import draw_timeline  # noqa: E402
-from echostream.files import run_command  # noqa: E402
-from echostream.text_file import iter_lines, read_lines, table_rows  # noqa: E402
+from echostream.checkpoint import DEFAULT_BUNDLE
+from echostream.checkpoint.layout import config_path
+from echostream.errors import EchoStreamError, ManifestError
+from echostream.evaluation import run
+from echostream.evaluation.asr import RECOGNISERS
+from echostream.evaluation.timeline import draw_timeline
+from echostream.files import run_command
+from echostream.text_file import iter_lines, read_lines, table_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = ROOT / "echostream" / "assets" / "demo" / "sentences.tsv"
@@ -56,7 +55,6 @@ def demonstrate(args: argparse.Namespace) -> None:
         [args.sentences.parent / row["audio"] for row in sentences],
         [row["target"] for row in sentences],
         args.output / "simuleval",
-        ROOT / "agent" / "echostream_agent.py",
         {"checkpoint_dir": args.checkpoint_dir, "chunk_ms": args.chunk_ms, "device": args.device},
     )
     figures = run.score(args.output / "simuleval", args.asr, voice=True)

@@ -34,14 +34,12 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
-
-from echostream.audio.io import read_audio  # noqa: E402
-from echostream.audio.resample import Resampler  # noqa: E402
-from echostream.audio.stream import to_pcm  # noqa: E402
-from echostream.errors import ConfigError, ServerError, require  # noqa: E402
-from echostream.evaluation.table import markdown  # noqa: E402
-from echostream.files import run_command, write_json  # noqa: E402
+from echostream.audio.io import read_audio
+from echostream.audio.resample import Resampler
+from echostream.audio.stream import to_pcm
+from echostream.errors import ConfigError, ServerError, require
+from echostream.evaluation.table import markdown
+from echostream.files import run_command, write_json
 
 RATE, PIECE_MS = 24_000, 100
 PIECE = RATE * PIECE_MS // 1000

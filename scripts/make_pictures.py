@@ -14,12 +14,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
-
-from echostream.errors import ConfigError  # noqa: E402
-from echostream.evaluation import pictures  # noqa: E402
-from echostream.files import run_command  # noqa: E402
-from echostream.loading import read_mapping  # noqa: E402
+from echostream.errors import ConfigError
+from echostream.evaluation import pictures
+from echostream.files import run_command
+from echostream.loading import read_mapping
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,15 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+from tqdm import tqdm
 
-from tqdm import tqdm  # noqa: E402
-
-from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle  # noqa: E402
-from echostream.errors import EchoStreamError  # noqa: E402
-from echostream.evaluation.samples import make_sample, page  # noqa: E402
-from echostream.files import keep_apart, run_command, write_text  # noqa: E402
-from echostream.streaming import StreamingSession  # noqa: E402
+from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle
+from echostream.errors import EchoStreamError
+from echostream.evaluation.samples import make_sample, page
+from echostream.files import keep_apart, run_command, write_text
+from echostream.streaming import StreamingSession
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "echostream" / "assets" / "demo"

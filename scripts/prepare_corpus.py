@@ -1,14 +1,9 @@
 #!/usr/bin/env python
-"""Prepare a training directory from parallel text or ready recordings. ``prepare_corpus.py STEP --help`` says more."""
-
-from __future__ import annotations
+"""``echostream prepare``, by the name that it had as a script."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
-
-from echostream.data.corpus.cli import main  # noqa: E402
+from echostream.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["prepare", *sys.argv[1:]]))

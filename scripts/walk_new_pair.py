@@ -17,12 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
-
-from echostream.errors import EchoStreamError  # noqa: E402
-from echostream.evaluation.table import markdown  # noqa: E402
-from echostream.files import run_command, write_json  # noqa: E402
-from echostream.text_file import read_json  # noqa: E402
+from echostream.errors import EchoStreamError
+from echostream.evaluation.table import markdown
+from echostream.files import run_command, write_json
+from echostream.text_file import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "new-pair.md"

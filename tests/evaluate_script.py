@@ -1,4 +1,4 @@
-"""scripts/evaluate.py as a command, but in this process: starting one takes longer than the tests themselves."""
+"""``echostream evaluate`` as a command, but in this process: starting one takes longer than the tests themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
-from scripts import evaluate as script
+from echostream.commands import evaluate as script
 
 
 class Done(NamedTuple):

@@ -19,10 +19,10 @@ pytest.importorskip("fairseq")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("jiwer")
 
+from echostream.commands import ablate, training_runs  # noqa: E402
 from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
 from echostream.evaluation.ablation import compare, table  # noqa: E402
-from scripts import ablate  # noqa: E402
 from tests.test_generate import fairseq  # noqa: E402
 from tests.training_data import TINY_MODEL, make_corpus  # noqa: E402
 
@@ -89,7 +89,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if cost is not None:
                 cost["cpu_s"] += 30.0
 
-    monkeypatch.setattr(ablate, "launch", launch)
+    monkeypatch.setattr(training_runs, "launch", launch)
     return names
 
 
@@ -137,7 +137,7 @@ def test_one_process_works_in_a_folder(plan, corpus, launched):
     folder = run(plan, corpus, "--dry-run")
     manifest = folder / "data" / f"{ablate.TEST}.tsv"
     before = manifest.read_bytes()
-    with ablate.alone(folder), pytest.raises(SystemExit, match="another ablate.py is at work in .*runs"):
+    with ablate.alone(folder), pytest.raises(SystemExit, match="another ablate is at work in .*runs"):
         run(plan, corpus, "--test-limit", "1")
     assert not launched and manifest.read_bytes() == before  # the other process goes on decoding what it was to decode
 
@@ -173,7 +173,7 @@ def test_two_jobs_share_steps_and_interrupted_ones_go_on(plan, corpus, monkeypat
         watch("train_inner | num_updates=1")
         (folder / "checkpoint_last.pt").touch()
 
-    monkeypatch.setattr(ablate, "launch", launch)
+    monkeypatch.setattr(training_runs, "launch", launch)
     with pytest.raises(SystemExit, match="not finished: full-context;"):
         run(plan, corpus, "--jobs", "2")
     assert launched.count("asr") == 1 and launched.count("joint") == 3
@@ -186,14 +186,14 @@ def test_two_jobs_share_steps_and_interrupted_ones_go_on(plan, corpus, monkeypat
 def test_minutes_become_updates(plan, corpus, launched, capsys, monkeypatch):
     times = iter(range(0, 10_000, 3))  # a clock by which every update takes three seconds
     monkeypatch.setattr(ablate.time, "monotonic", lambda: next(times))
-    monkeypatch.setattr(ablate, "fairseq", lambda tool, flags, data: ["", "", tool, flags["save-dir"]])
+    monkeypatch.setattr(training_runs, "fairseq", lambda tool, flags, data: ["", "", tool, flags["save-dir"]])
 
     def launch(words: list[str], log: Path, watch: Callable) -> None:
         launched.append(log.parent.name)
         for update in range(ablate.TIMED_UPDATES):
             watch(f"train_inner | num_updates={update}")
 
-    monkeypatch.setattr(ablate, "launch", launch)
+    monkeypatch.setattr(training_runs, "launch", launch)
     for _ in range(2):
         arguments = ["--config", plan, "--data", corpus, "--save-dir", plan.parent / "runs", "--minutes", 2]
         ablate.main([*map(str, arguments), "--subset", "dev", "--dry-run"])
@@ -244,10 +244,10 @@ def test_mistakes_are_named(plan, corpus, change, flags, message):
 def test_a_command_is_watched_and_its_cost_counted(tmp_path):
     seen, cost = [], {"wall_s": 1.0, "cpu_s": 1.0}
     program = "import sys; print('one'); x = sum(range(3_000_000)); print('two', file=sys.stderr); sys.exit({})"
-    ablate.launch([sys.executable, "-c", program.format(0)], tmp_path / "a/log", seen.append, cost)
+    training_runs.launch([sys.executable, "-c", program.format(0)], tmp_path / "a/log", seen.append, cost)
     assert seen == ["one\n", "two\n"] and cost["wall_s"] > 1.0 and cost["cpu_s"] > 1.0
     with pytest.raises(EchoStreamError, match="ended with status 3 .*log.*two"):
-        ablate.launch([sys.executable, "-c", program.format(3)], tmp_path / "a/log", seen.append, cost)
+        training_runs.launch([sys.executable, "-c", program.format(3)], tmp_path / "a/log", seen.append, cost)
     assert (tmp_path / "a/log").read_text().split() == ["one", "two"] * 2
 
 

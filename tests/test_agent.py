@@ -162,13 +162,13 @@ def test_agents_of_all_kinds(tiny_bundle: Path, kind: type, output: str) -> None
 def asked(session: StreamingSession, monkeypatch: pytest.MonkeyPatch, samples: np.ndarray) -> set[str]:
     """Which kinds of work the session has its model do."""
     kinds: set[str] = set()
-    run = session._stages.run
+    run = session._core.stages.run
 
     def watched(requests: list) -> list:
         kinds.update(type(request).__name__ for _, request in requests)
         return run(requests)
 
-    monkeypatch.setattr(session._stages, "run", watched)
+    monkeypatch.setattr(session._core.stages, "run", watched)
     session.push(samples)
     session.finish()
     return kinds
@@ -178,8 +178,8 @@ def asked(session: StreamingSession, monkeypatch: pytest.MonkeyPatch, samples: n
     ("output", "spared"),
     [
         ("both", set()),
-        ("text", {"ReadUnits", "Speak"}),
-        ("source", {"ReadUnits", "Speak", "Extend", "Write", "Rewind"}),
+        ("text", {"ReadUnits", "Vocode"}),
+        ("source", {"ReadUnits", "Vocode", "Extend", "Write", "Rewind"}),
     ],
 )
 def test_what_is_not_wanted_is_not_computed(
@@ -187,7 +187,7 @@ def test_what_is_not_wanted_is_not_computed(
 ) -> None:
     session = StreamingSession(load_bundle(tiny_bundle), **OUTPUTS[output])
     kinds = asked(session, monkeypatch, speech(1.5, 16000))
-    every = {"Listen", "NewSentence", "Extend", "Write", "ReadUnits", "Speak"}
+    every = {"Encode", "NewSentence", "Extend", "Write", "ReadUnits", "Vocode"}
     assert kinds - {"Rewind"} == every - spared and (spared or session.nbytes > 0)
     if output == "text":
         assert session.nbytes < StreamingSession(load_bundle(tiny_bundle)).nbytes

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from echostream.benchmarks import encoder, report, stream
+from echostream.benchmarks import encoder, operations, report, scripted, stream
 from echostream.benchmarks.common import exported
 from echostream.benchmarks.recompute import ConformerLayer, RecomputingEncoder, relative_positions
 from echostream.compat import import_torchaudio
@@ -32,8 +32,8 @@ CHUNKS = 8  # a sentence: 2.56 s; two of them fill all that a session remembers
 
 def make(unit_input: str):
     config = tiny_config(num_units=NUM_UNITS, **SIZES[unit_input])
-    script = stream.Script.write(config, 2.5)
-    return stream.random_bundle(config, tiny_voice()), script, partial(stream.ScriptedStages, script=script)
+    script = scripted.Script.write(config, 2.5)
+    return scripted.random_bundle(config, tiny_voice()), script, partial(scripted.ScriptedStages, script=script)
 
 
 @pytest.mark.parametrize("unit_input", SIZES)
@@ -43,7 +43,7 @@ def test_the_session_says_what_the_script_says(unit_input):
     events = [event for i in range(4 * CHUNKS + 1) for event in session.push(sound.chunk(i))]
     ends = [event for event in events if isinstance(event, SentenceEnd)]
     heard = [token for event in events if isinstance(event, SourceText) for token in event.tokens]
-    assert script.frames == 64 and len(script.tokens) == 8 == round(2.56 * stream.SUBWORDS_PER_SECOND)
+    assert script.frames == 64 and len(script.tokens) == 8 == round(2.56 * scripted.SUBWORDS_PER_SECOND)
     assert [end.tokens for end in ends] == [script.tokens] * 4 and heard[:32] == [*script.tokens] * 4
     assert {end.reason for end in ends} == {"punctuation"}
     for end in ends:
@@ -89,7 +89,7 @@ def test_sessions_of_different_ages_in_a_batch_follow_the_script():
 def test_attention_and_convolutions_are_counted():
     q, k = torch.randn(1, 4, 8, 64), torch.randn(1, 4, 100, 64)
     x, weight = torch.randn(1, 16, 1, 30), torch.randn(8, 16, 1, 3)
-    with torch.inference_mode(), stream.FlopCounterMode(display=False, custom_mapping=stream.FLOPS) as counter:
+    with torch.inference_mode(), stream.FlopCounterMode(display=False, custom_mapping=operations.FLOPS) as counter:
         torch.nn.functional.scaled_dot_product_attention(q, k, k)
         torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
     assert counter.get_total_flops() == 2 * 2 * 4 * 8 * 100 * 64 + 2 * 8 * 28 * 16 * 3
@@ -100,7 +100,7 @@ def test_packed_convolutions_are_counted():
     x, weight, residual = torch.randn(1, 30, 16).mT, torch.randn(8, 16, 3), torch.randn(1, 28, 8).mT
     packed = pack(weight)
     for bias, added in itertools.product((None, torch.randn(8)), (None, residual)):
-        with torch.inference_mode(), stream.FlopCounterMode(display=False, custom_mapping=stream.FLOPS) as counter:
+        with torch.inference_mode(), stream.FlopCounterMode(display=False, custom_mapping=operations.FLOPS) as counter:
             convolve(x, weight, bias, packed=packed, residual=added)
         assert counter.get_total_flops() == 2 * 8 * 28 * 16 * 3
 
@@ -110,7 +110,7 @@ def test_an_exported_session_says_what_the_script_says(tmp_path):
     pytest.importorskip("onnxruntime")
     bundle, script, _ = make("mt")
     bundle = exported(bundle, tmp_path / "graphs", int8=True)
-    backend = partial(stream.ScriptedStages, script=script, backend=backend_of(bundle))
+    backend = partial(scripted.ScriptedStages, script=script, backend=backend_of(bundle))
     with stream.clock_for("cpu") as clock:
         watch = stream.Stopwatch(bundle.model, clock)
         session, sound = StreamingSession(bundle, backend=backend, speech_gate=False), stream.Sound()

@@ -22,9 +22,9 @@ from echostream.data.corpus import sources
 from echostream.data.corpus.rows import Skipped, read_table
 from echostream.data.manifest import read_manifest, read_text_pairs
 from echostream.errors import EchoStreamError, ManifestError, UnitError
-from echostream.evaluation import longform
 from echostream.evaluation.run import read_log
 from echostream.evaluation.systems import read_results
+from echostream.evaluation.talks import REFERENCES, SEGMENTS, read_talks
 from echostream.text import Vocabulary
 from echostream.text_file import decode, iter_lines, lines_of, read_json_lines, read_lines, read_text
 from echostream.vocode import read_sequences
@@ -50,11 +50,11 @@ def test_case_05_only_newlines_end_lines(tmp_path: Path, character: str) -> None
     assert read_results(tmp_path / "generate-test.jsonl") == rows
     (tmp_path / "instances.log").write_text(lines, encoding="utf-8", newline="")
     assert read_log(tmp_path) == rows
-    (tmp_path / longform.SEGMENTS).write_text("".join(
+    (tmp_path / SEGMENTS).write_text("".join(
         f"- {{wav: t.wav, offset: {i}.0, duration: 1.0}}\n" for i in range(2)))
-    (tmp_path / longform.REFERENCES).write_text(f"{first}\nThree.\n", encoding="utf-8", newline="")
+    (tmp_path / REFERENCES).write_text(f"{first}\nThree.\n", encoding="utf-8", newline="")
     write_audio(tmp_path / "t.wav", np.zeros(32000, np.float32))
-    assert [s.reference for s in longform.read_talks(tmp_path)[0].segments] == [first, "Three."]
+    assert [s.reference for s in read_talks(tmp_path)[0].segments] == [first, "Three."]
     # tables
     (tmp_path / "pairs.tsv").write_text(f"es\ten\nUno.\t{first}\nTres.\tThree.\n", encoding="utf-8", newline="")
     rows = sources.rows_of_text(tmp_path / "pairs.tsv", Skipped(tmp_path, "text"))
@@ -277,8 +277,8 @@ def test_case_06_a_killed_run_is_continued(chinese: tuple[Path, list[object]]) -
 
 def test_case_06_units_of_speech(tmp_path: Path) -> None:
     """Characters and pieces of SentencePiece come when the speech that says them does."""
-    simul = pytest.importorskip("echostream.evaluation.simul")
-    words = simul.Words()
+    simul_instances = pytest.importorskip("echostream.evaluation.simul_instances")
+    words = simul_instances.Words()
     words.add([" Good", " mor"], delay=100.0, elapsed=110.0)
     words.add(["ning", "."], delay=300.0, elapsed=330.0)
     pieces = [SimpleNamespace(piece=p, begin=b, end=e) for p, b, e in [("▁Good", 0, 4), ("▁", 4, 5), ("mor", 5, 8),
@@ -286,45 +286,46 @@ def test_case_06_units_of_speech(tmp_path: Path) -> None:
     model = SimpleNamespace(encode=lambda text, out_type: SimpleNamespace(pieces=pieces))
     log = dict(words=words.done, pieces=words.pieces, target_spm_model=model)
     assert words.pieces == [[" Good mor", 100.0, 110.0], ["ning.", 300.0, 330.0]]
-    assert simul.unit_times(SimpleNamespace(latency_unit="word", **log)) == [100.0, 300.0]
-    assert simul.unit_times(SimpleNamespace(latency_unit="char", **log)) == [100.0] * 7 + [300.0] * 5
-    assert simul.unit_times(SimpleNamespace(latency_unit="spm", **log), elapsed=True) == [110.0, 110.0, 110.0, 330.0]
+    assert simul_instances.unit_times(SimpleNamespace(latency_unit="word", **log)) == [100.0, 300.0]
+    assert simul_instances.unit_times(SimpleNamespace(latency_unit="char", **log)) == [100.0] * 7 + [300.0] * 5
+    spm = SimpleNamespace(latency_unit="spm", **log)
+    assert simul_instances.unit_times(spm, elapsed=True) == [110.0, 110.0, 110.0, 330.0]
     old = SimpleNamespace(latency_unit="char", words=words.done)  # a log of an earlier version
-    assert simul.unit_times(old) == [100.0] * 4 + [300.0] * 8
+    assert simul_instances.unit_times(old) == [100.0] * 4 + [300.0] * 8
 
 
 def test_case_06_proportion_and_differentiable_lagging_of_speech() -> None:
     """AP and DAL go by words, however the speech is cut into pieces."""
-    simul = pytest.importorskip("echostream.evaluation.simul")
+    simul_latency = pytest.importorskip("echostream.evaluation.simul_latency")
     words = [{"text": "a", "delay": 500.0, "elapsed": 600.0}, {"text": "b", "delay": 1000.0, "elapsed": 1200.0}]
     for pieces in (1, 5):
         spoken = SimpleNamespace(
             words=words, delays=[1000.0] * pieces, elapsed=[1200.0] * pieces, durations=[100.0] * pieces,
             reference="a b", source_length=1000.0, metrics={},
         )  # fmt: skip
-        assert simul.WordAP()({0: spoken}) == pytest.approx((500 + 1000) / 2000)
-        assert simul.WordDAL()({0: spoken}) == pytest.approx((500 + (1000 - 500)) / 2)
-        assert simul.ChunkCount()({0: spoken}) == pieces
-        assert simul.WordAP(computation_aware=True)({0: spoken}) == pytest.approx((600 + 1200) / 2000)
+        assert simul_latency.WordAP()({0: spoken}) == pytest.approx((500 + 1000) / 2000)
+        assert simul_latency.WordDAL()({0: spoken}) == pytest.approx((500 + (1000 - 500)) / 2)
+        assert simul_latency.ChunkCount()({0: spoken}) == pieces
+        assert simul_latency.WordAP(computation_aware=True)({0: spoken}) == pytest.approx((600 + 1200) / 2000)
 
 
 def test_case_06_the_recogniser_hears_the_target_language(monkeypatch: pytest.MonkeyPatch) -> None:
-    simul = pytest.importorskip("echostream.evaluation.simul")
+    simul_quality = pytest.importorskip("echostream.evaluation.simul_quality")
     from argparse import ArgumentParser
 
     from echostream.evaluation import asr
 
     parser = ArgumentParser(conflict_handler="resolve")
-    simul.SpeechBLEU.add_args(parser)
+    simul_quality.SpeechBLEU.add_args(parser)
     options = ["--target-speech-lang", "zh", "--sacrebleu-tokenizer", "zh", "--asr-model", "/models/big"]
-    scorer = simul.SpeechBLEU.from_args(parser.parse_args(options))
+    scorer = simul_quality.SpeechBLEU.from_args(parser.parse_args(options))
     asked = []
 
     def load(*arguments: object) -> SimpleNamespace:
         asked.append(arguments)
         return SimpleNamespace(name="test", transcribe_file=lambda wav: "今天天气。")
 
-    monkeypatch.setattr(simul, "load_recogniser", load)
+    monkeypatch.setattr("echostream.evaluation.simul_quality.load_recogniser", load)
     instance = SimpleNamespace(prediction="/nowhere/wavs/0.wav", reference="今天天气。", durations=[1.0], metrics={})
     monkeypatch.setattr(Path, "write_text", lambda *a, **k: None)
     assert scorer({0: instance}) == pytest.approx(100.0)

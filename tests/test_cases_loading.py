@@ -25,20 +25,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-from echostream.checkpoint import config_path, load_bundle, sha256  # noqa: E402
+from echostream.checkpoint import load_bundle  # noqa: E402
+from echostream.checkpoint.layout import config_path, sha256  # noqa: E402
 from echostream.config import EchoStreamConfig  # noqa: E402
 from echostream.data.manifest import read_manifest  # noqa: E402
 from echostream.data.source import load_features, load_samples  # noqa: E402
-from echostream.errors import (  # noqa: E402
-    AudioError,
-    CheckpointError,
-    ConfigError,
-    EchoStreamError,
-    ManifestError,
-    SessionError,
-)
+from echostream.errors import AudioError, CheckpointError, ConfigError, EchoStreamError, ManifestError, SessionError  # noqa: E402
 from echostream.export.directory import export_directory, make_voice_graphs  # noqa: E402
-from echostream.loading import Rule, check, inside, read_array, read_json, read_npz, read_yaml  # noqa: E402
+from echostream.loading import inside, read_array, read_json, read_npz, read_yaml  # noqa: E402
+from echostream.rules import Rule, check  # noqa: E402
 from echostream.streaming import SessionBatch, StreamingSession  # noqa: E402
 from echostream.streaming.exported.names import graph_names  # noqa: E402
 from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options  # noqa: E402
@@ -404,7 +399,8 @@ def test_16_dictionaries_with_odd_letters_and_marks(tmp_path: Path) -> None:
 
 
 def test_16_subword_models(bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
-    from echostream.checkpoint import read_fairseq_checkpoint, save_bundle
+    from echostream.checkpoint import save_bundle
+    from echostream.checkpoint.fairseq import read_fairseq_checkpoint
 
     good = (bundle / "spm.src.model").read_bytes()
     other = (bundle / "spm.tgt.model").read_bytes()
@@ -580,20 +576,20 @@ def saved_with(path: Path, header: Callable[[dict], object] | None = None, **arr
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(dict(header=lambda v: v["clock"].__setitem__(1, -(10**12))), id="due"),
-        pytest.param(dict(header=lambda v: v["clock"].__setitem__(0, 10**9)), id="rate"),
-        pytest.param(dict(header=lambda v: v["waiting"].__setitem__(0, 10**6)), id="resampler"),
+        pytest.param(dict(header=lambda v: v["clock"].update(due=-(10**12))), id="due"),
+        pytest.param(dict(header=lambda v: v["clock"].update(rate=10**9)), id="rate"),
+        pytest.param(dict(header=lambda v: v["clock"]["resample"].update(count=10**6)), id="resampler"),
         pytest.param(dict(header=lambda v: v.update(seconds={})), id="seconds"),
         pytest.param(dict(header=lambda v: v.update(elapsed_s="long")), id="elapsed"),
-        pytest.param(dict(header=lambda v: v.update(memory=[-1] * 3)), id="memory"),
-        pytest.param(dict(header=lambda v: v["stream"].__setitem__(1, 10**6)), id="symbol"),
-        pytest.param(dict(header=lambda v: v["sentence"].update(start=10**6)), id="start"),
-        pytest.param(dict(header=lambda v: v["sentence"].pop("index")), id="index"),
-        pytest.param(dict(sentence__tokens=np.array([10**9])), id="tokens"),
-        pytest.param(dict(sentence__source=np.array([[5, 10**9]])), id="spoken"),
+        pytest.param(dict(header=lambda v: v["stream"]["sentence"].update(memory=[-1] * 3)), id="memory"),
+        pytest.param(dict(header=lambda v: v["stream"].update(source_symbol=10**6)), id="symbol"),
+        pytest.param(dict(header=lambda v: v["stream"]["sentence"].update(start=10**6)), id="start"),
+        pytest.param(dict(header=lambda v: v["stream"]["sentence"].pop("index")), id="index"),
+        pytest.param(dict(stream__sentence__tokens=np.array([10**9])), id="tokens"),
+        pytest.param(dict(stream__sentence__source=np.array([[5, 10**9]])), id="spoken"),
         pytest.param(dict(stream__recent=np.zeros((3, 7), np.float32)), id="recent"),
         pytest.param(dict(clock__samples=np.zeros(10**6, np.float32)), id="samples"),
-        pytest.param(dict(clock__fbank=np.full(400, np.nan, np.float32)), id="nan"),
+        pytest.param(dict(clock__fbank__samples=np.full(400, np.nan, np.float32)), id="nan"),
         pytest.param(dict(clock__heard=None), id="lacks"),
         pytest.param(dict(header__=None), id="nothing"),
     ],

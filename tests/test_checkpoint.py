@@ -14,9 +14,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from echostream.checkpoint import average_checkpoints, load_bundle, read_weights, save_bundle  # noqa: E402
+from echostream.checkpoint import load_bundle, save_bundle  # noqa: E402
+from echostream.checkpoint.fairseq import average_checkpoints  # noqa: E402
 from echostream.errors import CheckpointError, ConfigError, EchoStreamError, ManifestError  # noqa: E402
 from echostream.models.echostream_model import build_echostream_model  # noqa: E402
+from echostream.weights import read_weights  # noqa: E402
 from tests.conftest import NUM_UNITS, PIECES, tiny_config  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

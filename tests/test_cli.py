@@ -255,7 +255,7 @@ def test_refusals_are_one_line(arguments, message, tiny_bundle, recording, capsy
 
 
 def test_no_shipped_model(monkeypatch, recording, capsys, tmp_path):
-    monkeypatch.setattr("echostream.checkpoint.DEFAULT_BUNDLE", tmp_path / "none")
+    monkeypatch.setattr("echostream.checkpoint.layout.DEFAULT_BUNDLE", tmp_path / "none")
     for arguments in (["translate", str(recording)], ["info"]):
         assert main(arguments) == 1
         expected = r"error: no model is shipped in .*none; train one as docs/training.md says"

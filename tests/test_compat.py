@@ -66,7 +66,7 @@ def test_plugin_registers_although_already_imported() -> None:
     pytest.importorskip("fairseq")
     code = (
         "import echostream\n"
-        "from echostream.compat import register_with_fairseq as register\n"
+        "from echostream.plugin import register_with_fairseq as register\n"
         "register(); register()\n"
         "from fairseq.models import ARCH_MODEL_REGISTRY; from fairseq.tasks import TASK_REGISTRY\n"
         "print('echostream' in ARCH_MODEL_REGISTRY, 'echostream_s2st' in TASK_REGISTRY)"
@@ -86,7 +86,7 @@ def test_package_import_is_light() -> None:
 def test_freed_memory_is_kept() -> None:
     """Large tensors are faulted in once, not at every allocation."""
     code = (
-        "import resource, torch; from echostream.compat import keep_freed_memory\n"
+        "import resource, torch; from echostream.memory import keep_freed_memory\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "def work():\n"
         "    before = faults(); [torch.ones(40 << 20, dtype=torch.uint8) for _ in range(8)]; return faults() - before\n"
@@ -99,7 +99,7 @@ def test_freed_memory_is_kept() -> None:
 def test_huge_pages_for_what_came_meanwhile() -> None:
     """Memory from before is left alone, new memory is advised; its contents stay."""
     code = (
-        "import ctypes, mmap; from echostream import compat\n"
+        "import ctypes, mmap; from echostream import memory\n"
         "def advised(memory):\n"
         "    at = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + len(memory) // 2\n"
         "    for line in open('/proc/self/smaps'):\n"
@@ -110,7 +110,7 @@ def test_huge_pages_for_what_came_meanwhile() -> None:
         "    memory = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE); memory.write(letter * len(memory))\n"
         "    return memory\n"
         "old = allocate(b'a')\n"
-        "with compat.huge_pages(): new = allocate(b'b')\n"
+        "with memory.huge_pages(): new = allocate(b'b')\n"
         "print(advised(old), advised(new), set(old[:]) == {97}, set(new[:]) == {98})"
     )
     assert _in_fresh_interpreter(code) == "False True True True"

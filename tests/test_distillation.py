@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("fairseq")
 torch = pytest.importorskip("torch")
 
-from echostream import compat  # noqa: E402
+from echostream import plugin  # noqa: E402
 from echostream.constants import EOS, NUM_SPECIALS, PAD, UNK  # noqa: E402
-from echostream.data.dataset import collate_targets, pad  # noqa: E402
+from echostream.data.collate import collate_targets, pad  # noqa: E402
 from echostream.data.manifest import read_manifest, write_manifest  # noqa: E402
 from echostream.errors import CheckpointError, ConfigError, ManifestError  # noqa: E402
 from echostream.models.echostream_model import EchoStreamModel, build_echostream_model  # noqa: E402
@@ -30,7 +30,7 @@ from tests.test_whisper_tokens import MERGES, write_tokenizer  # noqa: E402
 from tests.training_data import NUM_UNITS, make_corpus  # noqa: E402
 from tests.whisper_models import DIMS, ctranslate2_variables, random_parameters, write_ctranslate2  # noqa: E402
 
-compat.register_with_fairseq()
+plugin.register_with_fairseq()
 
 from echostream.criterions.distillation import WhisperTeacher, frame_loss, token_loss  # noqa: E402
 from echostream.criterions.multitask_criterion import MultitaskCriterion  # noqa: E402

@@ -103,6 +103,7 @@ def test_scripts_without_spaces() -> None:
 
 
 simul = pytest.importorskip("echostream.evaluation.simul", reason="needs the extra simuleval")
+simul_latency = pytest.importorskip("echostream.evaluation.simul_latency")
 RATE = 8000
 
 
@@ -156,7 +157,8 @@ def evaluated(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list
     from simuleval.evaluator import build_evaluator
 
     simul.register()
-    monkeypatch.setattr(simul, "load_recogniser", lambda name: SimpleNamespace(name="test", transcribe_file=_heard))
+    ear = SimpleNamespace(name="test", transcribe_file=_heard)
+    monkeypatch.setattr("echostream.evaluation.simul_quality.load_recogniser", lambda name: ear)
     args = Namespace(
         source=str(corpus / "source.txt"), target=str(corpus / "target.txt"), tgt_lang=None, source_type="speech",
         target_type="speech", source_segment_size=200, output=str(corpus / "out"), score_only=False, no_scoring=False,
@@ -220,7 +222,7 @@ def test_voice_is_also_heard_without_the_silences(
         return "one two three five"
 
     engine = SimpleNamespace(name="test", transcribe_file=_heard, transcribe=transcribe)
-    monkeypatch.setattr(simul, "load_recogniser", lambda name: engine)
+    monkeypatch.setattr("echostream.evaluation.simul_quality.load_recogniser", lambda name: engine)
     figures = run.score(out, voice=True)
     assert figures["ASR_WER"] == 0 and figures["VOICE_WER"] == 25
     (speech,) = heard  # of the two utterances one has speech: 100 ms and, without the 500 ms between, 300 ms
@@ -246,7 +248,7 @@ def test_score_only_reads_the_log(
 
 def test_no_output_at_all_scores_without_a_crash() -> None:
     instance = SimpleNamespace(words=[], delays=[], elapsed=[], reference="a", source_length=1.0, metrics={})
-    assert math.isnan(simul.WordAL()({0: instance}))
+    assert math.isnan(simul_latency.WordAL()({0: instance}))
 
 
 def test_average_token_delay_is_simulevals() -> None:

@@ -37,15 +37,15 @@ from echostream.models.echostream_model import build_echostream_model  # noqa: E
 from echostream.models.graphs import EncoderGraph, StepGraph  # noqa: E402
 from echostream.models.subsampler import Subsampler  # noqa: E402
 from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
-from echostream.streaming.exported.hearing import ring_ages, segment_mask, turn, write_ring  # noqa: E402
+from echostream.streaming.exported.encoder import ring_ages, segment_mask, turn, write_ring  # noqa: E402
 from echostream.streaming.exported.model import ExportedModel  # noqa: E402
 from echostream.streaming.exported.names import graph_names  # noqa: E402
 from echostream.streaming.exported.stages import ExportedStages  # noqa: E402
 from echostream.streaming.exported.subsampling import patches, windows  # noqa: E402
 from echostream.streaming.exported.torch_model import TorchModel  # noqa: E402
-from echostream.streaming.exported.voice import ExportedSpeaker  # noqa: E402
+from echostream.streaming.exported.voice import ExportedVocoder  # noqa: E402
 from echostream.streaming.search import Chosen  # noqa: E402
-from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Search, Speak, Write  # noqa: E402
+from echostream.streaming.stages import Encode, Extend, NewSentence, ReadUnits, Search, Vocode, Write  # noqa: E402
 from tests.conftest import tiny_config, tiny_voice  # noqa: E402
 from tests.test_streaming import speech  # noqa: E402
 
@@ -173,13 +173,13 @@ def test_voices_sound_the_same(tmp_path: Path, changes: dict) -> None:
     torch.manual_seed(3)
     vocoder = CodeHiFiGAN(VocoderConfig.from_dict({**tiny_voice().to_dict(), **changes})).eval()
     write_graphs(tmp_path, make_voice_graphs(vocoder), weights_of(vocoder=vocoder), int8=False)
-    speaker = ExportedSpeaker(vocoder.config, ExportedModel(tmp_path), rows=1)
+    speaker = ExportedVocoder(vocoder.config, ExportedModel(tmp_path), rows=1)
     units = np.random.default_rng(0).integers(0, vocoder.config.num_embeddings, 40)
     with torch.inference_mode():
         expected = vocoder(torch.from_numpy(units)[None])[0][0].numpy()
     for sizes in ([40], [1, 7, 12, 20]):
         parts = np.split(units, np.cumsum(sizes)[:-1])
-        said = [speaker.speak(0, part, i == len(parts) - 1) for i, part in enumerate(parts)]
+        said = [speaker.vocode(0, part, i == len(parts) - 1) for i, part in enumerate(parts)]
         np.testing.assert_allclose(np.concatenate(said), expected, atol=TOLERANCE)
 
 
@@ -336,7 +336,7 @@ def test_int8_is_smaller_and_near(exported: Path, int8: Path) -> None:
     heard = []
     for folder in (exported, int8):
         stages = ExportedStages(load_bundle(folder), rows=1, speech=False)
-        heard.append(stages.run([(0, Listen(features, True))])[0].frames)
+        heard.append(stages.run([(0, Encode(features, True))])[0].frames)
     error = np.abs(heard[0] - heard[1]).mean() / np.abs(heard[0]).mean()
     assert 0 < error < 0.1  # rounded, and not wrong
 
@@ -402,12 +402,12 @@ def life(config: EchoStreamConfig, seed: int) -> Iterator[list]:
     for _ in range(2):
         yield NewSentence()
         for _ in range(int(rng.integers(2, 5))):
-            yield Listen(noise(int(rng.integers(1, 90)), 80), False)
+            yield Encode(noise(int(rng.integers(1, 90)), 80), False)
             yield Extend(noise(int(rng.integers(1, 40)), config.encoder_embed_dim))
             for _ in range(int(rng.integers(0, 7))):
                 yield Write(int(rng.integers(4, config.mt_vocab_size)), ((1, 1),))
             yield ReadUnits(noise(int(rng.integers(1, 4)), config.mt_decoder_embed_dim))
-    yield Listen(noise(7, 80), True)
+    yield Encode(noise(7, 80), True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -521,7 +521,7 @@ def test_refusals(tiny_bundle: Path, exported: Path, tiny_data: Path, tmp_path: 
     assert f"echostream export {tiny_bundle} -o DIRECTORY" in error(*translate, tiny_bundle, "--backend", "onnx")
     assert "run on the CPU, not on 'cuda'" in error(*translate, exported, "--device", "cuda")
     assert "export it to another directory" in error("export", tiny_bundle, "-o", tiny_bundle)
-    assert "scripts/export_checkpoint.py" in error("export", tiny_bundle / "model.pt", "-o", tmp_path / "x")
+    assert "echostream export-checkpoint" in error("export", tiny_bundle / "model.pt", "-o", tmp_path / "x")
     wide = VocoderConfig.preset("v1", num_embeddings=20, upsample_initial_channel=32)
     looks_ahead = bundle_of(tiny_data, tmp_path, wide)
     assert "only causal vocoders can be exported" in error("export", looks_ahead, "-o", tmp_path / "x")
@@ -542,7 +542,7 @@ def test_stages_refuse_what_does_not_fit(exported: Path) -> None:
     assert isinstance(bundle.model, ExportedModel)
     stages = ExportedStages(bundle, rows=2)
     with pytest.raises(UnitError, match="unit 20 is out of range; this vocoder knows 0..19"):
-        stages.run([(1, Speak(np.array([3, 20]), False))])
+        stages.run([(1, Vocode(np.array([3, 20]), False))])
     frames = np.zeros((200, bundle.config.encoder_embed_dim), dtype=np.float32)
     stages.run([(0, NewSentence())])
     stages.run([(0, Extend(frames))])
@@ -555,7 +555,7 @@ def test_stages_refuse_what_does_not_fit(exported: Path) -> None:
     with pytest.raises(KeyError):
         stages.restore(1, {name: array for name, array in saved.items() if name != "mt.own"})
     with pytest.raises(ValueError):
-        stages.restore(1, {**saved, "hearing.ring": saved["hearing.ring"][:, :, :, 1:]})
+        stages.restore(1, {**saved, "encoder.ring": saved["encoder.ring"][:, :, :, 1:]})
     with pytest.raises(ConfigError):
         VocoderConfig.from_json(exported / "config.json")
 
@@ -627,3 +627,23 @@ def test_gathered_windows_make_the_subsampler(channels: int, bins: int) -> None:
         theirs = subsampler._convolve(features, *ages, torch.tensor([3, 3, 2]))
     assert torch.allclose(ours[:2], theirs[:2], atol=1e-5)
     assert torch.allclose(ours[2, :2], theirs[2, :2], atol=1e-5)  # what lies behind the end is nobody's
+
+
+def test_an_exported_directory_as_the_shipped_model(exported: Path, tiny_bundle: Path, monkeypatch) -> None:
+    """It lends its voice, to ``vocode`` and to other pairs, and the server takes it as it is."""
+    from echostream import vocode
+    from echostream.commands import export_checkpoint
+    from echostream.models.decoders.vocoder_checkpoint import load_vocoder
+    from echostream.serve.command import model_directory
+
+    mine = vocode.load(exported, None)
+    true = load_vocoder(tiny_bundle / "vocoder.pt", tiny_bundle / "vocoder.json")
+    for name, weight in true.state_dict().items():
+        assert torch.allclose(mine.state_dict()[name], weight, atol=2e-3), name
+    saved = export_checkpoint.voice_files(SimpleNamespace(vocoder=exported), exported.parent)
+    again = load_vocoder(*saved)
+    for name, weight in mine.state_dict().items():
+        assert torch.allclose(again.state_dict()[name], weight, atol=1e-5), name
+    monkeypatch.setattr("echostream.checkpoint.layout.DEFAULT_BUNDLE", exported)
+    args = SimpleNamespace(checkpoint_dir=None, backend=None, device="cpu")
+    assert model_directory(args) == exported

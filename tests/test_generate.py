@@ -11,14 +11,14 @@ import torch
 
 pytest.importorskip("fairseq")
 
-from echostream import compat
+from echostream import plugin
 from echostream.constants import BLANK
 from echostream.data.manifest import read_manifest
 from echostream.errors import CheckpointError, ConfigError
 from echostream.models.decoders.unit_decoder import greedy_units
 from tests.training_data import NUM_UNITS, make_corpus, tiny_flags
 
-compat.register_with_fairseq()
+plugin.register_with_fairseq()
 
 
 def fairseq(tool: str, arguments: list[str]) -> None:

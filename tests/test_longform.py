@@ -17,7 +17,8 @@ from echostream.audio.io import read_audio, write_audio  # noqa: E402
 from echostream.data.manifest import Utterance, write_manifest  # noqa: E402
 from echostream.errors import EchoStreamError, MissingExtraError  # noqa: E402
 from echostream.evaluation import longform  # noqa: E402
-from echostream.evaluation.longform import Segment, Spoken, Talk  # noqa: E402
+from echostream.evaluation.longform import TalkOutput
+from echostream.evaluation.talks import Segment, Talk, cut, make_talks, read_talks  # noqa: E402
 
 REFERENCES = ["The house is big.", "Hello, my friend.", "What time is it now?"]
 TALK = Talk(Path("talk.wav"), tuple(Segment(3.0 * i, 2.0, text) for i, text in enumerate(REFERENCES)))
@@ -39,7 +40,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Utterance
 
 def test_talks_hold_their_sentences_where_they_say(rows: tuple[Path, list[Utterance]], tmp_path: Path) -> None:
     folder, utterances = rows
-    talks = longform.make_talks(utterances, folder, tmp_path, count=2, sentences=3, pauses=(0.2, 0.4), seed=3)
+    talks = make_talks(utterances, folder, tmp_path, count=2, sentences=3, pauses=(0.2, 0.4), seed=3)
     every = [segment for talk in talks for segment in talk.segments]
     assert sorted(s.reference for s in every) == sorted(u.tgt_text for u in utterances)  # none twice before all once
     for talk in talks:
@@ -48,13 +49,13 @@ def test_talks_hold_their_sentences_where_they_say(rows: tuple[Path, list[Uttera
         assert rate == 16000 and len(samples) == round(16000 * (last.offset + last.duration))
         for before, segment in zip((None, *talk.segments), talk.segments):
             level = 0.1 * (int(segment.reference.split()[-1][:-1]) + 1)
-            np.testing.assert_allclose(longform.cut(samples, segment), level, atol=1e-3)
+            np.testing.assert_allclose(cut(samples, segment), level, atol=1e-3)
             if before is not None:
                 pause = segment.offset - before.offset - before.duration
                 assert 0.2 <= pause <= 0.4 + 1e-3
                 end = round(16000 * (before.offset + before.duration))
                 assert not samples[end : end + round(16000 * pause)].any()
-    again = longform.read_talks(tmp_path)
+    again = read_talks(tmp_path)
     assert again == talks
     lines = (tmp_path / "segments.yaml").read_text().splitlines()
     assert len(lines) == 6 and yaml.safe_load(lines[0])[0].keys() == {"wav", "offset", "duration"}
@@ -63,7 +64,7 @@ def test_talks_hold_their_sentences_where_they_say(rows: tuple[Path, list[Uttera
 def test_talks_follow_their_seed_and_their_length(rows: tuple[Path, list[Utterance]], tmp_path: Path) -> None:
     folder, utterances = rows
     made = [
-        longform.make_talks(utterances, folder, tmp_path / str(i), count=1, minutes=0.1, seed=seed)
+        make_talks(utterances, folder, tmp_path / str(i), count=1, minutes=0.1, seed=seed)
         for i, seed in enumerate((1, 1, 2))
     ]
     texts = [made_one[0].references for made_one in made]
@@ -75,7 +76,7 @@ def test_talks_follow_their_seed_and_their_length(rows: tuple[Path, list[Utteran
 @pytest.mark.parametrize("change", [{"count": 0}, {"sentences": 0}, {"minutes": 0.0}, {"pauses": (0.5, 0.1)}])
 def test_impossible_talks(rows: tuple[Path, list[Utterance]], tmp_path: Path, change: dict) -> None:
     with pytest.raises(EchoStreamError, match="talks of|pauses of"):
-        longform.make_talks(rows[1], rows[0], tmp_path, **{"count": 1, **change})
+        make_talks(rows[1], rows[0], tmp_path, **{"count": 1, **change})
 
 
 @pytest.mark.parametrize(
@@ -91,13 +92,13 @@ def test_impossible_talks(rows: tuple[Path, list[Utterance]], tmp_path: Path, ch
 def test_bad_folders_of_talks(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     (tmp_path / "segments.yaml").write_text("- {wav: a.wav, offset: 0, duration: 1.5}\n")
     (tmp_path / "references.txt").write_text("one\n")
-    assert longform.read_talks(tmp_path)[0].segments == (Segment(0.0, 1.5, "one"),)
+    assert read_talks(tmp_path)[0].segments == (Segment(0.0, 1.5, "one"),)
     if text is None:
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_text(text)
     with pytest.raises(EchoStreamError, match=message):
-        longform.read_talks(tmp_path)
+        read_talks(tmp_path)
 
 
 def test_alignment_ignores_case_and_marks() -> None:
@@ -155,7 +156,7 @@ def ends_of(*sentences: str) -> tuple[list[str], list[int]]:
 )
 def test_boundary_f1(sentences: list[str], precision: float, recall: float) -> None:
     words, ends = ends_of(*sentences)
-    spoken = Spoken(words, [0.0] * len(words), [(end, 0.0) for end in ends], REFERENCES)
+    spoken = TalkOutput(words, [0.0] * len(words), [(end, 0.0) for end in ends], REFERENCES)
     figures = longform.score([TALK], [spoken], "levenshtein")
     assert figures["boundary_precision"] == pytest.approx(precision)
     assert figures["boundary_recall"] == pytest.approx(recall)
@@ -168,14 +169,14 @@ def test_a_weak_translation_lowers_the_ceiling() -> None:
     """Its words align badly, so that even ends in the right places seem wrong."""
     words, ends = ends_of(*REFERENCES)
     alone = [REFERENCES[1], "Goodbye!", REFERENCES[2]]  # the first sentence came out as the second one's words
-    spoken = Spoken(words, [0.0] * len(words), [(end, 0.0) for end in ends], alone)
+    spoken = TalkOutput(words, [0.0] * len(words), [(end, 0.0) for end in ends], alone)
     figures = longform.score([TALK], [spoken], "levenshtein")
     assert (figures["boundary_f1"], figures["boundary_f1_ceiling"]) == (1.0, 0.5)
 
 
 def test_tolerance_is_what_it_says() -> None:
     words, ends = ends_of("The house", "is big. Hello, my friend.", REFERENCES[2])
-    spoken = [Spoken(words, [0.0] * len(words), [(ends[0], 2.4), (ends[1], 6.0), (ends[2], 9.0)], REFERENCES)]
+    spoken = [TalkOutput(words, [0.0] * len(words), [(ends[0], 2.4), (ends[1], 6.0), (ends[2], 9.0)], REFERENCES)]
     for tolerance, expected in ((0, 0.5), (1, 0.5), (2, 1.0)):
         assert longform.score([TALK], spoken, "levenshtein", tolerance_words=tolerance)["boundary_f1"] == expected
     # By the clock: the true ends are at 2 s and 5 s, these at 2.4 s and 6 s.
@@ -187,7 +188,7 @@ def test_score_of_a_perfect_talk() -> None:
     words, ends = ends_of(*REFERENCES)
     # Every sentence's words come one second after its start, all at once.
     starts = np.repeat([0.0, 3000.0, 6000.0], [4, 3, 5])
-    spoken = Spoken(words, (starts + 1000).tolist(), [(end, 1.0) for end in ends], ["", *REFERENCES[1:]])
+    spoken = TalkOutput(words, (starts + 1000).tolist(), [(end, 1.0) for end in ends], ["", *REFERENCES[1:]])
     figures = longform.score([TALK], [spoken], "levenshtein")
     assert figures["BLEU"] == pytest.approx(100) and 50 < figures["isolated_BLEU"] < 100
     assert figures["share"] == pytest.approx(100 / figures["isolated_BLEU"])
@@ -204,8 +205,8 @@ def test_latencies_of_computing_and_of_speech() -> None:
     heard = starts + 2000 + 1000 * (np.arange(12) == 11)
     said = dict(words=words, delays=(starts + 1000).tolist(), ends=[(end, 1.0) for end in ends], isolated=REFERENCES)
     times = dict(heard=heard.tolist(), elapsed=(starts + 1200).tolist(), heard_elapsed=(heard + 200).tolist())
-    figures = longform.score([TALK], [Spoken(**said, **times)], "levenshtein")
-    plain = longform.score([TALK], [Spoken(**said)], "levenshtein")
+    figures = longform.score([TALK], [TalkOutput(**said, **times)], "levenshtein")
+    plain = longform.score([TALK], [TalkOutput(**said)], "levenshtein")
     assert not any("speech" in name or name.endswith("_CA") for name in plain)
     assert {name: figures[name] for name in plain} == plain
     assert figures["StreamLAAL_CA"] == pytest.approx(figures["StreamLAAL"] + 200)
@@ -272,7 +273,7 @@ def test_omnisteval_resegments_and_knows_longyaal() -> None:
         pytest.importorskip(name, reason="needs the extra longform")
     words, ends = ends_of("The house is big.", "Hello, my dear friend.", "What time is it?")
     starts = np.repeat([0.0, 3000.0, 6000.0], [4, 4, 4])
-    spoken = Spoken(words, (starts + 1500).tolist(), [(end, 1.0) for end in ends], REFERENCES)
+    spoken = TalkOutput(words, (starts + 1500).tolist(), [(end, 1.0) for end in ends], REFERENCES)
     figures = longform.score([TALK], [spoken], "omnisteval")
     own = longform.score([TALK], [spoken], "levenshtein")
     assert figures["resegmenter"] == "omnisteval" and figures["BLEU"] == pytest.approx(own["BLEU"])

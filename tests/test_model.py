@@ -186,7 +186,7 @@ def test_units_follow_what_was_written():
 
 def test_a_decoder_that_read_states_alone_goes_on_as_it_was(tmp_path):
     """--decoder-init of an ``mt`` checkpoint: the tokens' embeddings start at zero, the scores stay the same."""
-    from echostream.models.fairseq_model import DECODERS, take_over
+    from echostream.fairseq_model import DECODERS, take_over
 
     states, tokens = tiny(unit_decoder_input="mt"), tiny(1, unit_decoder_input="mt-tokens")
     torch.nn.init.zeros_(tokens.unit_decoder.tokens.weight)
@@ -417,9 +417,9 @@ def task(source: int = 11, target: int = 13, units: int = 13) -> SimpleNamespace
 @pytest.fixture(scope="module")
 def fairseq_models():
     pytest.importorskip("fairseq")
-    from echostream import compat
+    from echostream import plugin
 
-    compat.register_with_fairseq()
+    plugin.register_with_fairseq()
     from fairseq import models
 
     return models

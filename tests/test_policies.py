@@ -20,7 +20,7 @@ from echostream.streaming import (
     WaitKPolicy,
     make_policy,
 )
-from echostream.streaming.policy import Draft
+from echostream.streaming.policies.base import Draft
 from tests.test_streaming import BUNDLES, assert_same, cut, of, progress, speech, translate
 
 POLICIES = {

@@ -28,6 +28,7 @@ import yaml
 pytest.importorskip("torch")
 pytest.importorskip("simuleval")
 
+from echostream.commands import PROGRAMS  # noqa: E402
 from tests.test_catalogues import write_mo  # noqa: E402
 from tests.test_corpus import Tones, Whistler, pairs, tone  # noqa: E402
 from tests.test_streamspeech import write_streamspeech  # noqa: E402
@@ -54,20 +55,20 @@ COMMANDS = list(dict.fromkeys(line.partition(" #")[0].strip() for line in EVERY_
 
 # Options of small stand-ins: what is put behind a command, or replaced in it.
 BEHIND = {
-    "prepare_corpus.py all .*--pairs": "--train-pairs 24 --dev-pairs 4 --features mfcc --num-units 20 --positions 0",
-    "prepare_corpus.py all .*--cvss": "--features mfcc --num-units 20 --positions 0",
-    "prepare_corpus.py respeak ": "--features mfcc --num-units 20 --positions 0",
-    "prepare_corpus.py text .*--train-only": "--vocab-size 40",
+    "echostream prepare all .*--pairs": "--train-pairs 24 --dev-pairs 4 --features mfcc --num-units 20 --positions 0",
+    "echostream prepare all .*--cvss": "--features mfcc --num-units 20 --positions 0",
+    "echostream prepare respeak ": "--features mfcc --num-units 20 --positions 0",
+    "echostream prepare text .*--train-only": "--vocab-size 40",
     "import-streamspeech": f"--num-units {NUM_UNITS}",
-    "train.py ": "--dry-run",
-    "ablate.py ": "--dry-run",
-    "unit_report.py ": "--limit 4",
-    "evaluate.py resynthesis ": "--limit 2",
-    "evaluate.py simul ": "--limit 1",
-    "evaluate.py (sweep|longform) ": "--checkpoint-dir bundles/es-en",
-    "evaluate.py sweep .*--output runs/sweep": "--grid lagging_k1=1 wait_k=2 agreement_n=2 alignatt_frames=12",
-    "evaluate.py cascade ": "--limit 2",
-    "evaluate.py report ": "--samples 20",
+    "echostream train ": "--dry-run",
+    "echostream ablate ": "--dry-run",
+    "echostream unit-report ": "--limit 4",
+    "echostream evaluate resynthesis ": "--limit 2",
+    "echostream evaluate simul ": "--limit 1",
+    "echostream evaluate (sweep|longform) ": "--checkpoint-dir bundles/es-en",
+    "echostream evaluate sweep .*--output runs/sweep": "--grid lagging_k1=1 wait_k=2 agreement_n=2 alignatt_frames=12",
+    "echostream evaluate cascade ": "--limit 2",
+    "echostream evaluate report ": "--samples 20",
 }
 INSTEAD = [
     (r"--vocab-size \d+", "--vocab-size 40"),
@@ -85,7 +86,7 @@ INSTEAD = [
     (r"--minutes 60", "--updates 2"),  # minutes are measured by training, even in a dry run
     (r"--count 10 --minutes 5", "--count 1 --sentences 2"),
 ]
-PARSED = ("scripts/benchmark.py", "scripts/load_test.py", "scripts/train_vocoder.py")
+PARSED = ("benchmark", "load-test", "train-vocoder")
 
 
 def test_every_page_stands_in_the_navigation() -> None:
@@ -130,9 +131,9 @@ class Ear:
 @pytest.fixture(scope="module")
 def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory with everything that the README's commands name, as the current one."""
+    from echostream.commands import evaluations as evaluate
     from echostream.data.corpus import tts
-    from echostream.evaluation import asr, simul
-    from scripts import evaluate
+    from echostream.evaluation import asr
 
     folder = tmp_path_factory.mktemp("readme")
     for name in ("scripts", "agent", "configs", "echostream", "Makefile", "setup.py"):
@@ -174,7 +175,7 @@ def sandbox(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.chdir(folder)
         patch.setattr(tts, "Kokoro", lambda source, voices, language: Tones(tuple(voices)))
         patch.setattr(tts, "Hibari", Whistler)
-        patch.setattr(simul, "load_recogniser", Ear)
+        patch.setattr("echostream.evaluation.simul_quality.load_recogniser", Ear)
         patch.setattr(evaluate, "load_recogniser", Ear)
         patch.setattr(asr, "Whisper", Ear)
         patch.setattr(evaluate, "require", lambda *a: None)
@@ -210,21 +211,27 @@ def test_case_08_every_snippet_runs(sandbox: Path, text: str, capsys: pytest.Cap
         assert sum(map(len, played)) == sum(map(len, waves)) > 0
 
 
-def run_python(path: str, words: list[str]) -> None:
-    name = Path(path).stem
-    script = importlib.import_module(f"scripts.{name}")
-    if path in PARSED:
-        parser = script.get_parser() if hasattr(script, "get_parser") else script.parser()
+def run_program(name: str, words: list[str]) -> None:
+    """One of ``echostream.commands``, or a script that is none of them."""
+    module = PROGRAMS[name][0] if name in PROGRAMS else f"scripts.{name.replace('-', '_')}"
+    program = importlib.import_module(module)
+    if name in PARSED:
+        parser = program.get_parser() if hasattr(program, "get_parser") else program.parser()
         parser.parse_args(words)
-    elif name == "export_checkpoint":
+    elif name == "export-checkpoint":
         asked: list[object] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script, "export", asked.append)
-            call(script.main, path, words)
+            patch.setattr(program, "export", asked.append)
+            call(program.main, name, words)
         assert asked and asked[0].vocoder.exists() and (asked[0].data / "config.yaml").is_file()
         assert [Path(path).is_file() for path in asked[0].checkpoint] == [True]
     else:
-        call(script.main, path, words)
+        call(program.main, name, words)
+
+
+def command_of(script: str) -> str:
+    """What a script is as a command of ``echostream``: its name with hyphens, but for the one that was renamed."""
+    return "prepare" if script == "prepare_corpus" else script.replace("_", "-")
 
 
 def call(main: Callable[..., object], name: str, words: list[str]) -> None:
@@ -242,7 +249,7 @@ def parse_fairseq(tool: str, words: list[str]) -> None:
     """All flags are fairseq's or the plugin's, with values that they take."""
     from fairseq import options
 
-    from echostream.compat import register_with_fairseq
+    from echostream.plugin import register_with_fairseq
 
     register_with_fairseq()
     parser = {"train": options.get_training_parser, "generate": options.get_generation_parser}[tool]()
@@ -253,7 +260,7 @@ def parse_fairseq(tool: str, words: list[str]) -> None:
 
 def run_train(words: list[str], capsys: pytest.CaptureFixture) -> None:
     capsys.readouterr()
-    run_python("scripts/train.py", words)
+    run_program("train", words)
     printed = shlex.split(capsys.readouterr().out)
     assert printed[0] == "fairseq-train"
     parse_fairseq("train", printed[1:])
@@ -322,7 +329,7 @@ def test_case_08_every_command_runs(
     from echostream import cli
     from echostream.agent.__main__ import main as run_agent
 
-    line = COMMANDS[number]
+    line = re.sub(r"^python scripts/(\w+)\.py", lambda found: f"echostream {command_of(found[1])}", COMMANDS[number])
     for pattern, text in INSTEAD:
         line = re.sub(pattern, text, line)
     for pattern, text in BEHIND.items():
@@ -341,20 +348,21 @@ def test_case_08_every_command_runs(
     elif program == "serve":  # Ray's
         module, _, name = rest[1].partition(":")
         assert callable(getattr(importlib.import_module(module), name))
+    elif program == "echostream" and rest[0] == "train":
+        run_train(rest[1:], capsys)
+    elif program == "echostream" and (rest[0] in PROGRAMS or rest[0] == "load-test"):
+        run_program(rest[0], rest[1:])
     elif program == "echostream":
         call(cli.main, program, rest)
     elif program in ("torchrun", "srun"):
         assert "torchrun" in words[:2]
-        script = words.index("scripts/train.py")
+        launched = words.index("-m")
         launcher = importlib.import_module("torch.distributed.run").get_args_parser()
-        assert launcher.parse_args(words[words.index("torchrun") + 1 : script + 1]).nproc_per_node == "2"
-        run_train(words[script + 1 :], capsys)
+        asked = launcher.parse_args([*words[words.index("torchrun") + 1 : launched], "-m", "echostream"])
+        assert asked.nproc_per_node == "2" and words[launched + 1 : launched + 3] == ["echostream", "train"]
+        run_train(words[launched + 3 :], capsys)
     elif program == "ray":  # tests/test_corpus_cluster.py and test_serve_ray.py start one
         assert rest == ["start", "--head"]
-    elif program == "python" and rest[0] == "scripts/train.py":
-        run_train(rest[1:], capsys)
-    elif program == "python" and rest[0] != "-m":
-        run_python(rest[0], rest[1:])
     elif program == "fairseq-generate":
         parse_fairseq("generate", rest)
         stand_in(sandbox, rest)
@@ -372,5 +380,5 @@ def test_case_08_every_command_runs(
     else:
         pytest.fail(f"nothing here knows how to run {program!r}")
     made = re.search(r"(?:^|\s)(?:-o|--output|--subtitles|--timeline) ([\w./-]+)", line)
-    if made and made[1] != "-" and program != "fairseq-generate" and "export_checkpoint" not in line:
+    if made and made[1] != "-" and program != "fairseq-generate" and "export-checkpoint" not in line:
         assert Path(made[1]).exists()

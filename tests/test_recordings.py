@@ -14,7 +14,7 @@ from echostream.data.corpus.recordings import MARGIN, Cut, find_recordings, piec
 from echostream.data.corpus.rows import read_table
 from echostream.data.manifest import SPEECH, read_manifest
 from echostream.errors import AudioError, ConfigError, ManifestError
-from echostream.streaming.silero import WINDOW
+from echostream.streaming.segmenters.silero import WINDOW
 
 RATE = 22050
 
@@ -50,7 +50,7 @@ def speak(path: Path, *seconds: float, rate: int = RATE, channels: int = 1) -> N
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cli, "load_silero", lambda path=None: Loudness())
+    monkeypatch.setattr("echostream.data.corpus.further.load_silero", lambda path=None: Loudness())
     monkeypatch.setattr(Loudness, "heard", [])
     speak(tmp_path / "in/a/talk.flac", 2.5, 0.6, 3.0, 5.0, 1.0, channels=2)  # the last is too short and too far
     speak(tmp_path / "in/b.wav", 1.2, 0.5, 1.3)

@@ -21,7 +21,7 @@ from echostream.errors import EchoStreamError  # noqa: E402
 from echostream.evaluation import quality, sweep  # noqa: E402
 from echostream.evaluation.cascade import run_cascade  # noqa: E402
 from echostream.evaluation.significance import MEASURES, bootstrap  # noqa: E402
-from tests.evaluate_script import evaluate, script  # noqa: E402
+from tests.evaluate_script import evaluate  # noqa: E402
 
 MEASURE = {measure.name: measure for measure in MEASURES}
 NOUNS = "boat house car dog cat tree book table garden window".split()
@@ -244,7 +244,7 @@ def test_what_was_heard_offline_is_kept(results: Path, monkeypatch: pytest.Monke
     lines = [json.loads(line) | {"wav": f"wav/{i}.wav"} for i, line in enumerate(path.read_text().splitlines())]
     write_lines(path, lines)
     engine = SimpleNamespace(name="Ear", transcribe_file=lambda wav: worse(int(wav.stem)))
-    monkeypatch.setattr(script, "load_recogniser", lambda name: engine)
+    monkeypatch.setattr("echostream.commands.evaluations.load_recogniser", lambda name: engine)
     assert evaluate("offline", path).returncode == 0
     (row,) = table(report(results, f"--system=good={path}"), "Quality")
     assert value(row["ASR-BLEU"]) == round(quality.asr_bleu([worse(i) for i in range(COUNT)], REFERENCES), 2)

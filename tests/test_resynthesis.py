@@ -15,13 +15,14 @@ pytest.importorskip("sacrebleu")
 pytest.importorskip("jiwer")
 
 from echostream.audio.io import load_audio, write_audio  # noqa: E402
+from echostream.checkpoint import DEFAULT_BUNDLE  # noqa: E402
 from echostream.data.manifest import Utterance, write_manifest  # noqa: E402
 from echostream.errors import AudioError, ManifestError, UnitError  # noqa: E402
 from echostream.evaluation import resynthesis  # noqa: E402
 from echostream.evaluation.mos import DNSMOS  # noqa: E402
 from echostream.models.decoders.vocoder_checkpoint import load_vocoder  # noqa: E402
 from tests.conftest import NUM_UNITS  # noqa: E402
-from tests.evaluate_script import evaluate, script  # noqa: E402
+from tests.evaluate_script import evaluate  # noqa: E402
 
 TEXTS = {"a": "One two three four five.", "b": "Six seven eight nine ten."}
 
@@ -81,7 +82,7 @@ def test_nothing_to_say(corpus: Path) -> None:
 
 
 def test_the_command(corpus: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "load_recogniser", lambda name: Listener())
+    monkeypatch.setattr("echostream.commands.evaluations.load_recogniser", lambda name: Listener())
     monkeypatch.setitem(sys.modules, "speechmos", None)  # as if it were not installed
     done = evaluate("resynthesis", corpus, "--vocoder", tiny_bundle, "--json", corpus / "out" / "figures.json")
     assert done.returncode == 0, done.stderr
@@ -163,7 +164,7 @@ def test_short_recordings_are_repeated_and_the_mark_is_a_mean() -> None:
 def test_noise_costs_marks() -> None:
     pytest.importorskip("speechmos")
     pytest.importorskip("onnxruntime")
-    speech = load_audio(next((Path(script.ROOT) / "echostream" / "assets" / "demo").glob("*.*g")))
+    speech = load_audio(next((DEFAULT_BUNDLE.parent / "demo").glob("*.*g")))
     noisy = speech + np.random.default_rng(1).normal(0, 0.05, len(speech)).astype(np.float32)
     mos = DNSMOS()
     assert 1 < mos.score(noisy) + 0.3 < mos.score(speech) < 5

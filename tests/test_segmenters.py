@@ -14,12 +14,15 @@ import pytest
 from echostream.audio.io import load_audio
 from echostream.errors import CheckpointError, ConfigError, MissingExtraError
 from echostream.evaluation import no_speech
-from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, silero
-from echostream.streaming.pause import PauseSegmenter, SpeechGate
-from echostream.streaming.policy import CTCCountPolicy
-from echostream.streaming.punctuation import CTPunctuation, CTSegmenter
-from echostream.streaming.segmenter import CombinedSegmenter, NoSegmenter, PunctuationSegmenter, Spoken, make_segmenter
-from echostream.streaming.silero import load_silero
+from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession
+from echostream.streaming.policies.counting import CTCCountPolicy
+from echostream.streaming.segmenters import silero
+from echostream.streaming.segmenters.base import CombinedSegmenter, CTCToken, NoSegmenter
+from echostream.streaming.segmenters.ct_transformer import CTPunctuation, CTSegmenter
+from echostream.streaming.segmenters.factory import make_segmenter
+from echostream.streaming.segmenters.pause import PauseSegmenter, SpeechGate
+from echostream.streaming.segmenters.punctuation import PunctuationSegmenter
+from echostream.streaming.segmenters.silero import load_silero
 from echostream.text import Vocabulary
 
 onnx = pytest.importorskip("onnx")
@@ -100,8 +103,8 @@ def write_vad(path: Path) -> Path:
     return path
 
 
-def spoken(*frames: int) -> tuple[Spoken, ...]:
-    return tuple(Spoken(4, frame) for frame in frames)
+def spoken(*frames: int) -> tuple[CTCToken, ...]:
+    return tuple(CTCToken(4, frame) for frame in frames)
 
 
 # ------------------------------------------------------------------------------------------------ CT-Transformer
@@ -152,7 +155,7 @@ def test_full_stops_of_the_ct_transformer(tmp_path):
     hola, comma, como, est, tas, stop, hoy = range(4, 11)
     segmenter = CTSegmenter(CTPunctuation.load(write_ct(tmp_path / "ct")), words, lookahead=2)
     tokens = [(hola, 3), (comma, 5), (como, 8), (est, 11), (tas, 14), (stop, 17), (hoy, 20), (como, 25)]
-    heard = tuple(Spoken(*pair) for pair in tokens)
+    heard = tuple(CTCToken(*pair) for pair in tokens)
     for count in range(len(heard)):
         assert segmenter.find((), heard[:count], 99, {}) is None  # two words must follow
     ending = segmenter.find((), heard, 99, {})
@@ -344,8 +347,8 @@ def test_the_detector_needs_neither_torch_nor_onnxruntime():
     check = """
 import sys, numpy as np
 sys.modules["torch"] = sys.modules["onnxruntime"] = None
-from echostream.streaming.pause import PauseSegmenter
-from echostream.streaming.silero import load_silero
+from echostream.streaming.segmenters.pause import PauseSegmenter
+from echostream.streaming.segmenters.silero import load_silero
 segmenter = PauseSegmenter(load_silero(), 300)
 memory = segmenter.hear(np.zeros(32000, np.float32), segmenter.init_audio())
 assert memory["count"].tolist() == [62, 0, -1], memory["count"]
@@ -370,7 +373,7 @@ def test_the_first_end_counts():
             return {"x": memory["x"] + len(samples)}
 
         def find(self, source, target, frames, memory):
-            from echostream.streaming.segmenter import Ending
+            from echostream.streaming.segmenters.base import Ending
 
             return None if self.frame is None else Ending("at", closing=int(memory["x"][0]))
 

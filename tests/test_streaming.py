@@ -39,8 +39,8 @@ from echostream.streaming import (
     Waveform,
     make_policy,
 )
-from echostream.streaming.engine import loop_length
-from echostream.streaming.policy import Progress
+from echostream.streaming.policies.base import Progress
+from echostream.streaming.writing import loop_length
 from echostream.text import Vocabulary
 from tests.conftest import NUM_UNITS, tiny_config, tiny_voice
 
@@ -406,7 +406,7 @@ def test_state_does_not_grow():
     for i in range(12):
         session.push(speech(2.0, seed=i))
         assert session.nbytes == size
-        assert len(session._track.stream.recent) <= 125 and len(session._track.clock.samples) < 5120
+        assert len(session._state.stream.recent) <= 125 and len(session._state.clock.samples) < 5120
     assert session.elapsed_s == pytest.approx(sum(session.stage_seconds.values()), rel=0.5)
     assert set(session.stage_seconds) == {"features", "encoder", "text", "units", "vocoder"}
 
@@ -483,6 +483,43 @@ def test_a_batch_gives_each_stream_what_it_gets_alone(unit_input):
     together = parity.translate_together(bundle, recordings, 3, rng, policy=CTCCountPolicy(1, 1))
     for events, samples in zip(together, recordings):
         assert_same(events, translate(bundle, samples))
+
+
+@pytest.mark.parametrize("unit_input", BUNDLES)
+def test_saved_streams_of_a_batch_go_on_in_another_as_if_nothing_had_been(unit_input, tmp_path):
+    """All rows are saved in the middle of a sentence; one goes on alone, and one that was alone goes on in a batch."""
+    bundle = BUNDLES[unit_input]
+    recordings = [speech(seconds, seed=20 + i) for i, seconds in enumerate((3.0, 2.2, 2.6))]
+    expected = [translate(bundle, samples) for samples in recordings]
+    first, alone = SessionBatch(bundle, 3, CTCCountPolicy(1, 1)), StreamingSession(bundle, CTCCountPolicy(1, 1))
+    numbers = [first.join(), first.join()]
+    events = list(first.push({n: recordings[n][: 20_000 + 333 * n] for n in numbers}).values())
+    events.append(alone.push(recordings[2][:17_000]))
+    later = first.snapshot(0)
+    first.push({0: speech(1.0, seed=3)})  # what comes after the snapshot is not in it
+    later(tmp_path / "0.npz")
+    first.save(1, tmp_path / "1.npz")
+    alone.save(tmp_path / "2.npz")
+    second = SessionBatch(bundle, 2, CTCCountPolicy(1, 1))
+    second.push({second.join(): speech(0.9, seed=4)})
+    second.leave(0)  # whose row is used again
+    there = [second.restore(tmp_path / f"{n}.npz") for n in (2, 0)]
+    assert there == [1, 2]
+    alone.restore(tmp_path / "1.npz")
+    rest = {1: recordings[2][17_000:], 2: recordings[0][20_000:]}
+    for found in (second.push(rest), second.finish(1, 2)):
+        events[2] += found[1]
+        events[0] += found[2]
+    events[1] += alone.push(recordings[1][20_333:]) + alone.finish()
+    for found, wanted in zip(events, expected):
+        assert_same(found, wanted)
+    with pytest.raises(SessionError, match="places"):
+        second.restore(tmp_path / "0.npz")
+    (tmp_path / "0.npz").write_bytes(b"not an archive")
+    second.leave(1)
+    with pytest.raises(SessionError, match="not a npz archive"):
+        second.restore(tmp_path / "0.npz")
+    assert second.join() == 3  # the place is still free
 
 
 def test_batch_refusals():
@@ -670,7 +707,6 @@ def progress(source: int, target: int, written: int = 0, **changes) -> Progress:
         target_tokens=target,
         target_token_frames=tuple(3 * i for i in range(target)),
         written=written,
-        unit_inputs=0,
         units_read_text=True,
     )
     return Progress(**{**values, **changes})

@@ -139,7 +139,7 @@ def test_sweep_measures_what_simuleval_measures(tiny_bundle: Path, tmp_path: Pat
         write_audio(path, samples)
     references = ["The house is big.", "Hello, my friend."]
     options = {"checkpoint_dir": tiny_bundle, "chunk_ms": 320, "output_type": "text", "policy": "wait-k", "wait_k": 1}
-    run.simulate(paths, references, tmp_path / "out", ROOT / "agent" / "echostream_agent.py", options)
+    run.simulate(paths, references, tmp_path / "out", options)
     theirs = run.score(tmp_path / "out", output="text")
     policy = make_policy("wait-k", wait_k=1)
     found = list(stream(load_bundle(tiny_bundle), map(load_audio, paths), {"policy": policy, "speech": False}))

@@ -246,8 +246,8 @@ def test_torch_takes_the_same_weights(exports: dict[str, Path], tiny_bundle: Pat
 
 def test_training_starts_from_it(exports: dict[str, Path], tiny_bundle: Path) -> None:
     pytest.importorskip("fairseq")
+    from echostream.fairseq_model import DECODERS, ENCODER, HEADS, take_over
     from echostream.models.echostream_model import build_echostream_model
-    from echostream.models.fairseq_model import DECODERS, ENCODER, HEADS, take_over
 
     original = load_bundle(tiny_bundle)
     for source in (exports["fp32"], tiny_bundle):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import soundfile
 import torch
 
+from echostream.commands import train_vocoder
 from echostream.data.corpus.rows import Row, write_rows
 from echostream.errors import AudioError, CheckpointError, ConfigError, ManifestError
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
@@ -29,7 +29,8 @@ from echostream.vocoder.losses import (
     generator_loss,
     mel_filters,
 )
-from echostream.vocoder.trainer import Trainer, TrainerOptions
+from echostream.vocoder.options import TrainerOptions
+from echostream.vocoder.trainer import Trainer
 
 UNITS = 6
 CHOICE = dict(
@@ -47,11 +48,6 @@ SMALL = VocoderConfig.preset(
 OPTIONS = TrainerOptions(
     batch_size=2, piece_frames=12, learning_rate=3e-3, learning_rate_warmup=5, gan_start=1000, half_life=1000
 )
-script = importlib.util.spec_from_file_location(
-    "train_vocoder", Path(__file__).parents[1] / "scripts" / "train_vocoder.py"
-)
-train_vocoder = importlib.util.module_from_spec(script)
-script.loader.exec_module(train_vocoder)
 
 
 @pytest.fixture(scope="module", autouse=True)

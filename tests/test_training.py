@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("fairseq")
 
-from echostream import compat
+from echostream import plugin
 from echostream.constants import NUM_SPECIALS
 from echostream.data.config import DataConfig
 from echostream.data.dataset import Augmentation, SpeechToSpeechDataset
@@ -24,14 +24,13 @@ from echostream.data.joining import JoinPolicy
 from echostream.errors import CheckpointError, ConfigError, EchoStreamError, ManifestError
 from tests.training_data import TINY_MODEL, make_corpus, tiny_flags
 
-compat.register_with_fairseq()
+plugin.register_with_fairseq()
 
 from echostream.criterions.multitask_criterion import MultitaskCriterion  # noqa: E402
 from echostream.criterions.visibility import expected_counts, heard_when_due  # noqa: E402
 from echostream.models.echostream_model import EchoStreamConfig, SentenceWindows, build_echostream_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @pytest.fixture(scope="module")
@@ -360,12 +359,11 @@ def test_plain_commands(corpus, tmp_path, monkeypatch):
     assert {"loss", "asr_ter", "st_ter", "uer", "mt_acc"} <= set(figures)
 
 
-# --- scripts/train.py
+# --- echostream train
 
 
 def test_yaml_becomes_a_command(tmp_path):
-    from train import command
-
+    from echostream.commands.train import command
     from echostream.recipe import read_flags
 
     path = tmp_path / "config.yaml"

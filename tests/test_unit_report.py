@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +11,6 @@ import soundfile
 
 from echostream.units.align import SILENCE, align, phone_states
 from echostream.units.report import bit_rate, entropy, purity
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 
 def test_purity_by_hand():
@@ -71,7 +67,7 @@ def test_alignment_finds_the_boundaries():
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 @pytest.mark.parametrize("compare", [False, True])
 def test_the_command(tmp_path, compare, capsys):
-    import unit_report
+    from echostream.commands import unit_report
 
     rng = np.random.default_rng(1)
     (tmp_path / "target").mkdir()

@@ -15,7 +15,7 @@ from torch import Tensor
 from echostream.errors import CheckpointError, ConfigError, UnitError
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_vocoder, load_weights, save_vocoder
-from echostream.models.decoders.vocoder_layers import DurationClassifier, Whole, pack_weights
+from echostream.models.decoders.vocoder_layers import DurationClassifier, WholeFlow, pack_weights
 from echostream.models.state import State
 
 UNITS = 40
@@ -244,7 +244,7 @@ def test_lookahead_is_what_it_says(model):
 
 
 def _frames(model: CodeHiFiGAN, row: Tensor) -> Tensor:
-    return model.predict_durations(model.duration_input(row[None], Whole(None)), Whole(None))[0]
+    return model.predict_durations(model.duration_input(row[None], WholeFlow(None)), WholeFlow(None))[0]
 
 
 def test_lookahead_of_the_presets():
@@ -280,7 +280,7 @@ def test_a_chosen_duration_looks_no_further_ahead_than_the_frames():
         other = row.clone()
         other[at:] = (other[at:] + 17) % UNITS
         assert torch.equal(_frames(model, other)[: at - 2], before[: at - 2])
-    flow = Whole(None)
+    flow = WholeFlow(None)
     seen = model.dur_predictor(model.duration_input(row[None], flow), flow)
     row[10] += 1
     changed = (model.dur_predictor(model.duration_input(row[None], flow), flow) - seen).abs().amax(2)[0]

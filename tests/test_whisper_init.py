@@ -17,14 +17,10 @@ from echostream.constants import EOS, PAD, WHISPER_SILENCE  # noqa: E402
 from echostream.errors import CheckpointError, ConfigError  # noqa: E402
 from echostream.models.decoders.transformer_decoder import MTDecoder  # noqa: E402
 from echostream.models.echostream_encoder import EchoStreamEncoder  # noqa: E402
-from echostream.models.whisper_init import (  # noqa: E402
-    chosen_layers,
-    decoder_weights,
-    encoder_weights,
-    whisper_config,
-)
+from echostream.models.whisper_init import chosen_layers, decoder_weights, encoder_weights, whisper_config  # noqa: E402
 from echostream.whisper.reference import WhisperReference  # noqa: E402
-from echostream.whisper.tokens import TIMESTAMPS, TokenOrigins  # noqa: E402
+from echostream.whisper.subwords import TokenOrigins  # noqa: E402
+from echostream.whisper.tokens import TIMESTAMPS  # noqa: E402
 from echostream.whisper.weights import WhisperWeights  # noqa: E402
 from tests.whisper_models import DIMS, ctranslate2_variables, random_parameters, write_ctranslate2  # noqa: E402
 

@@ -20,16 +20,8 @@ from echostream.data.corpus.normalize import normalize_text
 from echostream.data.corpus.subwords import train_subwords
 from echostream.errors import CheckpointError, ManifestError, MissingExtraError
 from echostream.text import Vocabulary
-from echostream.whisper.tokens import (
-    _BYTES,
-    END_OF_TEXT,
-    TokenOrigins,
-    WhisperBPE,
-    piece_origins,
-    same_segmentation,
-    split_words,
-    write_whisper_subwords,
-)
+from echostream.whisper.subwords import TokenOrigins, piece_origins, same_segmentation, write_whisper_subwords
+from echostream.whisper.tokens import _BYTES, END_OF_TEXT, WhisperBPE, split_words
 
 PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "tatoeba-es-en.tsv.gz"
 SENTENCES = [

@@ -27,9 +27,11 @@ from simuleval.agents.states import AgentStates
 from simuleval.data.segments import EmptySegment, Segment, TextSegment
 
 from echostream.agent.pieces import OUTPUTS, Pieces
-from echostream.checkpoint import BACKENDS, DEFAULT_BUNDLE, Bundle, load_bundle
+from echostream.checkpoint import BACKENDS, DEFAULT_BUNDLE, Bundle, load_bundle, use_threads
 from echostream.errors import EchoStreamError
-from echostream.evaluation.simul import SpeechPiece, add_recogniser_arguments, register
+from echostream.evaluation.simul import register
+from echostream.evaluation.simul_instances import SpeechPiece
+from echostream.evaluation.simul_quality import add_recogniser_arguments
 from echostream.streaming.events import Event, Waveform
 from echostream.streaming.exported.model import ExportedModel
 from echostream.streaming.options import add_policy_arguments, add_segmenter_arguments, session_options
@@ -104,6 +106,7 @@ class SessionAgent(GenericAgent):
                     f"--{side}-type {asked}, but this agent's is {given}; what comes out is chosen by --output-type"
                 )
         self.bundle = load_bundle(args.checkpoint_dir, args.device, args.backend, args.threads)
+        use_threads(self.bundle, args.threads)
         if self.bundle.vocoder is None and self.target_type == "speech":
             raise EchoStreamError(
                 f"checkpoint directory {args.checkpoint_dir} has no vocoder, so that it cannot speak; "
@@ -147,7 +150,7 @@ class SessionAgent(GenericAgent):
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
         parser.add_argument(
-            "--checkpoint-dir", type=Path, default=DEFAULT_BUNDLE, help="made by scripts/export_checkpoint.py"
+            "--checkpoint-dir", type=Path, default=DEFAULT_BUNDLE, help="made by echostream export-checkpoint"
         )
         if not cls.output:
             parser.add_argument(

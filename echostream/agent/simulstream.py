@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from echostream.agent.pieces import OUTPUTS, Pieces
-from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle
+from echostream.checkpoint import DEFAULT_BUNDLE, Bundle, load_bundle, use_threads
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import ConfigError, EchoStreamError, require
 from echostream.streaming.events import Event
@@ -55,32 +55,33 @@ class EchoStreamProcessor(SpeechProcessor):
 
     def __init__(self, config: SimpleNamespace):
         super().__init__(config)
-        said = vars(config)
-        self.output = said.get("output", "text")
-        for name in said:
+        given = vars(config)
+        self.output = given.get("output", "text")
+        for name in given:
             if name not in (*HOST, *MODEL, *SESSION, "output"):
                 known = ", ".join((*HOST, *MODEL, "output", *SESSION))
                 raise ConfigError(f"simulstream's configuration has the unknown key {name!r}; known: {known}")
         if self.output not in CHOICES:
             raise ConfigError(f"output is {self.output!r} in simulstream's configuration; choose {', '.join(CHOICES)}")
-        size = said.get("speech_chunk_size")
+        size = given.get("speech_chunk_size")
         if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0.01 <= size <= 60:
             raise ConfigError(f"speech_chunk_size is {size!r} in simulstream's configuration; 0.01 to 60 seconds")
         self.bundle = self.load_model(config)
         if self.output == "speech" and self.bundle.vocoder is None:
-            raise ConfigError(f"checkpoint directory {said.get('checkpoint_dir')} has no vocoder; take output: text")
-        options = {name: said[name] for name in SESSION if said.get(name) is not None}
+            raise ConfigError(f"checkpoint directory {given.get('checkpoint_dir')} has no vocoder; take output: text")
+        options = {name: given[name] for name in SESSION if given.get(name) is not None}
         self.session = StreamingSession(self.bundle, **OUTPUTS[self.output], **options)
         self._start()
 
     @classmethod
     def load_model(cls, config: SimpleNamespace) -> Bundle:
         """The model, loaded once however many processors share it."""
-        said = {name: getattr(config, name, default) for name, default in MODEL.items()}
-        key = tuple(map(str, said.values()))
+        given = {name: getattr(config, name, default) for name, default in MODEL.items()}
+        key = tuple(map(str, given.values()))
         if key not in cls._bundles:
-            directory = said["checkpoint_dir"] or DEFAULT_BUNDLE
-            cls._bundles[key] = load_bundle(directory, said["device"], said["backend"], said["threads"])
+            directory = given["checkpoint_dir"] or DEFAULT_BUNDLE
+            cls._bundles[key] = load_bundle(directory, given["device"], given["backend"], given["threads"])
+            use_threads(cls._bundles[key], given["threads"])
         return cls._bundles[key]
 
     def process_chunk(self, waveform: np.ndarray) -> IncrementalOutput:

@@ -1,1 +1,1 @@
-"""What ``scripts/benchmark.py`` measures; see the modules."""
+"""What ``echostream benchmark`` measures; see the modules."""

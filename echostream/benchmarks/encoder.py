@@ -1,4 +1,4 @@
-"""``benchmark.py encoder``: what 160 ms of speech cost the encoder, subsampler included, next to other encoders.
+"""``echostream benchmark encoder``: what 160 ms of speech cost the encoder with its subsampler, next to other encoders.
 
 All contenders take turns segment by segment, so that a busy neighbour slows all of them alike:
 
@@ -38,9 +38,9 @@ from echostream.export.weights import write_graphs
 from echostream.models.echostream_encoder import EchoStreamEncoder
 from echostream.models.graphs import EncoderGraph
 from echostream.models.subsampler import Subsampler
-from echostream.streaming.exported.hearing import ExportedHearing
+from echostream.streaming.exported.encoder import ExportedEncoder
 from echostream.streaming.exported.model import ExportedModel
-from echostream.streaming.stages import Listen
+from echostream.streaming.stages import Encode
 
 Step = Callable[[np.ndarray], np.ndarray]  # features [B, 4 S, F] of a segment to encoder frames [B, S, D]
 
@@ -106,18 +106,18 @@ def torch_step(encoder: EchoStreamEncoder, batch: int) -> Step:
     return step
 
 
-class _EncoderAlone(ExportedHearing):
+class _EncoderAlone(ExportedEncoder):
     def _heads(self, rows: list[int], frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         nothing = np.zeros(frames.shape[:2], dtype=np.int64)
         return nothing, nothing
 
 
 def exported_step(cfg: EchoStreamConfig, model: ExportedModel, batch: int) -> Step:
-    hearing = _EncoderAlone(cfg, model, batch)
+    encoder = _EncoderAlone(cfg, model, batch)
     rows = list(range(batch))
 
     def step(features: np.ndarray) -> np.ndarray:
-        return np.stack([heard.frames for heard in hearing.listen(rows, [Listen(f, False) for f in features])])
+        return np.stack([heard.frames for heard in encoder.encode(rows, [Encode(f, False) for f in features])])
 
     return step
 

@@ -1,4 +1,4 @@
-"""``benchmark.py all``: every benchmark with short settings, and a page of Markdown with a picture of what came out.
+"""``echostream benchmark all``: every benchmark with short settings, and a page with a picture of what came out.
 
 The picture shows what a segment of 160 ms costs each encoder after so many seconds of speech.
 """
@@ -29,12 +29,12 @@ COLOURS = {
 }
 LIMITS = """\
 - Weights are random and what the model says is forced, at the pace of real speech (3 subwords a second, 8 units each).
-  Costs do not depend on the weights, but quality is not measured here; for it see `scripts/evaluate.py`.
+  Costs do not depend on the weights, but quality is not measured here; for it see `echostream evaluate`.
 - Computing time alone: how late words come also depends on the policy, and on the audio that has to be waited for.
 - One run on one machine. Medians hold against short disturbances; on a machine with other work every figure is too
   high, by the caches and the memory bus that are shared. Ratios between contenders of one table suffer less.
 - torchaudio's Emformer stands behind our subsampler in eager torch in all its forms, since it has none of its own.
-- On Linux exported graphs ask for pages of 2 MB for their weights (`compat.huge_pages`); torch's lie where malloc put
+- On Linux exported graphs ask for pages of 2 MB for their weights (`memory.huge_pages`); torch's lie where malloc put
   them.
 - `recompute` has the shape of StreamSpeech's encoder, not its code, and only the encoder; its decoders and features
   would be computed again, too. Between chunks it costs nothing, so its share per segment falls with longer chunks.
@@ -104,7 +104,7 @@ def page(report: dict, picture: Path | None) -> str:
     first = parts[0]
     lines = [
         "# Benchmarks",
-        f"Written by `make bench` (`scripts/benchmark.py all`) on {report['date']}: {describe(first)}.",
+        f"Written by `make bench` (`echostream benchmark all`) on {report['date']}: {describe(first)}.",
         "Figures with a slash are the median and the 95th percentile, others medians. Encoders took turns segment by "
         "segment, as did training passes and vocoders; the backends of the whole chain ran one after the other.",
     ]
@@ -115,7 +115,7 @@ def page(report: dict, picture: Path | None) -> str:
         if part["benchmark"] == "stream" and part is next(p for p in parts if p["benchmark"] == "stream"):
             lines += _streams([p for p in parts if p["benchmark"] == "stream"])
     lines += ["## What these figures do not show", LIMITS, "## Commands"]
-    commands = [f"python scripts/benchmark.py {part['command']}  # load {part['load']:.1f}" for part in parts]
+    commands = [f"echostream benchmark {part['command']}  # load {part['load']:.1f}" for part in parts]
     return "\n\n".join([*lines, "\n".join(["```", *commands, "```"])]) + "\n"
 
 

@@ -1,9 +1,9 @@
-"""``benchmark.py train``: forward and backward of the Emformer layers alone (no subsampler), next to torchaudio's
-Emformer of the same sizes, and how the cost grows with the utterance's length.
+"""``echostream benchmark train``: forward and backward of the Emformer layers alone (no subsampler), next to
+torchaudio's Emformer of the same sizes, and how the cost grows with the utterance's length.
 
 The candidates take turns, so that a busy neighbour slows all of them alike; the figures are medians. On a CPU they do
 so twice: first with malloc as it is, where large tensors are faulted in anew at every step, then with freed memory kept
-(``compat.keep_freed_memory``), as EchoStream's training keeps it. The second helps the other Emformer more, which has
+(``memory.keep_freed_memory``), as EchoStream's training keeps it. The second helps the other Emformer more, which has
 the larger tensors.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from echostream.benchmarks.common import add_options, clock_of, describe, interleaved_medians, surroundings
 from echostream.benchmarks.encoder import torchaudio_emformer
-from echostream.compat import keep_freed_memory
 from echostream.config import EchoStreamConfig
 from echostream.constants import ENCODER_FRAME_MS
+from echostream.memory import keep_freed_memory
 from echostream.models.echostream_encoder import EchoStreamEncoder
 
 TIMES_TORCHAUDIO = 3.0  # bar: throughput at 30 s against torchaudio's Emformer

@@ -1,4 +1,4 @@
-"""``benchmark.py vocoder``: what speaking costs, whole sequences against a stream in chunks.
+"""``echostream benchmark vocoder``: what speaking costs, whole sequences against a stream in chunks.
 
 The preset ``small`` with the shipped voice's weights, ``v1`` with random ones (its cost does not depend on them), on
 random units with the durations that the vocoder predicts; causal ones also through their exported graphs, which have
@@ -24,7 +24,7 @@ from echostream.export.weights import weights_of, write_graphs
 from echostream.models.decoders.vocoder import PRESETS, CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_layers import pack_weights
 from echostream.streaming.exported.model import ExportedModel
-from echostream.streaming.exported.voice import ExportedSpeaker
+from echostream.streaming.exported.voice import ExportedVocoder
 from echostream.vocode import load
 
 RATIO = 1.3  # bar of small: streaming at 320 ms over offline
@@ -65,8 +65,8 @@ def measure(model: CodeHiFiGAN, seconds: float, chunk_ms: int, repeats: int, clo
     candidates = {"torch offline": lambda: model(units)[0][0], "torch streaming": lambda: stream(model, chunks)}
     with tempfile.TemporaryDirectory() as folder:
         if model.config.causal:
-            speaker = exported_speaker(model, Path(folder))
-            candidates["exported offline"] = lambda: torch.from_numpy(speaker.speak(0, units[0].numpy(), True))
+            speaker = exported_vocoder(model, Path(folder))
+            candidates["exported offline"] = lambda: torch.from_numpy(speaker.vocode(0, units[0].numpy(), True))
             candidates["exported streaming"] = lambda: stream_exported(speaker, chunks)
         spoken = {kind: speak() for kind, speak in candidates.items()}
         medians = interleaved_medians(candidates, repeats, clock, name)
@@ -97,14 +97,14 @@ def stream(model: CodeHiFiGAN, chunks: Sequence[Tensor]) -> Tensor:
     return torch.cat(out, dim=1)[0]
 
 
-def exported_speaker(model: CodeHiFiGAN, folder: Path) -> ExportedSpeaker:
+def exported_vocoder(model: CodeHiFiGAN, folder: Path) -> ExportedVocoder:
     """The same voice through graphs written to ``folder``, for one stream."""
     write_graphs(folder, make_voice_graphs(model), weights_of(vocoder=model), int8=False)
-    return ExportedSpeaker(model.config, ExportedModel(folder, threads=torch.get_num_threads()), rows=1)
+    return ExportedVocoder(model.config, ExportedModel(folder, threads=torch.get_num_threads()), rows=1)
 
 
-def stream_exported(speaker: ExportedSpeaker, chunks: Sequence[Tensor]) -> Tensor:
-    parts = [speaker.speak(0, chunk[0].numpy(), i == len(chunks) - 1) for i, chunk in enumerate(chunks)]
+def stream_exported(speaker: ExportedVocoder, chunks: Sequence[Tensor]) -> Tensor:
+    parts = [speaker.vocode(0, chunk[0].numpy(), i == len(chunks) - 1) for i, chunk in enumerate(chunks)]
     return torch.from_numpy(np.concatenate(parts))
 
 

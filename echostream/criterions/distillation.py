@@ -15,7 +15,8 @@ from torch import Tensor
 from echostream.constants import EOS, PAD, WHISPER_SILENCE
 from echostream.errors import CheckpointError, ConfigError
 from echostream.whisper.reference import WhisperReference
-from echostream.whisper.tokens import TokenOrigins, WhisperBPE, piece_origins, prompt
+from echostream.whisper.subwords import TokenOrigins, piece_origins
+from echostream.whisper.tokens import WhisperBPE, prompt
 
 TARGETS = ("frames", "tokens", "both")
 # On ten real recordings, against 30 s of silence, with Whisper base: strides of 4, 8, 16 and 32 have an error of 0.004,

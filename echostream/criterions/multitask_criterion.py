@@ -32,8 +32,8 @@ from echostream.constants import BLANK, NUM_SPECIALS, PAD, SUBSAMPLING
 from echostream.criterions.distillation import TARGETS, WhisperTeacher, frame_loss, token_loss
 from echostream.criterions.visibility import draw_chunk, heard_when_due
 from echostream.errors import ConfigError, ManifestError
+from echostream.fairseq_model import WHISPER
 from echostream.models.echostream_model import SentenceWindows
-from echostream.models.fairseq_model import WHISPER
 from echostream.text import collapse_ctc
 
 # Too long unit targets are judged over this many of the latest ones.
@@ -44,7 +44,6 @@ LENGTH_SHARE = 0.01
 # Spanish speech has an MT target token in 260 to 320 ms; a row without a target text weighs as if it had one in 300.
 FRAMES_PER_TOKEN = 30
 
-CTC_PARTS = ("asr", "st", "unit")
 PARTS = ("asr", "st", "mt", "unit")
 
 

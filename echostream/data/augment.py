@@ -43,8 +43,8 @@ class SpecAugment:
             ConfigError: an unknown policy, field or value.
         """
         text = text.strip().lower()
-        if text in POLICIES:
-            return POLICIES[text]
+        if text in SPECAUGMENT_POLICIES:
+            return SPECAUGMENT_POLICIES[text]
         values: dict[str, float] = {}
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
         for part in text.split(","):
@@ -52,8 +52,8 @@ class SpecAugment:
             name = name.strip()
             if not equals or name not in kinds:
                 raise ConfigError(
-                    f"SpecAugment {part.strip()!r} is neither one of {', '.join(POLICIES)} nor field=value with a "
-                    f"field of {', '.join(kinds)}"
+                    f"SpecAugment {part.strip()!r} is neither one of {', '.join(SPECAUGMENT_POLICIES)} nor field=value "
+                    f"with a field of {', '.join(kinds)}"
                 )
             try:
                 values[name] = int(value) if kinds[name] == "int" else float(value)
@@ -79,7 +79,7 @@ class SpecAugment:
         return features
 
 
-POLICIES: dict[str, SpecAugment | None] = {
+SPECAUGMENT_POLICIES: dict[str, SpecAugment | None] = {
     "none": None,
     "lb": SpecAugment(freq_masks=1, time_masks=1),
     "ld": SpecAugment(),

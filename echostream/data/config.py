@@ -50,9 +50,9 @@ class DataConfig:
         """
         directory = Path(directory)
         if not directory.is_dir():
-            raise ManifestError(f"data directory {directory} does not exist; scripts/prepare_corpus.py makes one")
+            raise ManifestError(f"data directory {directory} does not exist; echostream prepare makes one")
         path = directory / name
-        values = read_mapping(path, missing="; scripts/prepare_corpus.py writes one")
+        values = read_mapping(path, missing="; echostream prepare writes one")
         known: dict[str, Any] = {"directory": directory}
         for f in dataclasses.fields(cls):
             if f.name == "directory" or values.get(f.name) is None:

@@ -14,13 +14,13 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset
-from torch import Tensor
 
-from echostream.constants import EOS, FRAME_LENGTH, FRAME_SHIFT, NUM_SPECIALS, PAD
-from echostream.data.augment import SpecAugment, add_noise, change_gain, change_speed, fit_length
+from echostream.constants import FRAME_LENGTH, FRAME_SHIFT
+from echostream.data.augment import SpecAugment, add_noise, change_gain, change_speed
 from echostream.data.augmentation import SpeechAugment
+from echostream.data.collate import collate_targets, extend, join_parts, pad, pad_features, pad_units
 from echostream.data.config import DataConfig, Subwords
-from echostream.data.joining import EXTRA_HOPS, Item, JoinPolicy, plan_epoch
+from echostream.data.joining import Item, JoinPolicy, plan_epoch
 from echostream.data.manifest import COLUMNS, SPEECH, Utterance, read_manifests
 from echostream.data.source import is_features, load_features, load_samples
 from echostream.errors import ConfigError, ManifestError
@@ -285,7 +285,7 @@ class SpeechToSpeechDataset(BucketedDataset):
             self._check_length(utterance, 1 + (len(samples) - FRAME_LENGTH) // FRAME_SHIFT)
             plain.append(change_speed(samples, speed))
             parts.append(self._prepare(plain[-1], rng))
-        samples = _join_parts(item, parts)
+        samples = join_parts(item, parts)
         if self.augmentation is not None and self.augmentation.noise_db is not None:
             # Uniform in dB over 40 dB below the loudest; pauses and speech get the same, as from one microphone.
             samples = add_noise(samples, self.augmentation.noise_db - 40 * rng.random(), rng)
@@ -293,7 +293,7 @@ class SpeechToSpeechDataset(BucketedDataset):
             samples = self.augmentation.speech.record(samples, rng, self._babble_voices)
         clean = None
         if self.augmentation is not None and self.augmentation.clean:
-            clean = self.extractor.extract(_join_parts(item, plain))
+            clean = self.extractor.extract(join_parts(item, plain))
         return self.extractor.extract(samples), clean
 
     def _prepare(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -321,7 +321,7 @@ class SpeechToSpeechDataset(BucketedDataset):
             utterance = self.utterances[number]
             features = load_features(self.root, utterance.audio)
             self._check_length(utterance, len(features))
-            parts.append(features[:length] if len(features) >= length else _extend(features, length))
+            parts.append(features[:length] if len(features) >= length else extend(features, length))
         quietest = min((part[part.mean(axis=1).argmin()] for part in parts), key=lambda frame: frame.mean())
         out = np.tile(quietest, (item.n_frames, 1))
         for part, (start, _) in zip(parts, item.speech()):
@@ -351,7 +351,7 @@ class SpeechToSpeechDataset(BucketedDataset):
         if not samples:
             return {}
         lengths = torch.tensor([len(s["source"]) for s in samples])
-        source = _pad_features([s["source"] for s in samples])
+        source = pad_features([s["source"] for s in samples])
         sentences = [tokens for s in samples for tokens in s["sentences"]]
         previous, targets = collate_targets(sentences)
         src_text, src_text_lengths = pad([s["src_text"] for s in samples])
@@ -372,7 +372,7 @@ class SpeechToSpeechDataset(BucketedDataset):
         return {
             "id": torch.tensor([s["id"] for s in samples]),
             "net_input": {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": previous},
-            **({} if samples[0]["clean"] is None else {"clean": _pad_features([s["clean"] for s in samples])}),
+            **({} if samples[0]["clean"] is None else {"clean": pad_features([s["clean"] for s in samples])}),
             **targets,
             "src_text": src_text,
             "src_text_lengths": src_text_lengths,
@@ -385,55 +385,3 @@ class SpeechToSpeechDataset(BucketedDataset):
         }
 
 
-def pad(sequences: Sequence[Sequence[int] | np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Sequences of indices as one tensor [N, longest], filled with ``<pad>``, and their lengths [N]."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    out = torch.full((len(sequences), int(lengths.max())), PAD, dtype=torch.long)
-    for row, sequence in zip(out, sequences):
-        row[: len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
-    return out, lengths
-
-
-def pad_units(units: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Unit numbers as dictionary indices, padded [N, longest], and their lengths [N]."""
-    return pad([row.astype(np.int64) + NUM_SPECIALS for row in units])
-
-
-def collate_targets(sentences: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, Any]]:
-    """The MT decoder's side of a batch: ``prev_output_tokens`` [S, U]; ``target`` and what counts it (see collater)."""
-    target, lengths = pad([[*tokens, EOS] for tokens in sentences])
-    previous, _ = pad([[EOS, *tokens] for tokens in sentences])
-    return previous, {
-        "target": target,
-        "target_lengths": lengths,
-        "ntokens": int(lengths.sum()),
-        "nsentences": len(sentences),
-    }
-
-
-def _join_parts(item: Item, parts: list[np.ndarray]) -> np.ndarray:
-    """The recordings of an item with its pauses, of such length that they give its frames."""
-    if len(parts) > 1:
-        joined = []
-        for i, (part, length) in enumerate(zip(parts, item.lengths)):
-            joined.append(fit_length(part, (length + EXTRA_HOPS) * FRAME_SHIFT))
-            if i < len(item.pauses):
-                joined.append(np.zeros(item.pauses[i] * FRAME_SHIFT, dtype=np.float32))
-        return np.concatenate(joined)
-    samples = fit_length(parts[0], max(len(parts[0]), FRAME_LENGTH))
-    found = 1 + (len(samples) - FRAME_LENGTH) // FRAME_SHIFT
-    if found != item.n_frames:
-        samples = fit_length(samples, FRAME_LENGTH + FRAME_SHIFT * (item.n_frames - 1))
-    return samples
-
-
-def _pad_features(items: Sequence[np.ndarray]) -> Tensor:
-    """[T, 80] each -> [B, T, 80], zero behind."""
-    out = torch.zeros(len(items), max(map(len, items)), items[0].shape[1])
-    for row, features in zip(out, items):
-        row[: len(features)] = torch.from_numpy(features)
-    return out
-
-
-def _extend(features: np.ndarray, length: int) -> np.ndarray:
-    return np.concatenate([features, np.repeat(features[-1:], length - len(features), axis=0)])

@@ -12,8 +12,9 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 
+from echostream.data.collate import collate_targets, pad, pad_units
 from echostream.data.config import DataConfig
-from echostream.data.dataset import BucketedDataset, collate_targets, pad, pad_units
+from echostream.data.dataset import BucketedDataset
 from echostream.data.manifest import read_text_pairs
 from echostream.errors import ManifestError
 

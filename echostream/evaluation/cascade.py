@@ -19,6 +19,7 @@ from echostream.data.manifest import Utterance
 from echostream.errors import EchoStreamError
 from echostream.evaluation.asr import Recogniser
 from echostream.files import add, appending
+from echostream.text import has_letters
 from echostream.text_file import read_lines
 
 
@@ -64,6 +65,6 @@ def run_cascade(
 
 
 def _say(voice: Engine, text: str, name: str, seed: int) -> np.ndarray:
-    if not any(c.isalnum() for c in text):
+    if not has_letters(text):
         return np.zeros(0, dtype=np.float32)
     return voice.speak(text, voice.plan(name, seed))

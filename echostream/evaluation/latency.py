@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
+
 from echostream.errors import EchoStreamError
 
 ATD_TOKEN_MS = 300.0  # what ATD takes for a word of speech on either side
@@ -88,6 +90,22 @@ def playback(emitted: Sequence[float], durations: Sequence[float]) -> list[tuple
         intervals.append((start, duration))
         end = start + duration
     return intervals
+
+
+def played(
+    intervals: Sequence[Sequence[float]], pieces: Sequence[np.ndarray], rate: int
+) -> tuple[np.ndarray, list[float]]:
+    """What is heard from the first piece of speech on, float32 [N]: the pieces at their ``intervals`` (``playback``),
+    silence where the listener waits; and how long each such silence is (ms)."""
+    parts, silences = [np.zeros(0, dtype=np.float32)], []
+    end = intervals[0][0] if intervals else 0.0
+    for (start, duration), samples in zip(intervals, pieces, strict=True):
+        if start > end:
+            parts.append(np.zeros(round(rate * (start - end) / 1000), dtype=np.float32))
+            silences.append(start - end)
+        parts.append(samples)
+        end = start + duration
+    return np.concatenate(parts), silences
 
 
 def average_token_delay(

@@ -8,7 +8,7 @@ import numpy as np
 
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import AudioError, require
-from echostream.streaming.onnx_runtime import open_graph
+from echostream.streaming.exported.onnx_runtime import open_graph
 
 
 class DNSMOS:

@@ -12,6 +12,7 @@ from echostream.constants import SAMPLE_RATE
 from echostream.errors import ConfigError
 from echostream.streaming.events import SentenceEnd
 from echostream.streaming.session import StreamingSession
+from echostream.text import has_letters
 
 LEVELS_DB = (-50, -44, -38, -32, -26, -20)  # of full scale, root mean square; a sound's time is shared among them
 PIECE_S = 10  # of sound made at a time
@@ -109,4 +110,4 @@ def listen(bundle: Bundle, name: str, seconds: float, options: dict[str, Any], s
 
 
 def _count(texts: list[str]) -> int:
-    return sum(any(letter.isalnum() for letter in word) for text in texts for word in text.split())
+    return sum(has_letters(word) for text in texts for word in text.split())

@@ -286,7 +286,7 @@ def draw(
 
 def policies(folder: Path, manifest: Sequence[Utterance], picture: Path) -> str:
     """All points of a sweep, its picture, and how early each policy is as good as waiting for the sentence's end."""
-    found = _read_json(folder / "sweep.json", "scripts/evaluate.py sweep writes it")
+    found = _read_json(folder / "sweep.json", "echostream evaluate sweep writes it")
     results = [
         (sweep.Point(p["policy"], tuple(p["knobs"].items()), p["chunk_ms"]), p["figures"]) for p in found["points"]
     ]
@@ -331,7 +331,7 @@ def _mean_source_ms(folder: Path, point: sweep.Point, manifest: Sequence[Utteran
 
 def long_form(folder: Path) -> str:
     """The figures of whole talks."""
-    figures = _read_json(folder / "longform.json", "scripts/evaluate.py longform writes it")
+    figures = _read_json(folder / "longform.json", "echostream evaluate longform writes it")
     rows = [[name, f"{value:.3f}" if isinstance(value, float) else str(value)] for name, value in figures.items()]
     return f"## Whole talks\n\n{markdown(['measure', 'value'], rows)}"
 

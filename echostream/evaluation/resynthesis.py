@@ -25,18 +25,18 @@ from echostream.evaluation import quality
 from echostream.evaluation.asr import Recogniser
 from echostream.evaluation.mos import DNSMOS
 from echostream.models.decoders.vocoder import CodeHiFiGAN
-from echostream.vocoder.dataset import Utterance, read_units
+from echostream.vocoder.dataset import UnitUtterance, read_units
 
 LEAST_ASR_BLEU = 85.0
 MOST_WER = 8.0  # percent
 MOST_DNSMOS_LOST = 0.3
 
 
-def read_sentences(data: Path, manifest: Path | None, limit: int, seed: int = 1) -> list[Utterance]:
+def read_sentences(data: Path, manifest: Path | None, limit: int, seed: int = 1) -> list[UnitUtterance]:
     """Recordings with units and text, each of them once, drawn by the hash of their ids.
 
     Args:
-        data: a corpus directory of ``scripts/prepare_corpus.py``, or a ``units.tsv``.
+        data: a corpus directory of ``echostream prepare``, or a ``units.tsv``.
         manifest: tells which rows of ``units.tsv`` are meant, and what they say (``tgt_text``; ids of the recordings
             in the column ``target``, else in ``id``). By default the corpus's ``test.tsv``; of a ``units.tsv`` all
             rows are meant, and its column ``text`` holds the texts.
@@ -58,7 +58,7 @@ def read_sentences(data: Path, manifest: Path | None, limit: int, seed: int = 1)
 
 
 @torch.inference_mode()
-def resynthesize(model: CodeHiFiGAN, items: Sequence[Utterance]) -> tuple[list[np.ndarray], float]:
+def resynthesize(model: CodeHiFiGAN, items: Sequence[UnitUtterance]) -> tuple[list[np.ndarray], float]:
     """What the voice makes of the units alone: float32 [N] at 16 kHz of each item, and the CPU seconds of all.
 
     Raises:
@@ -66,7 +66,7 @@ def resynthesize(model: CodeHiFiGAN, items: Sequence[Utterance]) -> tuple[list[n
     """
     device = next(model.parameters()).device
 
-    def speak(item: Utterance) -> np.ndarray:
+    def speak(item: UnitUtterance) -> np.ndarray:
         speaker = None if item.speaker is None else torch.tensor([item.speaker], device=device)
         try:
             return model(torch.from_numpy(item.units)[None].to(device), speakers=speaker)[0][0].float().cpu().numpy()
@@ -80,7 +80,7 @@ def resynthesize(model: CodeHiFiGAN, items: Sequence[Utterance]) -> tuple[list[n
 
 
 def measure(
-    model: CodeHiFiGAN, items: Sequence[Utterance], recogniser: Recogniser, mos: DNSMOS | None, language: str = "en"
+    model: CodeHiFiGAN, items: Sequence[UnitUtterance], recogniser: Recogniser, mos: DNSMOS | None, language: str = "en"
 ) -> dict[str, Any]:
     """Figures of the recordings (``original``) and of what the voice makes of their units (``resynthesis``).
 

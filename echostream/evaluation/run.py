@@ -26,6 +26,7 @@ QUALITY = {
 }
 LATENCY = ("StartOffset", "EndOffset", "AL", "LAAL", "ATD")
 WRITTEN_LATENCY = ("StartOffset_TEXT", "AL_TEXT", "LAAL_TEXT")  # of the text that comes with speech: output "both"
+AGENT = "echostream.agent.simuleval.EchoStreamAgent"
 PLAIN_ONLY = ("RTF",)  # made of computing time alone
 
 
@@ -33,16 +34,14 @@ def simulate(
     sources: Sequence[str | Path],
     references: Sequence[str],
     output: str | Path,
-    agent: str | Path,
     options: Mapping[str, Any],
     jobs: int = 1,
 ) -> list[dict[str, Any]]:
-    """Run ``simuleval --agent`` over recordings and return the lines of ``instances.log``, in order.
+    """Run SimulEval with EchoStream as its agent over recordings and return the lines of ``instances.log``, in order.
 
     Args:
         sources, references: recordings and their translations, one line of text each.
         output: directory for ``instances.log`` and ``wavs/``.
-        agent: the agent's file.
         options: options of simuleval and of the agent; None leaves an option out.
         jobs: processes side by side. More than one falsifies the computation-aware figures.
 
@@ -64,7 +63,7 @@ def simulate(
         for name, lines in lists.items():
             text = "".join(f"{' '.join(line.split()) if name == 'target' else line}\n" for line in lines)
             write_text(folder / f"{name}.txt", text)
-        command = [sys.executable, "-m", "simuleval.cli", "--agent", str(agent), "--no-scoring"]
+        command = [sys.executable, "-m", "simuleval.cli", "--agent-class", AGENT, "--no-scoring"]
         command += ["--source", str(folder / "source.txt"), "--target", str(folder / "target.txt")]
         command += ["--output", str(folder)]
         for name, value in options.items():

@@ -23,8 +23,8 @@ from echostream.evaluation.asr import Recogniser
 from echostream.evaluation.streams import Streamed
 from echostream.evaluation.table import markdown
 from echostream.files import write_json, write_text
-from echostream.streaming.options import KNOBS
-from echostream.streaming.policy import POLICIES, knobs_of
+from echostream.streaming.options import KNOB_OPTIONS
+from echostream.streaming.policies.factory import POLICIES, knobs_of
 from echostream.text_file import read_json
 
 Value = int | str
@@ -62,10 +62,11 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Value, ...]]:
     for text in texts:
         name, found, values = text.partition("=")
         name = name.strip("-").replace("-", "_")
-        if not found or name not in KNOBS:
-            raise EchoStreamError(f"grid {text!r} is not KNOB=VALUE,VALUE with one of the knobs {', '.join(KNOBS)}")
+        if not found or name not in KNOB_OPTIONS:
+            known = ", ".join(KNOB_OPTIONS)
+            raise EchoStreamError(f"grid {text!r} is not KNOB=VALUE,VALUE with one of the knobs {known}")
         try:
-            grid[name] = tuple(KNOBS[name].type(value) for value in values.split(","))
+            grid[name] = tuple(KNOB_OPTIONS[name].type(value) for value in values.split(","))
         except ValueError:
             raise EchoStreamError(f"grid {text!r}: {name} takes whole numbers joined by commas") from None
     return grid

@@ -56,7 +56,7 @@ def read_systems(paths: Mapping[str, Path], manifest: Sequence[Utterance] = ()) 
     """All systems by name; a simultaneous run of several chunk sizes is as many systems.
 
     Args:
-        paths: by name, a ``generate-<subset>.jsonl``, or a folder by ``scripts/evaluate.py simul`` or SimulEval.
+        paths: by name, a ``generate-<subset>.jsonl``, or a folder by ``echostream evaluate simul`` or SimulEval.
         manifest: tells which recording belongs to which id; without it the offline results do, or the recordings' names
             are the ids.
 
@@ -106,7 +106,7 @@ def read_heard(path: Path) -> tuple[str, dict[str, str]]:
         return "", {}
     value = read_json(file, EchoStreamError)
     if value["of"] != _digest(path):
-        again = f"listen again: scripts/evaluate.py offline {path}"
+        again = f"listen again: echostream evaluate offline {path}"
         raise EchoStreamError(f"{path} has changed since {file} was made; {again}")
     return value["asr"], value["heard"]
 
@@ -148,7 +148,7 @@ def _simultaneous(name: str, path: Path, ids: Mapping[str, str]) -> list[System]
 def _run(
     name: str, family: str, folder: Path, chunk_ms: int | None, about: Mapping[str, Any], ids: Mapping[str, str]
 ) -> System:
-    from echostream.evaluation.simul import spoken_text
+    from echostream.evaluation.simul_quality import spoken_text
 
     instances = run.read_instances(folder)
     hypothesis, reference = ("asr", "asr_ref") if about.get("output_type") == "source" else ("mt", "mt_ref")

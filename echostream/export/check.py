@@ -13,7 +13,7 @@ from echostream.config import EchoStreamConfig
 from echostream.errors import CheckpointError
 from echostream.models.decoders.layers import AttentionProbe
 from echostream.streaming.exported.stages import ExportedStages
-from echostream.streaming.stages import Extend, Listen, NewSentence, ReadUnits, Speak, Write
+from echostream.streaming.stages import Encode, Extend, NewSentence, ReadUnits, Vocode, Write
 
 TOLERANCE = 1e-4
 ROWS = 2
@@ -100,7 +100,7 @@ class Comparison:
             source = model.asr_head(x)
             target, _, st = model.st_decoder.step(x, counts, st)
             st = st.restart(finished)
-            answers = self.stages.run(list(enumerate(Listen(part, end) for part, end in zip(parts, ends))))
+            answers = self.stages.run(list(enumerate(Encode(part, end) for part, end in zip(parts, ends))))
             for row, answer in enumerate(answers):
                 n = int(counts[row])
                 self._note("encoder", x[row, :n], answer.frames)
@@ -173,7 +173,7 @@ class Comparison:
             samples, sizes, state = vocoder.step(
                 torch.from_numpy(padded), torch.tensor(counts), state, torch.tensor(ends, dtype=torch.bool)
             )
-            requests = [Speak(part, bool(end)) for part, end in zip(units, ends)]
+            requests = [Vocode(part, bool(end)) for part, end in zip(units, ends)]
             for row, answer in enumerate(self.stages.run(list(enumerate(requests)))):
                 self._note("vocoder", samples[row, : int(sizes[row])], answer)
 

@@ -16,17 +16,16 @@ from typing import Any, Mapping
 
 from tqdm import tqdm
 
-from echostream.checkpoint import (
+from echostream.checkpoint import Bundle, load_bundle
+from echostream.checkpoint.layout import (
     CONFIG,
     COPIED,
     EXPORTED_CARD,
     EXPORTED_CONFIG,
     EXPORTED_FORMAT,
     FILES,
-    Bundle,
     card_of,
     files_of,
-    load_bundle,
     read_config,
     sha256,
 )
@@ -72,7 +71,7 @@ def export_directory(
     checkpoint, directory = Path(checkpoint), Path(directory)
     if checkpoint.is_file():
         raise CheckpointError(
-            f"{checkpoint} is a file; make a checkpoint directory of it first, with scripts/export_checkpoint.py"
+            f"{checkpoint} is a file; make a checkpoint directory of it first, with echostream export-checkpoint"
         )
     if directory.exists() and checkpoint.resolve() == directory.resolve():
         raise CheckpointError(f"{directory} is the checkpoint itself; export it to another directory")

@@ -15,9 +15,9 @@ import numpy as np
 
 from echostream.errors import ConfigError
 from echostream.export.graph import REST, Graph, as_array
-from echostream.models.decoders.vocoder import SLOPE, CodeHiFiGAN
+from echostream.models.decoders.vocoder import CodeHiFiGAN
 from echostream.models.decoders.vocoder_config import MAX_DURATION
-from echostream.models.decoders.vocoder_layers import DurationClassifier
+from echostream.models.decoders.vocoder_layers import SLOPE, DurationClassifier
 
 
 def check_voice(vocoder: CodeHiFiGAN) -> None:
@@ -25,7 +25,7 @@ def check_voice(vocoder: CodeHiFiGAN) -> None:
     if not vocoder.config.causal:
         raise ConfigError(
             "only causal vocoders can be exported (the preset 'small'); this one looks ahead in every layer. Export "
-            "without it (--no-vocoder), or train a small one with scripts/train_vocoder.py"
+            "without it (--no-vocoder), or train a small one with echostream train-vocoder"
         )
     if vocoder.config.multispkr:
         raise ConfigError("vocoders of many speakers cannot be exported; export without it (--no-vocoder)")

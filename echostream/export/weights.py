@@ -271,7 +271,7 @@ class _Writer:
         numbers are exact, so that a stream gets bit for bit what it gets alone, whatever else is in its batch. From
         eight rows on this takes half of the time of ``MatMulNBits`` (8 bits by blocks) and a third of single
         precision's, at one row the same as ``MatMulNBits`` (processor with VNNI, ONNX Runtime 1.32; see
-        ``streaming.onnx_runtime``).
+        ``streaming.exported.onnx_runtime``).
         """
 
         def write(kind: str, *inputs: str, **attributes: Any) -> str:

@@ -28,7 +28,7 @@ from echostream.models.emformer_layer import (
 from echostream.models.state import State
 from echostream.models.subsampler import Stem, Subsampler, SubsamplerState, WhisperStem, append_rows, take_rows
 
-BLOCK_FRAMES = 32  # frames that share gathered keys; measured with scripts/benchmark.py train
+BLOCK_FRAMES = 32  # frames that share gathered keys; measured with echostream benchmark train
 STEP_SEGMENTS = 8  # segments a streaming step computes at once when that many have arrived
 
 

@@ -17,7 +17,7 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, EOS, NUM_SPECIALS, PAD
 from echostream.errors import CheckpointError, ConfigError, EchoStreamError
 from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder, STState
-from echostream.models.decoders.layers import DecoderState
+from echostream.models.decoders.decoder_base import DecoderState
 from echostream.models.decoders.transformer_decoder import MTDecoder
 from echostream.models.decoders.unit_decoder import UnitDecoder, greedy_units
 from echostream.models.decoders.vocoder import CodeHiFiGAN
@@ -185,7 +185,7 @@ class EchoStreamModel(nn.Module):
         if self.config.units_read_text:
             unit_visible = visible if unit_visible is None else unit_visible
             if prev is not None:
-                inputs, input_lengths, tokens = hidden, (prev != PAD).sum(1), next_tokens(prev)
+                inputs, input_lengths, tokens = written_inputs(prev, hidden)
             elif self.training:
                 raise EchoStreamError(
                     f"unit_decoder_input is {self.config.unit_decoder_input!r}: training needs prev_output_tokens, "
@@ -335,6 +335,12 @@ class EchoStreamModel(nn.Module):
         if strict and not any(name.startswith("vocoder.") for name in state_dict):
             state_dict.update({name: value for name, value in own.items() if name.startswith("vocoder.")})
         return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
+
+def written_inputs(prev: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a unit decoder that reads text is given of ``prev_output_tokens`` [S, U] and the MT decoder's states for
+    them [S, U, D]: the states, how many there are of each sentence [S], and the tokens written from them [S, U]."""
+    return hidden, (prev != PAD).sum(1), next_tokens(prev)
 
 
 def next_tokens(prev: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from echostream.models.attention import attend, attention
 from echostream.models.dropout import activate, dropout
 from echostream.models.gather import GatherBlocks
+from echostream.models.segments import visible_keys
 from echostream.models.state import State
 from echostream.models.subsampler import take_rows
 
@@ -335,9 +336,7 @@ def attention_mask(
         before: [N] segments of the stream before the block.
         frames: [N] valid frames from the block's first frame to the stream's end (or to what has arrived of it).
         block, segment, left, right, memory: G, S, L, R and M.
-        shift: Shiftable Context (Raffel et al., 2023, arXiv 2307.01377): a segment that the stream's end leaves with
-            fewer than its W frames sees as many more of left context instead, so that all have the same number of
-            keys. ``left`` is then W - 1 frames longer than what whole segments see.
+        shift: see ``segments.visible_keys``.
 
     Returns:
         [N, 1, G W, K] of ``dtype``, 0 where attention is allowed and -inf elsewhere; keys in the order of the module's
@@ -346,28 +345,21 @@ def attention_mask(
     device = before.device
     index = torch.arange(block, device=device)
     offset = torch.arange(segment + right, device=device)
-    # Frames are counted from the block's first frame; the right context of a segment repeats the next ones' frames.
-    own_frame = (index[:, None] * segment + offset).flatten()  # [G W]
-    own_segment = index.repeat_interleave(segment + right)  # [G W], for queries and own keys alike
-    is_main = (offset < segment).repeat(block)
-    query_segment = own_segment[:, None]
-
-    left_frame = torch.arange(-left, 0, device=device)
-    first = query_segment * segment - left  # [G W, 1] (with shift [N, G W, 1]), the earliest frame that each may see
-    if shift:
-        width = segment + right
-        first = first + (frames[:, None, None] - query_segment * segment).clamp(1, width) - 1
-    sees_left = left_frame >= first  # [G W, L]
-    sees_main = (own_frame >= first) & (own_segment <= query_segment) & is_main
-    sees_own = sees_main | ((own_segment == query_segment) & ~is_main)  # [G W, G W]
-    in_stream = (left_frame >= -before[:, None] * segment)[:, None]  # [N, 1, L]
-    in_time = (own_frame < frames[:, None])[:, None]  # [N, 1, G W]
-    itself = torch.eye(len(own_frame), dtype=torch.bool, device=device)
-    parts = [sees_left & in_stream, (sees_own & in_time) | itself]
-    if memory:
-        bank = torch.arange(-memory, block - 1, device=device)
-        sees_bank = (bank >= query_segment - memory) & (bank < query_segment)  # [G W, M + G - 1]
-        parts.insert(0, sees_bank & (bank >= -before[:, None])[:, None])
+    sees_past, sees_own, sees_bank = visible_keys(
+        index.repeat_interleave(segment + right),  # [G W], for queries and own keys alike
+        offset.repeat(block),
+        torch.arange(-left, 0, device=device),
+        torch.arange(-memory, block - 1, device=device),
+        before[:, None, None],
+        frames[:, None, None],
+        segment,
+        left,
+        right,
+        memory,
+        shift,
+    )
+    itself = torch.eye(sees_own.shape[-1], dtype=torch.bool, device=device)
+    parts = [sees_bank] * bool(memory) + [sees_past, sees_own | itself]
     allowed = torch.cat(parts, dim=2)[:, None]
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder
-from echostream.models.decoders.layers import TransformerDecoder
+from echostream.models.decoders.decoder_base import TransformerDecoder
 from echostream.models.decoders.transformer_decoder import MTDecoder
 from echostream.models.decoders.unit_decoder import UnitDecoder
 from echostream.models.echostream_encoder import EchoStreamEncoder

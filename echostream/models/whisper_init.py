@@ -18,7 +18,7 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import EOS, PAD, WHISPER_SILENCE
 from echostream.errors import CheckpointError, ConfigError
 from echostream.whisper.reference import WhisperReference
-from echostream.whisper.tokens import TokenOrigins
+from echostream.whisper.subwords import TokenOrigins
 from echostream.whisper.weights import WhisperDims, WhisperWeights
 
 PROMPT_LENGTH = 4  # <|startoftranscript|>, language, task, <|notimestamps|>: of Whisper's positions, ours is the last

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from echostream.errors import EchoStreamError, require
-from echostream.evaluation.latency import playback
+from echostream.evaluation.latency import playback, played
 from echostream.evaluation.timeline import Timeline, draw
 from echostream.files import check_writable
 from echostream.output.words import WordTimes
@@ -78,15 +78,11 @@ class TimelinePicture:
     def close(self) -> None:
         source = np.concatenate([np.zeros(0, np.float32), *self.source])
         intervals = playback(self.times, [1000 * len(piece) / self.speech_rate for piece in self.pieces])
-        output = [np.zeros(0, dtype=np.float32)]
-        end = intervals[0][0] if intervals else 0.0
-        for (start, duration), samples in zip(intervals, self.pieces):
-            output += [np.zeros(round((start - end) * self.speech_rate / 1000), dtype=np.float32), samples]
-            end = start + duration
+        output, _ = played(intervals, self.pieces, self.speech_rate)
         draw(
             Timeline(
                 source=(source, self.rate),
-                output=(np.concatenate(output), self.speech_rate),
+                output=(output, self.speech_rate),
                 intervals=intervals,
                 words=[(1000 * word.seconds, word.text) for word in self.words.words],
                 source_text=" ".join(filter(None, self.texts[0])),

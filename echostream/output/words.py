@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from echostream.streaming.events import Event, SentenceEnd, TargetText, TargetUnits, Waveform
-from echostream.text import WORD_START, Vocabulary
+from echostream.text import WORD_START, Vocabulary, has_letters
 
 
 @dataclass
@@ -60,7 +60,7 @@ class WordTimes:
                 self._given(letters)
             elif self.words:
                 self.words[-1].text += letters
-                if any(c.isalnum() for c in letters):  # a full stop that follows later makes no sound
+                if has_letters(letters):  # a full stop that follows later makes no sound
                     self.words[-1].seconds = now
                 self._given(letters)
             self.gap = False

@@ -20,13 +20,14 @@ from starlette.websockets import WebSocket
 
 from echostream import __version__
 from echostream.serve.engine import Engine
-from echostream.serve.hub import Hub, Refused
+from echostream.serve.hub import Hub
 from echostream.serve.limits import Limits
 from echostream.serve.metrics import Metrics
 from echostream.serve.realtime import RATE, RealtimeConnection, RealtimeRenderer
 from echostream.serve.rows import Rows
+from echostream.serve.session import Refused
 from echostream.serve.simulstream import SimulstreamConnection, open_session
-from echostream.streaming.policy import POLICIES
+from echostream.streaming.policies.factory import POLICIES
 from echostream.streaming.resolve import KNOBS
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class Server:
 
     Args:
         bundle: a loaded checkpoint.
-        said: how to translate, by names (see ``resolve``).
-        spell: how whoever said it spells an option, for errors.
+        given: how to translate, by names (see ``resolve``).
+        spell: how whoever gave it spells an option, for errors.
         drain_at_end: drain when the application is shut down, where nobody calls ``drain`` before.
 
     Raises:
@@ -101,7 +102,7 @@ class Server:
         bundle: Bundle,
         limits: Limits = Limits(),
         access: Access = Access(),
-        said: dict[str, Any] | None = None,
+        given: dict[str, Any] | None = None,
         state_dir: Path | None = None,
         log_text: bool = False,
         spell: Callable[[str], str] = str,
@@ -110,10 +111,10 @@ class Server:
         self.limits, self.access, self.metrics = limits, access, Metrics()
         self.state_dir, self.log_text, self.drain_at_end = state_dir, log_text, drain_at_end
         self.languages = (bundle.source_lang, bundle.target_lang)
-        said = dict(said or {})
+        given = dict(given or {})
         if bundle.vocoder is None:
-            said["speech"] = False
-        self.rows = Rows(bundle, limits.sessions, said, spell)
+            given["speech"] = False
+        self.rows = Rows(bundle, limits.sessions, given, spell)
         settings, policy = self.rows.settings, self.rows.engine.policy
         self.described = {
             "version": __version__, "source_language": self.languages[0], "target_language": self.languages[1],

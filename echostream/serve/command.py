@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from echostream.errors import AudioWarning, ConfigError, EchoStreamError, MissingExtraError, require
 from echostream.serve.limits import Limits
-from echostream.streaming.options import SEGMENTER_OPTIONS, add_policy_arguments, add_segmenter_arguments, said_options
+from echostream.streaming.options import SEGMENTER_OPTIONS, add_policy_arguments, add_segmenter_arguments, given_options
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
@@ -93,7 +93,7 @@ def serve(args: argparse.Namespace) -> int:
     """
     for module in ("starlette", "uvicorn", "websockets", "prometheus_client"):
         require(module, "server")
-    from echostream.checkpoint import load_bundle
+    from echostream.checkpoint import load_bundle, use_threads
     from echostream.serve.app import Access, Server
 
     if args.threads < 1:
@@ -111,9 +111,10 @@ def serve(args: argparse.Namespace) -> int:
     listener = listen(args.host, args.port)
     try:
         bundle = load_bundle(model_directory(args), args.device, args.backend, args.threads)
+        use_threads(bundle, args.threads)
         access = Access(args.token or os.environ.get("ECHOSTREAM_TOKEN") or None, frozenset(args.allow_origin))
         server = Server(
-            bundle, limits, access, said_of(args), args.state_dir, args.log_text,
+            bundle, limits, access, given_of(args), args.state_dir, args.log_text,
             spell=lambda name: f"--{name.replace('_', '-')}",
         )  # fmt: skip
         tls = {} if args.tls_cert is None else {"ssl_certfile": args.tls_cert, "ssl_keyfile": args.tls_key}
@@ -127,15 +128,15 @@ def serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def said_of(args: argparse.Namespace) -> dict[str, Any]:
+def given_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of how to translate, by names."""
-    said = said_options(args)
-    said.update({name: getattr(args, name) for name in SEGMENTER_OPTIONS if getattr(args, name) is not None})
+    given = given_options(args)
+    given.update({name: getattr(args, name) for name in SEGMENTER_OPTIONS if getattr(args, name) is not None})
     if args.chunk_ms is not None:
-        said["chunk_ms"] = args.chunk_ms
+        given["chunk_ms"] = args.chunk_ms
     if args.no_speech:
-        said["speech"] = False
-    return said
+        given["speech"] = False
+    return given
 
 
 def describe(bundle: Bundle, limits: Limits) -> str:
@@ -162,18 +163,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def model_directory(args: argparse.Namespace) -> Path:
-    """The directory asked for, or the shipped model, exported at its first use where that is possible.
+    """The directory asked for, or the shipped model: exported, if need be at its first use where that is possible.
 
     Raises:
         CheckpointError: there is no such directory.
     """
-    from echostream.cli import checkpoint_directory
+    from echostream.checkpoint.layout import checkpoint_directory
 
     directory = checkpoint_directory(args.checkpoint_dir)
     if args.checkpoint_dir is not None or args.backend == "torch" or args.device != "cpu":
         return directory
-    from echostream.checkpoint import EXPORTED_CONFIG, EXPORTED_FORMAT, read_config
+    from echostream.checkpoint.layout import EXPORTED_CONFIG, EXPORTED_FORMAT, read_config
 
+    if (directory / EXPORTED_CONFIG).is_file():  # the shipped model has graphs of its own
+        return directory
     digest = (read_config(directory).get("digests") or {}).get("model.pt", "")[:12]
     name = f"es-en-{digest}-{EXPORTED_FORMAT.rpartition('/')[2]}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echostream" / name

@@ -12,7 +12,8 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from echostream.serve.hub import Hub, Session
+from echostream.serve.hub import Hub
+from echostream.serve.session import Session
 
 log = logging.getLogger("echostream.serve")
 GOING_AWAY, POLICY, INTERNAL, RESTART = 1001, 1008, 1011, 1012  # codes of RFC 6455 and its registry

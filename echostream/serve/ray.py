@@ -35,7 +35,7 @@ def app(args: dict[str, str]) -> Any:
     least, _, most = args.pop("replicas", "1").partition("-")
     directory, state = args.pop("checkpoint_dir", None), args.pop("state_dir", None)
     token = args.pop("token", None)
-    said = {name: args.pop(name) for name in ("policy", "segmenter") if name in args}
+    given = {name: args.pop(name) for name in ("policy", "segmenter") if name in args}
     if args:
         raise ConfigError(f"unknown argument {next(iter(args))!r}")
     scale: dict[str, Any] = {"num_replicas": int(least)}
@@ -48,7 +48,7 @@ def app(args: dict[str, str]) -> Any:
         }  # fmt: skip
 
     def build() -> Any:
-        return build_asgi(directory, state, sessions, cpus, token, said)
+        return build_asgi(directory, state, sessions, cpus, token, given)
 
     @serve.deployment(
         name="EchoStream",
@@ -67,15 +67,16 @@ def app(args: dict[str, str]) -> Any:
 
 
 def build_asgi(
-    directory: str | None, state: str | None, sessions: int, threads: int, token: str | None, said: dict[str, Any]
+    directory: str | None, state: str | None, sessions: int, threads: int, token: str | None, given: dict[str, Any]
 ) -> Any:
     """The ASGI application of one replica; its sessions drain when it is shut down."""
-    from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle
+    from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle, use_threads
     from echostream.serve.app import Access, Server
 
     bundle = load_bundle(directory or DEFAULT_BUNDLE, threads=threads)
+    use_threads(bundle, threads)
     limits = Limits(sessions=sessions, drain_s=DRAIN_S / 2)
-    server = Server(bundle, limits, Access(token), said, None if state is None else Path(state), drain_at_end=True)
+    server = Server(bundle, limits, Access(token), given, None if state is None else Path(state), drain_at_end=True)
     return server.app
 
 

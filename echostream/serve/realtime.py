@@ -31,8 +31,9 @@ from echostream.audio.stream import to_pcm
 from echostream.errors import ConfigError, SessionError
 from echostream.loading import shown
 from echostream.serve.connection import Connection, Invalid, same_language
-from echostream.serve.hub import Hub, Session
+from echostream.serve.hub import Hub
 from echostream.serve.rows import STREAM_OPTIONS
+from echostream.serve.session import Session
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, Waveform
 
 RATE = 24_000  # of the dialect's sound, both ways
@@ -54,7 +55,7 @@ class RealtimeRenderer:
         self._resample: ResampleState | None = None
 
     def render(self, event: Event) -> list[dict[str, Any] | None]:
-        """See ``hub.Renderer``."""
+        """See ``session.Renderer``."""
         if isinstance(event, SourceText):
             delta, self._source = _added(self._source, event.text), "" if event.final else event.text
             if not delta:
@@ -107,7 +108,7 @@ class RealtimeRenderer:
         }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """See ``hub.Renderer``."""
+        """See ``session.Renderer``."""
         state: dict[str, Any] = {
             "transcript": self.transcript, "rate": self.rate, "source": self._source, "begun": list(self._begun),
         }  # fmt: skip
@@ -117,7 +118,7 @@ class RealtimeRenderer:
         return state
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """See ``hub.Renderer``."""
+        """See ``session.Renderer``."""
         self.transcript, self.rate = bool(state["transcript"]), int(state["rate"])
         self._source, self._begun = str(state["source"]), [bool(x) for x in state["begun"]]
         if "resample" in state:

@@ -20,7 +20,8 @@ from echostream.constants import SAMPLE_RATE
 from echostream.errors import AudioError
 from echostream.loading import shown
 from echostream.serve.connection import POLICY, Connection, Invalid, same_language
-from echostream.serve.hub import Hub, Refused, Session
+from echostream.serve.hub import Hub
+from echostream.serve.session import Refused, Session
 from echostream.streaming.events import Event, TargetText
 
 
@@ -31,7 +32,7 @@ class SimulstreamRenderer:
         self._begun = False
 
     def render(self, event: Event) -> list[dict[str, Any] | None]:
-        """See ``hub.Renderer``."""
+        """See ``session.Renderer``."""
         if not isinstance(event, TargetText) or not event.text:
             return []
         between = " " if self._begun and event.sentence_text == event.text else ""
@@ -39,11 +40,11 @@ class SimulstreamRenderer:
         return [{"new": between + event.text, "deleted": ""}]
 
     def state(self) -> dict[str, Any]:
-        """See ``hub.Renderer``; sessions of this protocol are never archived."""
+        """See ``session.Renderer``; sessions of this protocol are never archived."""
         return {"begun": self._begun}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """See ``hub.Renderer``."""
+        """See ``session.Renderer``."""
         self._begun = bool(state["begun"])
 
 

@@ -1,8 +1,9 @@
 """The streaming engine: samples in, events out, at a constant cost per chunk for streams without end.
 
-``session`` holds what users call. One stream's logic is in ``engine`` (no torch), which asks the model for its next
-step through the requests of ``stages``; ``torch_stages`` answers them, or, without torch, ``exported``. ``policy`` says
-when to write, ``segmenter`` (with ``punctuation`` and ``pause``) where sentences end, ``events`` what comes out.
+``session`` and ``batch`` hold what users call, both over ``core``, which keeps a ``stream``'s state and drives its
+``engine``: where sentences begin and end. ``writing`` writes one. Both ask the model for its next step through the
+requests of ``stages``; ``torch_stages`` answers them, or, without torch, ``exported``. ``policies`` say when to write,
+``segmenters`` where sentences end, ``resolve`` which of them a stream gets, ``events`` what comes out.
 """
 
 from echostream.streaming.batch import SessionBatch
@@ -15,16 +16,13 @@ from echostream.streaming.events import (
     TargetUnits,
     Waveform,
 )
-from echostream.streaming.policy import (
-    AlignAttPolicy,
-    CTCCountPolicy,
-    LocalAgreementPolicy,
-    Policy,
-    WaitForSentenceEnd,
-    WaitKPolicy,
-    make_policy,
-)
-from echostream.streaming.segmenter import NoSegmenter, PunctuationSegmenter, Segmenter, make_segmenter
+from echostream.streaming.policies.base import Policy
+from echostream.streaming.policies.counting import CTCCountPolicy, WaitForSentenceEnd, WaitKPolicy
+from echostream.streaming.policies.factory import make_policy
+from echostream.streaming.policies.hypotheses import AlignAttPolicy, LocalAgreementPolicy
+from echostream.streaming.segmenters.base import NoSegmenter, Segmenter
+from echostream.streaming.segmenters.factory import make_segmenter
+from echostream.streaming.segmenters.punctuation import PunctuationSegmenter
 from echostream.streaming.session import StreamingSession
 
 __all__ = [

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import ConfigError, SessionError
-from echostream.streaming.backends import backend_of
-from echostream.streaming.clock import AudioClock
-from echostream.streaming.engine import Settings
+from echostream.streaming.core import StreamCore
 from echostream.streaming.events import Event
-from echostream.streaming.policy import Policy
-from echostream.streaming.segmenter import Segmenter
-from echostream.streaming.session import make_engine
+from echostream.streaming.policies.base import Policy
+from echostream.streaming.segmenters.base import Segmenter
+from echostream.streaming.settings import Settings
 from echostream.streaming.stages import Backend
-from echostream.streaming.track import Hearing, Track, decide
+from echostream.streaming.stream import StreamState
 from echostream.streaming.turns import Turns, in_turn
 
 if TYPE_CHECKING:
@@ -51,34 +50,28 @@ class SessionBatch:
         if isinstance(capacity, bool) or not isinstance(capacity, Integral) or capacity < 1:
             raise ConfigError(f"capacity is {capacity!r}; a batch needs room for one stream at least")
         self._turns = Turns()
-        self.engine = make_engine(bundle, policy=policy, segmenter=segmenter, settings=settings, **options)
+        self._core = StreamCore(
+            bundle, int(capacity), backend, policy=policy, segmenter=segmenter, settings=settings, **options
+        )
+        self.engine = self._core.engine
         self.settings = self.engine.settings
-        self._hearing = Hearing(AudioClock(self.settings.chunk_ms, bundle.config.features), bundle.cmvn)
-        self._stages = (backend or backend_of(bundle))(bundle, rows=capacity, speech=self.settings.speech)
         self._free = list(range(capacity))
-        self._tracks: dict[int, Track] = {}
+        self._states: dict[int, StreamState] = {}
         self._next = 0
 
-    @in_turn
     def join(self) -> int:
         """A new stream; its number is used in all other calls, and never given twice.
 
         Raises:
             SessionError: the batch is full.
         """
-        if not self._free:
-            raise SessionError(f"all {self._stages.rows} places of the batch are taken; let a stream leave() first")
-        row, number = self._free.pop(0), self._next
-        self._next += 1
-        self._stages.reset(row)
-        self._tracks[number] = Track(row, self._hearing.clock.init_state())
-        return number
+        return self._admit(self._core.open)
 
     @in_turn
     def leave(self, number: int) -> None:
         """Forget a stream, finished or not."""
-        self._free.append(self._track(number).row)
-        del self._tracks[number]
+        self._free.append(self._state(number).row)
+        del self._states[number]
 
     @in_turn
     def push(
@@ -95,22 +88,7 @@ class SessionBatch:
         if not isinstance(samples, Mapping):
             raise SessionError(f"push() takes the samples of each stream by its number, not {type(samples).__name__}")
         rates = sample_rate if isinstance(sample_rate, Mapping) else dict.fromkeys(samples, sample_rate)
-        pending = {
-            number: self._hearing.push(self._track(number), part, rates.get(number))
-            for number, part in samples.items()
-        }
-        events: dict[int, list[Event]] = {number: [] for number in samples}
-        while pending:
-            jobs = {}
-            for number, decisions in list(pending.items()):
-                decision = next(decisions, None)
-                if decision is None:
-                    del pending[number]
-                else:
-                    jobs[number] = (self._tracks[number], decision)
-            if jobs:
-                self._decide(jobs, events)
-        return events
+        return self._core.push({n: (self._state(n), part, rates.get(n)) for n, part in samples.items()})
 
     @in_turn
     def finish(self, *numbers: int) -> dict[int, list[Event]]:
@@ -120,19 +98,48 @@ class SessionBatch:
             SessionError: one of them is unknown, named twice, or has been finished before; then none is.
         """
         for number in numbers:
-            if self._track(number).finished:
+            if self._state(number).finished:
                 raise SessionError(f"stream {number} has been finished already; leave() it")
         if len(set(numbers)) < len(numbers):
             raise SessionError(f"finish() names a stream twice: {', '.join(map(str, numbers))}")
-        events: dict[int, list[Event]] = {number: [] for number in numbers}
-        self._decide({n: (self._tracks[n], self._hearing.finish(self._tracks[n])) for n in numbers}, events)
-        return events
+        return self._core.finish({number: self._states[number] for number in numbers})
 
-    def _decide(self, jobs: dict, events: dict[int, list[Event]]) -> None:
-        for number, found in zip(jobs, decide(self.engine, self._stages, list(jobs.values()))):
-            events[number] += found
+    @in_turn
+    def snapshot(self, number: int) -> Callable[[str | Path], None]:
+        """The stream as it is now; the function returned writes it to a file, later and in any thread."""
+        return self._core.snapshot(self._state(number))
 
-    def _track(self, number: int) -> Track:
-        if not isinstance(number, Integral) or number not in self._tracks:
-            raise SessionError(f"there is no stream {number} in the batch; there are: {sorted(self._tracks) or 'none'}")
-        return self._tracks[number]
+    def save(self, number: int, path: str | Path) -> None:
+        """Write a running stream as ``StreamingSession.save`` does; either can take it up.
+
+        Raises:
+            OutputError: it cannot be written; what was there before still is.
+        """
+        self.snapshot(number)(path)
+
+    def restore(self, path: str | Path) -> int:
+        """A new stream that goes on where a saved one was; its number.
+
+        Raises:
+            SessionError: the file is missing, damaged, or of another version, model, policy or setting; or the batch is
+                full.
+        """
+        return self._admit(lambda row: self._core.restore(path, row))
+
+    @in_turn
+    def _admit(self, make: Callable[[int], StreamState]) -> int:
+        """Give a free row to the stream that ``make`` makes for it."""
+        if not self._free:
+            raise SessionError(
+                f"all {self._core.stages.rows} places of the batch are taken; let a stream leave() first"
+            )
+        state, number = make(self._free[0]), self._next
+        self._free.remove(state.row)
+        self._next += 1
+        self._states[number] = state
+        return number
+
+    def _state(self, number: int) -> StreamState:
+        if not isinstance(number, Integral) or number not in self._states:
+            raise SessionError(f"there is no stream {number} in the batch; there are: {sorted(self._states) or 'none'}")
+        return self._states[number]

@@ -43,7 +43,7 @@ class ClockState:
     heard: np.ndarray
 
 
-class Chunk(NamedTuple):
+class AudioChunk(NamedTuple):
     """What a decision hears: features [T, 80], and the samples that arrived since the last one, float32 [M], 16 kHz."""
 
     features: np.ndarray
@@ -72,7 +72,7 @@ class AudioClock:
             return 0.0
         return (state.decisions + 1) * self.chunk_ms / 1000 - state.due / 1000 / state.rate
 
-    def push(self, samples: np.ndarray, rate: int, state: ClockState) -> Iterator[tuple[Chunk | None, ClockState]]:
+    def push(self, samples: np.ndarray, rate: int, state: ClockState) -> Iterator[tuple[AudioChunk | None, ClockState]]:
         """Yield (chunk, state) at every decision, and last (None, state) with what is left over.
 
         Args:
@@ -99,11 +99,11 @@ class AudioClock:
         )
         yield None, state
 
-    def finish(self, state: ClockState) -> tuple[Chunk, ClockState]:
+    def finish(self, state: ClockState) -> tuple[AudioChunk, ClockState]:
         """The last, partial chunk, the resampler flushed."""
         return self._process(state, flush=True)
 
-    def _process(self, state: ClockState, flush: bool = False) -> tuple[Chunk, ClockState]:
+    def _process(self, state: ClockState, flush: bool = False) -> tuple[AudioChunk, ClockState]:
         samples, resample = state.samples, state.resample
         if state.rate:
             samples, resample = Resampler(state.rate, SAMPLE_RATE).step(samples, resample, finished=flush)
@@ -112,7 +112,7 @@ class AudioClock:
             features = np.concatenate([state.features, features])
         if len(state.heard):
             samples = np.concatenate([state.heard, samples])
-        return Chunk(features, samples), replace(
+        return AudioChunk(features, samples), replace(
             state,
             samples=state.samples[:0],
             resample=resample,

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echostream.streaming.policy import POLICIES, WAIT_UNITS
+from echostream.streaming.policies.counting import WAIT_UNITS
+from echostream.streaming.policies.factory import POLICIES
 from echostream.streaming.resolve import resolve
-from echostream.streaming.segmenter import CT_SIDES, SEGMENTERS
+from echostream.streaming.segmenters.factory import CT_SIDES, SEGMENTERS
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
@@ -26,7 +27,7 @@ class Knob:
     choices: tuple[str, ...] | None = None
 
 
-KNOBS = {
+KNOB_OPTIONS = {
     "lagging_k1": Knob("ctc: subwords that the text stays behind the ST CTC head"),
     "stride_n1": Knob("ctc: source and target CTC subwords from one writing of text to the next"),
     "wait_k": Knob("wait-k: source units before the first writing"),
@@ -50,14 +51,14 @@ SEGMENTER_OPTIONS = (
 def add_policy_arguments(
     parser: ArgumentParser | argparse._ArgumentGroup, chunks: tuple[int, ...] = ()
 ) -> None:
-    """``--policy``, a flag for each knob of any policy, and ``--chunk-ms``. What is not said stays None.
+    """``--policy``, a flag for each knob of any policy, and ``--chunk-ms``. What is not given stays None.
 
     With ``chunks``, which are then its default, ``--chunk-ms`` takes any number of sizes.
     """
     parser.add_argument("--policy", choices=tuple(POLICIES), help="when to write (default: the checkpoint's, or ctc)")
     add_chunk_argument(parser, chunks)
     add_beam_argument(parser)
-    for name, knob in KNOBS.items():
+    for name, knob in KNOB_OPTIONS.items():
         parser.add_argument(
             "--" + name.replace("_", "-"),
             type=knob.type,
@@ -87,7 +88,7 @@ def add_chunk_argument(parser: ArgumentParser | argparse._ArgumentGroup, several
 
 
 def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) -> None:
-    """``--segmenter`` and what its kinds need. What is not said stays None."""
+    """``--segmenter`` and what its kinds need. What is not given stays None."""
     parser.add_argument(
         "--segmenter",
         metavar="NAME[+NAME]",
@@ -112,9 +113,9 @@ def add_segmenter_arguments(parser: ArgumentParser | argparse._ArgumentGroup) ->
     )
 
 
-def said_options(args: Namespace) -> dict[str, Any]:
-    """The options of this file that were said, but for ``--chunk-ms``: to hand them on to another program."""
-    names = ("policy", "beam", *KNOBS, *SEGMENTER_OPTIONS)
+def given_options(args: Namespace) -> dict[str, Any]:
+    """The options of this file that were given, but for ``--chunk-ms``: to hand them on to another program."""
+    names = ("policy", "beam", *KNOB_OPTIONS, *SEGMENTER_OPTIONS)
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
@@ -125,9 +126,9 @@ def session_options(args: Namespace, bundle: Bundle) -> dict[str, Any]:
         ConfigError: a knob that the policy does not have, a value out of range, or an unknown segmenter.
         CheckpointError, MissingExtraError: what a segmenter needs is missing.
     """
-    names = ("policy", *KNOBS, *SEGMENTER_OPTIONS, "chunk_ms", "beam")
-    said = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    if "speech_gate" in said:
-        said["speech_gate"] = said["speech_gate"] == "on"
-    found = resolve(bundle, said, spell=lambda name: f"--{name.replace('_', '-')}")
+    names = ("policy", *KNOB_OPTIONS, *SEGMENTER_OPTIONS, "chunk_ms", "beam")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if "speech_gate" in given:
+        given["speech_gate"] = given["speech_gate"] == "on"
+    found = resolve(bundle, given, spell=lambda name: f"--{name.replace('_', '-')}")
     return found._asdict()

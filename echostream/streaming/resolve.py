@@ -1,4 +1,4 @@
-"""How a stream is translated: what was said, else what the bundle says, else the classes' defaults.
+"""How a stream is translated: what is asked for, else what the bundle says, else the classes' defaults.
 
 The Python interface, the agent and the command line all ask ``resolve``, so that one bundle means the same to each.
 """
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from echostream.constants import ENCODER_FRAME_MS
 from echostream.errors import CheckpointError, ConfigError
-from echostream.loading import Rule, check, shown
-from echostream.streaming.engine import Settings
-from echostream.streaming.pause import SpeechGate
-from echostream.streaming.policy import POLICIES, Policy, knobs_of, make_policy
-from echostream.streaming.segmenter import CT_SIDES, SEGMENTERS, CombinedSegmenter, Segmenter, make_segmenter
-from echostream.streaming.silero import load_silero
+from echostream.loading import shown
+from echostream.rules import Rule, check
+from echostream.streaming.policies.base import Policy
+from echostream.streaming.policies.factory import POLICIES, knobs_of, make_policy
+from echostream.streaming.segmenters.base import CombinedSegmenter, Segmenter
+from echostream.streaming.segmenters.factory import CT_SIDES, SEGMENTERS, make_segmenter
+from echostream.streaming.segmenters.pause import SpeechGate
+from echostream.streaming.segmenters.silero import load_silero
+from echostream.streaming.settings import Settings
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
@@ -45,33 +48,34 @@ class Resolved(NamedTuple):
     settings: Settings
 
 
-def resolve(bundle: Bundle, said: Mapping[str, Any], spell: Callable[[str], str] = str) -> Resolved:
+def resolve(bundle: Bundle, overrides: Mapping[str, Any], spell: Callable[[str], str] = str) -> Resolved:
     """Policy, segmenter and settings for a bundle.
 
     Args:
-        said: of ``OPTIONS`` by name; None is as good as unsaid. ``policy`` and ``segmenter`` are names or the things
-            themselves; ``settings`` stands for all the bundle's settings, single ones go before it. Without
+        overrides: of ``OPTIONS`` by name; None is as good as left out. ``policy`` and ``segmenter`` are names or the
+            things themselves; ``settings`` stands for all the bundle's settings, single ones go before it. Without
             ``speech_gate: False`` words count only where somebody may have spoken.
-        spell: how whoever said it spells an option (``--chunk-ms``), for errors.
+        spell: how whoever gave it spells an option (``--chunk-ms``), for errors.
 
     Raises:
         ConfigError: an option is unknown, out of range, or of another policy or segmenter than the one chosen.
         CheckpointError, MissingExtraError: what a segmenter needs is missing.
     """
-    said = {name: value for name, value in said.items() if value is not None}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     preferred = getattr(bundle, "policy", None) or {}
-    for name in said:
+    for name in overrides:
         if name not in OPTIONS:
             raise ConfigError(f"unknown setting {name!r}; known: {', '.join(OPTIONS)}")
     return Resolved(
-        _policy(said, preferred, spell),
-        _segmenter(bundle, said, preferred, spell),
-        _settings(bundle, said, preferred, spell),
+        _policy(overrides, preferred, spell),
+        _segmenter(bundle, overrides, preferred, spell),
+        _settings(bundle, overrides, preferred, spell),
     )
 
 
-def _policy(said: dict[str, Any], preferred: Mapping[str, Any], spell: Callable[[str], str]) -> Policy:
-    name, chosen = said.get("policy", preferred.get("policy", "ctc")), {k: said[k] for k in KNOBS if k in said}
+def _policy(overrides: dict[str, Any], preferred: Mapping[str, Any], spell: Callable[[str], str]) -> Policy:
+    name = overrides.get("policy", preferred.get("policy", "ctc"))
+    chosen = {knob: overrides[knob] for knob in KNOBS if knob in overrides}
     if not isinstance(name, str):
         if chosen:
             raise ConfigError(f"{spell(next(iter(chosen)))} is for a policy by name; this one is made already")
@@ -86,40 +90,40 @@ def _policy(said: dict[str, Any], preferred: Mapping[str, Any], spell: Callable[
 
 
 def _segmenter(
-    bundle: Bundle, said: dict[str, Any], preferred: Mapping[str, Any], spell: Callable[[str], str]
+    bundle: Bundle, overrides: dict[str, Any], preferred: Mapping[str, Any], spell: Callable[[str], str]
 ) -> Segmenter:
-    name = said.get("segmenter", preferred.get("segmenter", "punctuation"))
+    name = overrides.get("segmenter", preferred.get("segmenter", "punctuation"))
     parts = name.split("+") if isinstance(name, str) else ()
-    gated = said.get("speech_gate", preferred.get("speech_gate", True))
+    gated = overrides.get("speech_gate", preferred.get("speech_gate", True))
     if not isinstance(gated, bool):
         raise ConfigError(f"{spell('speech_gate')} is {shown(gated)}; it must be true or false")
     for option, part in SEGMENTER_KNOBS.items():
-        if option in said and part not in parts and not (option == "vad_model" and gated):
+        if option in overrides and part not in parts and not (option == "vad_model" and gated):
             raise ConfigError(
                 f"{spell(option)} is for {spell('segmenter')} {part}, not for {name if parts else name.name}"
             )
     segmenter = name
     if parts:
-        known = {k: v for k, v in {**preferred, **said}.items() if SEGMENTER_KNOBS.get(k) in parts}
+        known = {k: v for k, v in {**preferred, **overrides}.items() if SEGMENTER_KNOBS.get(k) in parts}
         segmenter = make_segmenter(name, bundle.source_dict, bundle.target_dict, **known)
     if not gated or any(isinstance(part, SpeechGate) for part in getattr(segmenter, "parts", (segmenter,))):
         return segmenter
-    return CombinedSegmenter((segmenter, SpeechGate(load_silero(said.get("vad_model")))))
+    return CombinedSegmenter((segmenter, SpeechGate(load_silero(overrides.get("vad_model")))))
 
 
 def _settings(
-    bundle: Bundle, said: dict[str, Any], preferred: Mapping[str, Any], spell: Callable[[str], str]
+    bundle: Bundle, overrides: dict[str, Any], preferred: Mapping[str, Any], spell: Callable[[str], str]
 ) -> Settings:
-    chosen = {name: said[name] for name in SETTINGS if name in said}
-    longest = said.get("max_sentence_s", None if "settings" in said else preferred.get("max_sentence_s"))
+    chosen = {name: overrides[name] for name in SETTINGS if name in overrides}
+    longest = overrides.get("max_sentence_s", None if "settings" in overrides else preferred.get("max_sentence_s"))
     if longest is not None and "max_sentence_frames" not in chosen:
         most = bundle.config.max_sentence_frames * ENCODER_FRAME_MS / 1000
         if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not 1 <= longest <= most:
             value = f"{longest:g}" if isinstance(longest, float) else shown(longest)
             raise ConfigError(f"{spell('max_sentence_s')} is {value}; this model's buffers allow 1 to {most:g}")
         chosen["max_sentence_frames"] = round(longest * 1000 / ENCODER_FRAME_MS)
-    if "settings" in said:
-        return replace(said["settings"], **chosen)
+    if "settings" in overrides:
+        return replace(overrides["settings"], **chosen)
     return Settings(**{**{name: preferred[name] for name in SETTINGS if name in preferred}, **chosen})
 
 

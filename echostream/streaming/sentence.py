@@ -8,8 +8,8 @@ import numpy as np
 
 from echostream.constants import BLANK, ENCODER_FRAME_MS
 from echostream.streaming.events import LagStatistics
-from echostream.streaming.policy import Memory
-from echostream.streaming.segmenter import Spoken
+from echostream.streaming.policies.base import Memory
+from echostream.streaming.segmenters.base import CTCToken
 
 FRAME_S = ENCODER_FRAME_MS / 1000
 
@@ -24,11 +24,10 @@ class Sentence:
         extended: the frame up to which they have been given the encoder's output; ``start`` before anything was.
         begun: has the translation something to work on? Before that its start may still move.
         source, target: tokens of the ASR and ST CTC heads.
-        source_told: how many source tokens have been given out as events.
+        source_given: how many source tokens have been given out as events.
         memory: the policy's.
         tokens, frames, times: committed target subwords, g(i), and the audio clock (s) when each was written.
         inputs: [P, D] what the unit decoder has still to read, and ``inputs_read`` what it has read.
-        unit_frames: g of every input read.
         last_symbol: the unit decoder's last raw symbol.
         units, samples: all given out so far.
         first_audio_s: the audio clock at its first speech.
@@ -40,14 +39,13 @@ class Sentence:
     inputs: np.ndarray
     extended: int = -1
     begun: bool = False
-    source: tuple[Spoken, ...] = ()
-    target: tuple[Spoken, ...] = ()
-    source_told: int = 0
+    source: tuple[CTCToken, ...] = ()
+    target: tuple[CTCToken, ...] = ()
+    source_given: int = 0
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     inputs_read: int = 0
-    unit_frames: list[int] = field(default_factory=list)
     last_symbol: int = BLANK
     units: list[int] = field(default_factory=list)
     samples: list[np.ndarray] = field(default_factory=list)

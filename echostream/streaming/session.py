@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from echostream.constants import SAMPLE_RATE
-from echostream.streaming import archive
-from echostream.streaming.backends import backend_of
-from echostream.streaming.clock import AudioClock
-from echostream.streaming.engine import Engine, Settings
+from echostream.streaming.core import StreamCore
 from echostream.streaming.events import Event, SentenceEnd, Waveform
-from echostream.streaming.policy import Policy
-from echostream.streaming.resolve import resolve
-from echostream.streaming.segmenter import Segmenter
+from echostream.streaming.policies.base import Policy
+from echostream.streaming.segmenters.base import Segmenter
+from echostream.streaming.settings import Settings
 from echostream.streaming.stages import Backend
-from echostream.streaming.track import Hearing, Track, decide
 from echostream.streaming.turns import Turns, in_turn
 
 if TYPE_CHECKING:
@@ -47,9 +42,9 @@ class StreamingSession:
 
     Args:
         bundle: a loaded checkpoint (``echostream.checkpoint.load_bundle``). Many sessions may share it.
-        policy: when to write: a policy, its name (see ``policy.POLICIES``; its knobs are the bundle's), or None for
+        policy: when to write: a policy, its name (see ``policies.factory``; its knobs are the bundle's), or None for
             what the bundle says (the CTC-count policy, if it says nothing).
-        segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenter.SEGMENTERS``):
+        segmenter: where sentences end: a segmenter, or names joined by ``+`` (see ``segmenters.factory``):
             ``punctuation`` (the model's own), ``pause``, or ``none`` for recordings that are one sentence each; or None
             for what the bundle says (``punctuation``, if it says nothing).
         settings: see ``Settings``; default: the bundle's. Its fields may also be given by name (``chunk_ms=640``), as
@@ -71,11 +66,10 @@ class StreamingSession:
     ):
         self.bundle = bundle
         self._turns = Turns()
-        self.engine = make_engine(bundle, policy=policy, segmenter=segmenter, settings=settings, **options)
+        self._core = StreamCore(bundle, 1, backend, policy=policy, segmenter=segmenter, settings=settings, **options)
+        self.engine = self._core.engine
         self.settings = self.engine.settings
-        self._hearing = Hearing(AudioClock(self.settings.chunk_ms, bundle.config.features), bundle.cmvn)
-        self._stages = (backend or backend_of(bundle))(bundle, rows=1, speech=self.settings.speech)
-        self._track = Track(0, self._hearing.clock.init_state())
+        self._state = self._core.open(0)
 
     @in_turn
     def push(self, samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> list[Event]:
@@ -96,10 +90,7 @@ class StreamingSession:
         Warns:
             AudioWarning: once a stream, if its level cannot be that of speech with full scale 1.
         """
-        events: list[Event] = []
-        for decision in self._hearing.push(self._track, samples, sample_rate):
-            events += decide(self.engine, self._stages, [(self._track, decision)])[0]
-        return events
+        return self._core.push({0: (self._state, samples, sample_rate)})[0]
 
     @in_turn
     def finish(self) -> list[Event]:
@@ -108,13 +99,12 @@ class StreamingSession:
         Raises:
             SessionError: the stream has been finished before.
         """
-        return decide(self.engine, self._stages, [(self._track, self._hearing.finish(self._track))])[0]
+        return self._core.finish({0: self._state})[0]
 
     @in_turn
     def reset(self) -> None:
         """Forget everything; the next push starts a new stream."""
-        self._stages.reset(0)
-        self._track = Track(0, self._hearing.clock.init_state())
+        self._state = self._core.open(0)
 
     def translate(self, path: str | Path) -> Translation:
         """A recording from its beginning to its end, heard as if it were spoken now. The stream is new before it, and
@@ -150,7 +140,7 @@ class StreamingSession:
         Raises:
             OutputError: it cannot be written; what was there before still is.
         """
-        archive.write(path, self.engine, self.bundle, self._track, self._stages.snapshot(0))
+        self._core.snapshot(self._state)(path)
 
     @in_turn
     def restore(self, path: str | Path) -> None:
@@ -159,42 +149,29 @@ class StreamingSession:
         Raises:
             SessionError: the file is missing, damaged, or of another version, model, policy or setting.
         """
-        track, arrays = archive.read(path, self.engine, self.bundle)
-        archive.fit(path, lambda: self._stages.restore(0, arrays))
-        self._track = replace(track, row=0)
+        self._state = self._core.restore(path, 0)
 
     @property
     def finished(self) -> bool:
-        return self._track.finished
+        return self._state.finished
 
     @property
     def source_time_s(self) -> float:
         """Seconds of source audio pushed."""
-        return self._hearing.clock.seconds(self._track.clock)
+        return self._core.input.clock.seconds(self._state.clock)
 
     @property
     def elapsed_s(self) -> float:
         """Seconds of computing so far."""
-        return self._track.elapsed_s
+        return self._state.elapsed_s
 
     @property
     def stage_seconds(self) -> dict[str, float]:
         """Of those, by stage: ``features``, ``encoder`` (both CTC heads in it), ``text``, ``units``, ``vocoder``."""
-        return dict(self._track.seconds)
+        return dict(self._state.seconds)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the model's state for this stream: bounded, and of an exported model as much as the current sentence
         needs."""
-        return self._stages.nbytes
-
-
-def make_engine(bundle: Bundle, **said: Any) -> Engine:
-    """The engine for a bundle; ``said`` as for ``resolve``.
-
-    Raises:
-        ConfigError: an unknown name, or a setting out of range.
-    """
-    policy, segmenter, settings = resolve(bundle, said)
-    sample_rate = None if bundle.vocoder is None else bundle.vocoder.config.sampling_rate
-    return Engine(bundle.config, bundle.source_dict, bundle.target_dict, policy, segmenter, settings, sample_rate)
+        return self._core.stages.nbytes

@@ -16,15 +16,15 @@ from echostream.streaming.search import Chosen, Step, beam_search
 
 
 @dataclass(frozen=True)
-class Listen:
+class Encode:
     """Encode normalised features [T, 80]; with ``finished`` give out the rest and be ready for a new stream."""
 
     features: np.ndarray
     finished: bool
 
 
-class Heard(NamedTuple):
-    """Answer to ``Listen``: encoder frames [N, D], and the best symbol of each for the ASR and the ST CTC head [N]."""
+class EncoderOutput(NamedTuple):
+    """Answer to ``Encode``: encoder frames [N, D], and the best symbol of each for the ASR and the ST CTC head [N]."""
 
     frames: np.ndarray
     source: np.ndarray
@@ -99,25 +99,25 @@ class ReadUnits:
 
 
 @dataclass(frozen=True)
-class Speak:
+class Vocode:
     """Feed the vocoder units [U]; with ``finished`` flush it. Answer: samples, float32 [M]."""
 
     units: np.ndarray
     finished: bool
 
 
-Request = Listen | NewSentence | Extend | Write | Search | Rewind | ReadUnits | Speak
+Request = Encode | NewSentence | Extend | Write | Search | Rewind | ReadUnits | Vocode
 
 # Under which name the time of each kind of request is booked.
 STAGE_NAMES: dict[type, str] = {
-    Listen: "encoder",
+    Encode: "encoder",
     NewSentence: "text",
     Extend: "text",
     Write: "text",
     Search: "text",
     Rewind: "text",
     ReadUnits: "units",
-    Speak: "vocoder",
+    Vocode: "vocoder",
 }
 
 STAGE_ORDER = list(STAGE_NAMES)  # as they follow each other in a decision
@@ -171,14 +171,14 @@ class Answering:
 
 
 _METHODS: dict[type, str] = {
-    Listen: "_listen",
+    Encode: "_encode",
     NewSentence: "_new_sentence",
     Extend: "_extend",
     Write: "_write",
     Search: "_search",
     Rewind: "_rewind",
     ReadUnits: "_read_units",
-    Speak: "_speak",
+    Vocode: "_vocode",
 }
 
 

@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echostream.models.decoders.layers import AttentionProbe, DecoderState
+from echostream.models.decoders.decoder_base import DecoderState
+from echostream.models.decoders.layers import AttentionProbe
 from echostream.models.state import State
 from echostream.streaming.search import Step
 from echostream.streaming.stages import (
     Answering,
+    Encode,
+    EncoderOutput,
     Extend,
-    Heard,
-    Listen,
     NewSentence,
     ReadUnits,
     Request,
     Rewind,
-    Speak,
+    Vocode,
     Write,
     Written,
 )
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelState(State):
+class StagesState(State):
     """All stages' states, each with the stream as its first dimension. ``vocoder`` is empty where there is none."""
 
     encoder: State
@@ -64,9 +65,9 @@ class TorchStages(Answering):
         self.state = self.init_state(rows)
 
     @torch.inference_mode()
-    def init_state(self, rows: int) -> ModelState:
+    def init_state(self, rows: int) -> StagesState:
         model = self.model
-        return ModelState(
+        return StagesState(
             encoder=model.encoder.init_state(rows),
             st=model.st_decoder.init_state(rows),
             mt=model.mt_decoder.init_state(rows),
@@ -85,7 +86,7 @@ class TorchStages(Answering):
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
-    def _listen(self, rows: list[int], requests: list[Listen]) -> list[Heard]:
+    def _encode(self, rows: list[int], requests: list[Encode]) -> list[EncoderOutput]:
         features, lengths = self._pad(rows, [r.features for r in requests])
         finished = self._flags(rows, [r.finished for r in requests])
         state = self.state
@@ -101,7 +102,7 @@ class TorchStages(Answering):
             st = st.restart(finished)
         self._replace(encoder=encoder, st=st)
         frames, source, target, sizes = (_numpy(t) for t in (frames, source, target, counts))
-        return [Heard(frames[r, : sizes[r]], source[r, : sizes[r]], target[r, : sizes[r]]) for r in rows]
+        return [EncoderOutput(frames[r, : sizes[r]], source[r, : sizes[r]], target[r, : sizes[r]]) for r in rows]
 
     def _new_sentence(self, rows: list[int], requests: list[NewSentence]) -> list[None]:
         chosen = self._flags(rows, [True] * len(rows))
@@ -172,7 +173,7 @@ class TorchStages(Answering):
         symbols, sizes = _numpy(scores.argmax(-1)), _numpy(counts)
         return [symbols[r, : sizes[r]] for r in rows]
 
-    def _speak(self, rows: list[int], requests: list[Speak]) -> list[np.ndarray]:
+    def _vocode(self, rows: list[int], requests: list[Vocode]) -> list[np.ndarray]:
         units, lengths = self._pad_symbols(rows, [r.units for r in requests])
         finished = self._flags(rows, [r.finished for r in requests])
         waveform, sizes, state = self.vocoder.step(units, lengths, self.state.vocoder[0], finished)
@@ -186,7 +187,7 @@ class TorchStages(Answering):
     def reset(self, row: int) -> None:
         """A new stream in ``row``."""
         chosen, rows, old = self._flags([row], [True]), self.rows, self.state
-        self.state = ModelState(
+        self.state = StagesState(
             encoder=self.model.encoder.init_state(rows).where(chosen, old.encoder),
             st=old.st.restart(chosen),
             mt=old.mt.restart(chosen),
@@ -242,7 +243,7 @@ class TorchStages(Answering):
             return DecoderState(old.own, old.memory, positions, torch.where(chosen, new.frames, old.frames))
 
         before = self.state
-        self.state = ModelState(
+        self.state = StagesState(
             encoder=put(state.encoder, before.encoder),
             st=put(state.st, before.st),
             mt=put_decoder(state.mt, before.mt),

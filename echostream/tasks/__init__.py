@@ -8,7 +8,7 @@ from echostream.data.corpus.streamspeech import refuse_flags
 
 compat.apply()
 # Before fairseq says of each that it is no valid choice.
-if Path(sys.argv[0]).name in ("fairseq-train", "train.py") and (refusal := refuse_flags(sys.argv[1:])):
+if Path(sys.argv[0]).name == "fairseq-train" and (refusal := refuse_flags(sys.argv[1:])):
     sys.exit(f"error: {refusal}")
 
 from echostream import criterions  # noqa: E402,F401

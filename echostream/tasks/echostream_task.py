@@ -18,7 +18,7 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 from torch import Tensor, nn
 
-from echostream import compat
+from echostream import memory
 from echostream.constants import EOS, NUM_SPECIALS
 from echostream.data.augment import SpecAugment, parse_speeds
 from echostream.data.augmentation import SpeechAugment
@@ -42,7 +42,7 @@ _BLEU_SUMS = {"counts": BLEU_ORDER, "totals": BLEU_ORDER, "lengths": 2}
 class EchoStreamTaskConfig(FairseqDataclass):
     """Options of ``echostream_s2st``."""
 
-    data: str = field(default=MISSING, metadata={"help": "data directory made by scripts/prepare_corpus.py"})
+    data: str = field(default=MISSING, metadata={"help": "data directory made by echostream prepare"})
     config_yaml: str = field(default="config.yaml", metadata={"help": "the data directory's configuration file"})
     features: Optional[str] = field(
         default=None, metadata={"help": "log-mel features, kaldi or whisper (default: what the data directory says)"}
@@ -141,7 +141,7 @@ class EchoStreamTask(FairseqTask):
         config.extractor  # an unknown name stops the run here
         task = cls(cfg, config)
         if cfg.cpu:
-            compat.keep_freed_memory()
+            memory.keep_freed_memory()
         logger.info(
             "dictionaries: %d source and %d target symbols, %d units",
             len(task.source_dictionary), len(task.target_dictionary), config.num_units,
@@ -338,7 +338,7 @@ def _dictionary(path: Path) -> Dictionary:
         ManifestError: the file is missing or no dictionary, or its special symbols stand elsewhere.
     """
     if not path.is_file():
-        raise ManifestError(f"dictionary {path} does not exist; scripts/prepare_corpus.py writes it")
+        raise ManifestError(f"dictionary {path} does not exist; echostream prepare writes it")
     try:
         dictionary = Dictionary.load(str(path))
     except (ValueError, RuntimeError, UnicodeDecodeError) as error:

@@ -22,7 +22,7 @@ COLUMNS = ("id", "audio", "units", "durations")
 
 
 @dataclass(frozen=True)
-class Utterance:
+class UnitUtterance:
     """One row: deduplicated units [U] and how many frames of 20 ms each lasts [U]."""
 
     id: str
@@ -37,7 +37,7 @@ class Utterance:
         return int(self.durations.sum())
 
 
-def read_units(path: str | Path, num_units: int | None = None) -> list[Utterance]:
+def read_units(path: str | Path, num_units: int | None = None) -> list[UnitUtterance]:
     """Read ``units.tsv``: tab separated, a header with id, audio (relative to the file), units, durations.
 
     Columns ``text`` and ``speaker`` (a number from 0 up) are kept where there are any.
@@ -47,7 +47,7 @@ def read_units(path: str | Path, num_units: int | None = None) -> list[Utterance
     """
     path = Path(path)
     if not path.is_file():
-        raise ManifestError(f"{path} does not exist; it holds the vocoder's units, made by scripts/prepare_corpus.py")
+        raise ManifestError(f"{path} does not exist; it holds the vocoder's units, made by echostream prepare")
     lines = iter_lines(path)
     header = next(lines, "")
     missing = [name for name in COLUMNS if name not in header.split("\t")]
@@ -60,7 +60,7 @@ def read_units(path: str | Path, num_units: int | None = None) -> list[Utterance
     return found
 
 
-def _utterance(path: Path, number: int, row: dict[str, str], num_units: int | None) -> Utterance:
+def _utterance(path: Path, number: int, row: dict[str, str], num_units: int | None) -> UnitUtterance:
     try:
         units = np.array([int(u) for u in row["units"].split()], dtype=np.int64)
         durations = np.array([int(d) for d in row["durations"].split()], dtype=np.int64)
@@ -76,12 +76,12 @@ def _utterance(path: Path, number: int, row: dict[str, str], num_units: int | No
     if speaker is not None and not speaker.isdecimal():
         raise ManifestError(f"{path}, line {number}: speaker {speaker!r} is no whole number from 0 up")
     number_of = None if speaker is None else int(speaker)
-    return Utterance(row["id"], path.parent / row["audio"], units, durations, row.get("text"), number_of)
+    return UnitUtterance(row["id"], path.parent / row["audio"], units, durations, row.get("text"), number_of)
 
 
 def hold_out(
-    items: list[Utterance], count: int, ids: set[str] | None = None
-) -> tuple[list[Utterance], list[Utterance]]:
+    items: list[UnitUtterance], count: int, ids: set[str] | None = None
+) -> tuple[list[UnitUtterance], list[UnitUtterance]]:
     """(training items, ``count`` items to validate on), chosen by the hash of their ids: the same in every run.
 
     Args:
@@ -93,7 +93,7 @@ def hold_out(
     return [item for item in items if item.id not in held], ranked[:count]
 
 
-def read_samples(item: Utterance, start_frame: int = 0, frames: int | None = None) -> np.ndarray:
+def read_samples(item: UnitUtterance, start_frame: int = 0, frames: int | None = None) -> np.ndarray:
     """Samples of ``frames`` frames from ``start_frame`` on, float32, zero behind the recording's end.
 
     Raises:
@@ -146,7 +146,7 @@ class PieceSampler:
         frames: frames per piece.
     """
 
-    def __init__(self, items: list[Utterance], batch_size: int, frames: int, seed: int):
+    def __init__(self, items: list[UnitUtterance], batch_size: int, frames: int, seed: int):
         self.items, self.batch_size, self.frames, self.seed = items, batch_size, frames, seed
         self.ends = np.cumsum([item.frames for item in items])
 
@@ -167,7 +167,7 @@ class UtteranceSampler:
     Utterances of a batch are of like length: of four times as many, drawn at random, neighbours by length.
     """
 
-    def __init__(self, items: list[Utterance], batch_size: int, seed: int):
+    def __init__(self, items: list[UnitUtterance], batch_size: int, seed: int):
         self.items, self.batch_size, self.seed = items, batch_size, seed
 
     def batch(self, step: int) -> Batch:
@@ -178,7 +178,7 @@ class UtteranceSampler:
         return collate(chosen, [0] * len(chosen), 0, np.zeros((len(chosen), 0)))
 
 
-def collate(items: list[Utterance], begin: list[int], frames: int, wav: np.ndarray) -> Batch:
+def collate(items: list[UnitUtterance], begin: list[int], frames: int, wav: np.ndarray) -> Batch:
     longest = max(len(item.units) for item in items)
 
     def padded(rows: list[np.ndarray]) -> Tensor:

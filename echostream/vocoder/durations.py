@@ -12,10 +12,11 @@ from torch import nn
 from echostream.errors import ConfigError
 from echostream.models.decoders.vocoder import VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_generator_state, load_weights
-from echostream.models.decoders.vocoder_layers import Whole
+from echostream.models.decoders.vocoder_layers import WholeFlow
 from echostream.vocoder.dataset import Batch, UtteranceSampler
 from echostream.vocoder.losses import duration_loss
-from echostream.vocoder.trainer import Trainer, TrainerOptions
+from echostream.vocoder.options import TrainerOptions
+from echostream.vocoder.trainer import Trainer
 
 # What suits this training better than the defaults of ``TrainerOptions``.
 DURATION_OPTIONS = dict(batch_size=32, learning_rate=1.5e-3, clip=1.0)
@@ -62,7 +63,7 @@ class DurationTrainer(Trainer):
         done = max(self.step / steps if steps else 0.0, self.minutes / minutes if minutes else 0.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * max(0.0, 1 - done)
-        predictor, flow = self.model.dur_predictor.train(), Whole(batch.lengths)
+        predictor, flow = self.model.dur_predictor.train(), WholeFlow(batch.lengths)
         with self._autocast():
             scores = predictor(self.model.duration_input(batch.units, flow), flow)
         loss = duration_loss(scores, batch.durations, batch.lengths)

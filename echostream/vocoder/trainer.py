@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -20,9 +20,9 @@ from echostream.files import replacing
 from echostream.loading import DAMAGE, parse_json, reason
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_checkpoint import load_generator_state, load_weights, save_vocoder
-from echostream.models.decoders.vocoder_layers import Whole
-from echostream.vocoder.dataset import Batch, PieceSampler, Utterance, UtteranceSampler, read_samples
-from echostream.vocoder.discriminators import DISCRIMINATOR_PRESETS, build_discriminators
+from echostream.models.decoders.vocoder_layers import WholeFlow
+from echostream.vocoder.dataset import Batch, PieceSampler, UnitUtterance, UtteranceSampler, read_samples
+from echostream.vocoder.discriminators import build_discriminators
 from echostream.vocoder.losses import (
     SpectralLoss,
     discriminator_loss,
@@ -32,44 +32,8 @@ from echostream.vocoder.losses import (
     magnitude,
     mel_filters,
 )
+from echostream.vocoder.options import TrainerOptions
 from echostream.weights import read_weights
-
-
-@dataclass(frozen=True)
-class TrainerOptions:
-    """What ``scripts/train_vocoder.py`` can set. Frames are of 20 ms, steps are updates of the generator."""
-
-    batch_size: int = 8
-    piece_frames: int = 32
-    warmup_frames: int = 3  # before a piece: only to fill the receptive field, no loss
-    learning_rate: float = 5e-4
-    learning_rate_discriminators: float = 2e-4
-    learning_rate_warmup: int = 200
-    half_life: int = 20000  # steps in which the learning rates halve
-    mel_weight: float = 45.0
-    stft_weight: float = 5.0
-    feature_weight: float = 2.0
-    duration_weight: float = 1.0
-    frame_mel_weight: float = 10.0  # a linear read-out of the frame features, for training alone
-    gan_start: int = 20000
-    discriminators: str = "tiny"
-    gan_pieces: int = 0  # pieces of a batch that the discriminators hear; 0: all
-    ema: float = 0.999
-    clip: float = 50.0
-    bf16: bool = False
-    weight_norm: bool = True
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "learning_rate", "learning_rate_warmup", "half_life"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.piece_frames * UNIT_HOP < 1024:
-            raise ConfigError(f"piece_frames is {self.piece_frames}; it must be at least 4 (1280 samples)")
-        if self.discriminators not in DISCRIMINATOR_PRESETS:
-            raise ConfigError(
-                f"discriminators is {self.discriminators!r}; there are {', '.join(DISCRIMINATOR_PRESETS)}"
-            )
 
 
 class Trainer:
@@ -90,8 +54,8 @@ class Trainer:
         self,
         config: VocoderConfig,
         options: TrainerOptions,
-        train: list[Utterance],
-        held_out: list[Utterance],
+        train: list[UnitUtterance],
+        held_out: list[UnitUtterance],
         directory: Path,
         device: str = "cpu",
     ):
@@ -223,7 +187,7 @@ class Trainer:
         """
         model, options = self.model, self.options
         piece = batch.wav.shape[1] // UNIT_HOP
-        flow = Whole(batch.lengths)
+        flow = WholeFlow(batch.lengths)
         with self._autocast():
             x = model.embed(batch.units, flow)
             scores = None
@@ -240,7 +204,7 @@ class Trainer:
             frames = frames.gather(2, at.expand(-1, frames.shape[1], -1))
             frames = model.with_speaker(frames, batch.speakers)
             features = model.frame_features(frames, _Masked(inside))[..., reach : reach + piece]
-            waveform = model.upsample(features, Whole(None))
+            waveform = model.upsample(features, WholeFlow(None))
             mel = self.readout(features)
         waveform = waveform.float()
         # True samples stand in where the receptive field was not filled, and behind an utterance's end.
@@ -382,14 +346,14 @@ class Trainer:
         errors, ratios = [], []
         for item in self.held_out:
             units = torch.from_numpy(item.units).unsqueeze(0).to(self.device)
-            flow = Whole(None)
+            flow = WholeFlow(None)
             predicted = self.ema.predict_durations(self.ema.duration_input(units, flow), flow)[0].cpu().numpy()
             errors.append(np.abs(predicted - item.durations).mean())
             ratios.append(predicted.sum() / item.durations.sum())
         return {"duration_error_frames": float(np.mean(errors)), "duration_ratio": float(np.mean(ratios))}
 
     @torch.no_grad()
-    def resynthesize(self, count: int, true_durations: bool = False) -> Iterator[tuple[Utterance, np.ndarray]]:
+    def resynthesize(self, count: int, true_durations: bool = False) -> Iterator[tuple[UnitUtterance, np.ndarray]]:
         """The first ``count`` held-out utterances spoken from their units alone, durations predicted."""
         for item in self.held_out[:count]:
             units = torch.from_numpy(item.units).unsqueeze(0).to(self.device)
@@ -397,11 +361,11 @@ class Trainer:
             wav, _ = self.ema(units, durations=durations, speakers=self._speaker(item))
             yield item, wav[0].float().cpu().numpy()
 
-    def _speaker(self, item: Utterance) -> Tensor | None:
+    def _speaker(self, item: UnitUtterance) -> Tensor | None:
         return None if item.speaker is None else torch.tensor([item.speaker], device=self.device)
 
 
-class _Masked(Whole):
+class _Masked(WholeFlow):
     """Zeros before an utterance's first frame and behind its last, at every convolution's own input."""
 
     def __init__(self, inside: Tensor):

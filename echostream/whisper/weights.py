@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from echostream.errors import CheckpointError
-from echostream.whisper.layouts import Heads, Layout, open_ctranslate2, open_huggingface, open_openai
+from echostream.whisper.ctranslate2 import open_ctranslate2
+from echostream.whisper.huggingface import open_huggingface
+from echostream.whisper.layouts import Heads, Layout
+from echostream.whisper.openai import open_openai
 
 HEAD_DIM = 64  # every published Whisper has heads of this width
 # Far above every published size (large: 128 mels, 1280 wide, 32 layers, 20 heads, 51866 tokens).

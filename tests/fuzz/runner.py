@@ -189,7 +189,7 @@ KINDS = ("recording", "bundle", "export", "archive", "schedule", "batch", "corpu
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 1 if anything but fine and refused came of a case."""
-    parser = argparse.ArgumentParser(prog="fuzz.py", description="Damage what can be handed over, and use it.")
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Damage what is handed over, and use it.")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: 10)")
     parser.add_argument("--cases", type=int, help="how many cases, whatever the time they take")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of input (default: all)")

@@ -220,7 +220,7 @@ class Targets:
     @staticmethod
     def _sign(directory: Path) -> None:
         """Let the configuration name the files as they are now, as whoever makes a hostile directory would."""
-        from echostream.checkpoint import GRAPHS, config_path, sha256
+        from echostream.checkpoint.layout import GRAPHS, config_path, sha256
         from echostream.tensor_file import WEIGHTS
 
         try:

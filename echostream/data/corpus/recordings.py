@@ -17,8 +17,8 @@ from echostream.constants import FRAME_LENGTH, FRAME_SHIFT, SAMPLE_RATE
 from echostream.data.corpus.rows import Ledger, Skipped, take_shard
 from echostream.data.manifest import Utterance
 from echostream.errors import AudioError, ConfigError, ManifestError
-from echostream.streaming.pause import HYSTERESIS
-from echostream.streaming.silero import CONTEXT, WINDOW, Detector
+from echostream.streaming.segmenters.pause import HYSTERESIS
+from echostream.streaming.segmenters.silero import CONTEXT, WINDOW, Detector
 
 LEDGER_COLUMNS = ("id", "recording", "audio", "samples")
 MARGIN = SAMPLE_RATE // 10  # kept before and behind what the detector calls speech: it is late, and ends are soft

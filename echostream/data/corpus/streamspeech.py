@@ -58,7 +58,7 @@ FLAGS = {
     "--multitask-config-yaml": "the import puts its weights and sizes into train.yaml",
     "--target-is-code": "leave it out: targets are always units",
     "--target-code-size": "num_units in config.yaml (import: --num-units)",
-    "--vocoder": "leave it out: voices belong to a checkpoint directory (scripts/export_checkpoint.py --vocoder)",
+    "--vocoder": "leave it out: voices belong to a checkpoint directory (echostream export-checkpoint --vocoder)",
     "--rdrop-alpha": "not here: no R-Drop",
     "--share-decoder-input-output-embed": "leave it out: shared in --mt-decoder-form whisper alone",
     "--encoder-layers": "the same, of Emformer layers", "--encoder-embed-dim": "the same",
@@ -117,7 +117,7 @@ class Places:
 def import_directory(
     source: Path, output: Path, look_in: Sequence[Path] = (), pair: tuple[str, str] = ("", ""), num_units: int = 1000
 ) -> Imported:
-    """Write a data directory of ours from StreamSpeech's ``source``, and ``train.yaml`` for ``scripts/train.py``.
+    """Write a data directory of ours from StreamSpeech's ``source``, and ``train.yaml`` for ``echostream train``.
 
     Args:
         look_in: further directories where files may lie: its ``configs/fr-en``, the features' folder.
@@ -160,7 +160,7 @@ def import_directory(
     return found
 
 
-RECIPE = """# From StreamSpeech's configuration; keys are fairseq-train's flags (scripts/train.py --config THIS FILE).
+RECIPE = """# From StreamSpeech's configuration; keys are fairseq-train's flags (echostream train --config THIS FILE).
 # What it does not say (--optimizer, --lr, --max-tokens, --save-dir ...) comes from the command line, as ever.
 """
 
@@ -191,7 +191,7 @@ def _features(settings: dict[str, Any], places: Places, output: Path, found: Imp
     if masks.get("time_wrap_W"):
         found.unused.append(f"specaugment.time_wrap_W {masks['time_wrap_W']}: no time warp here")
     if settings.get("vocoder"):
-        found.unused.append("vocoder: give its checkpoint and config to scripts/export_checkpoint.py --vocoder")
+        found.unused.append("vocoder: give its checkpoint and config to echostream export-checkpoint --vocoder")
     known = {"global_cmvn", "input_channels", "input_feat_per_channel", "specaugment", "transforms", "vocoder"}
     found.unused += [f"{key}: not known here" for key in settings if key not in known]
 
@@ -280,7 +280,7 @@ def refuse_flags(arguments: Sequence[str]) -> str | None:
         return None
     lines = [f"  {flag}: {(OURS | FLAGS)[flag]}" for flag in dict.fromkeys(words) if flag in OURS | FLAGS]
     return (
-        "this is StreamSpeech's command; its data directory becomes ours by scripts/prepare_corpus.py "
+        "this is StreamSpeech's command; its data directory becomes ours by echostream prepare "
         "import-streamspeech, which also writes train.yaml. Of its flags (docs/from-streamspeech.md):\n"
         + "\n".join(lines)
     )

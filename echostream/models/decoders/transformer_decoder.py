@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from echostream.config import EchoStreamConfig
 from echostream.constants import BOS, EOS, PAD
-from echostream.models.decoders.layers import AttentionProbe, DecoderState, TransformerDecoder, init_linear
+from echostream.models.decoders.decoder_base import DecoderState, TransformerDecoder
+from echostream.models.decoders.layers import AttentionProbe, init_linear
 
 
 class MTDecoder(TransformerDecoder):

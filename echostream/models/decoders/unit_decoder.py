@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, NUM_SPECIALS, PAD
 from echostream.errors import EchoStreamError
-from echostream.models.decoders.layers import DecoderState, TransformerDecoder, init_linear
+from echostream.models.decoders.decoder_base import DecoderState, TransformerDecoder
+from echostream.models.decoders.layers import init_linear
 
 
 class UnitDecoder(TransformerDecoder):

@@ -12,36 +12,59 @@ Units are cluster ids 0..num_embeddings-1, not dictionary indices.
 
 from __future__ import annotations
 
-import math
-from typing import Any, Mapping
+import dataclasses
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from echostream.errors import UnitError
-from echostream.models.decoders import vocoder_streaming as streaming
-from echostream.models.decoders.vocoder_config import PRESETS, VocoderConfig
-from echostream.models.decoders.vocoder_layers import (
-    SLOPE,
-    ContextLayer,
-    Conv,
-    DurationClassifier,
-    DurationPredictor,
-    Flow,
-    ResBlock,
-    Upsample,
-    Whole,
-)
-from echostream.models.decoders.vocoder_streaming import VocoderState, WindowState
+from echostream.models.decoders.vocoder_config import PRESETS, VocoderConfig, kept_inputs
+from echostream.models.decoders.vocoder_generator import Generator
+from echostream.models.decoders.vocoder_layers import ChunkFlow, DurationClassifier, WholeFlow
+from echostream.models.state import State
 
 __all__ = ["PRESETS", "CodeHiFiGAN", "VocoderConfig", "VocoderState", "WindowState"]
 
-NORMED = ("conv_pre", "ups", "resblocks", "conv_post")  # parts that carry weight norm in the field's checkpoints
+
+@dataclass(frozen=True)
+class VocoderState(State):
+    """A stream of a causal generator: what each convolution keeps of its input.
+
+    Attributes:
+        seen: [B] units received, capped at the look-ahead.
+        caches: per convolution, [B, kept inputs, C].
+    """
+
+    seen: Tensor
+    caches: tuple[Tensor, ...]
 
 
-class CodeHiFiGAN(nn.Module):
+@dataclass(frozen=True)
+class WindowState(State):
+    """A stream of a generator that looks ahead in every layer: the units and frames still within its view.
+
+    Attributes:
+        units, frames: [B, W] ids, left-aligned: first those that are only context now, then those still to come out.
+        unit_count, frame_count: [B] ids held.
+        unit_done, frame_done: [B] how many of them are only context.
+    """
+
+    units: Tensor
+    unit_count: Tensor
+    unit_done: Tensor
+    frames: Tensor
+    frame_count: Tensor
+    frame_done: Tensor
+
+
+class CodeHiFiGAN(Generator):
     """Units to waveform.
+
+    A causal generator keeps what each convolution still needs of its input and computes every sample once. A generator
+    that looks ahead in every layer, as the field's do, keeps the units and frames within its view and computes them
+    again: right, but as dear as its view is wide.
 
     Args:
         config: a ``VocoderConfig`` or the contents of a config.json.
@@ -49,196 +72,6 @@ class CodeHiFiGAN(nn.Module):
     Raises:
         ConfigError: the configuration cannot be built.
     """
-
-    def __init__(self, config: VocoderConfig | Mapping[str, Any]):
-        super().__init__()
-        self.config = cfg = config if isinstance(config, VocoderConfig) else VocoderConfig.from_dict(config)
-        causal, widths = cfg.causal, (cfg.upsample_initial_channel, *cfg.channels)
-        self.dict = nn.Embedding(cfg.num_embeddings, cfg.embedding_dim)
-        if cfg.multispkr:
-            self.spkr = nn.Embedding(cfg.num_speakers, cfg.embedding_dim)
-        params = cfg.dur_predictor_params
-        self.dur_predictor: DurationPredictor | DurationClassifier | None = None
-        if params is not None and params.var_pred_max_frames:
-            self.dur_predictor = DurationClassifier(params, cfg.num_embeddings, cfg.lookahead_units)
-        elif params is not None:
-            self.dur_predictor = DurationPredictor(params, causal)
-        if cfg.context_layers:
-            self.context = nn.ModuleList(
-                ContextLayer(cfg.embedding_dim, cfg.context_kernel_size, 0 if i else cfg.lookahead_units)
-                for i in range(cfg.context_layers)
-            )
-        if cfg.position_buckets:
-            self.position = nn.Embedding(2 * cfg.position_buckets, cfg.embedding_dim)
-        self.conv_pre = Conv(cfg.input_width, widths[0], 7, causal=causal)
-        if cfg.frame_layers:
-            self.frame_layers = nn.ModuleList(
-                ResBlock(widths[0], cfg.frame_kernel_size, [2**i], "2", causal) for i in range(cfg.frame_layers)
-            )
-        self.ups = nn.ModuleList(
-            Upsample(widths[i], widths[i + 1], kernel, rate, causal)
-            for i, (rate, kernel) in enumerate(zip(cfg.upsample_rates, cfg.upsample_kernel_sizes))
-        )
-        stages = len(self.ups) if cfg.resblock_stages is None else cfg.resblock_stages
-        self.resblocks = nn.ModuleList(
-            ResBlock(widths[i + 1], kernel, dilations, cfg.resblock, causal)
-            for i in range(stages)
-            for kernel, dilations in zip(cfg.resblock_kernel_sizes, cfg.resblock_dilation_sizes)
-        )
-        self.conv_post = Conv(widths[-1], 1, 7, causal=causal)
-        self._initialize()
-
-    def _initialize(self) -> None:
-        # HiFi-GAN's N(0, 0.01) relies on weight norm and long training. Fan-in scaling starts at sensible levels
-        # with or without it, which a short training on a CPU needs.
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) and name.startswith(("ups", "resblocks", "frame")):
-                fan = module.in_channels * module.kernel_size[0]
-                if isinstance(module, nn.ConvTranspose1d):
-                    fan //= module.stride[0]
-                scale = 0.5 if name.startswith(("resblocks", "frame")) else 1.0  # residual branches start small
-                nn.init.normal_(module.weight, std=scale / math.sqrt(max(fan, 1)))
-                nn.init.zeros_(module.bias)
-
-    # ------------------------------------------------------------------------------------------------------ look-ahead
-    @property
-    def hop(self) -> int:
-        """Samples per frame."""
-        return self.config.code_hop_size
-
-    @property
-    def lookahead_frames(self) -> int:
-        """Frames behind the current one that the layers after the durations see."""
-        return self.field[1]
-
-    @property
-    def field(self) -> tuple[int, int]:
-        """Frames of context (before, behind) that the samples of one frame depend on, followed back layer by layer."""
-        low, high = 0, self.hop - 1  # sample positions of frame 0, then positions at ever lower rates
-        low, high = low - self.conv_post.left, high + self.conv_post.right
-        for i in reversed(range(len(self.ups))):
-            convs = [block.in_order() for block in self.blocks(i)]
-            low -= max((sum(c.left for c in block) for block in convs), default=0)
-            high += max((sum(c.right for c in block) for block in convs), default=0)
-            up = self.ups[i]
-            kernel, padding = up.kernel_size[0], up.padding[0]
-            low = math.ceil((low + padding - kernel + 1) / up.rate)
-            high = math.floor((high + padding) / up.rate)
-        for layer in (self.conv_pre, *(m for m in getattr(self, "frame_layers", ()) for m in m.convs)):
-            low, high = low - layer.left, high + layer.right
-        return -low, max(high, 0)
-
-    @property
-    def lookahead_units(self) -> int:
-        """Units that must have come behind unit u before u's last sample can be given out, durations included.
-
-        Counted for units of one frame, the worst case: a frame ahead may be one unit ahead, and that unit's duration
-        must be known too.
-        """
-        if self.config.causal:
-            return self.config.lookahead_units
-        return self.lookahead_frames + (self.dur_predictor.right if self.dur_predictor is not None else 0)
-
-    @property
-    def lookahead_ms(self) -> float:
-        """``lookahead_units`` in ms of speech at one frame per unit."""
-        return 1000.0 * self.lookahead_units * self.hop / self.config.sampling_rate
-
-    # ------------------------------------------------------------------------------------------------------ the parts
-    def blocks(self, stage: int) -> nn.ModuleList:
-        """The residual blocks behind upsampling ``stage``; none behind the last ones, with ``resblock_stages``."""
-        kernels = len(self.config.resblock_kernel_sizes)
-        return self.resblocks[stage * kernels : (stage + 1) * kernels]
-
-    def check_units(self, units: Tensor, lengths: Tensor) -> Tensor:
-        """``units`` [B, U] with padding set to 0.
-
-        Raises:
-            UnitError: a unit is not one of the vocoder's.
-        """
-        inside = torch.arange(units.shape[1], device=units.device) < lengths[:, None]
-        bad = inside & ((units < 0) | (units >= self.config.num_embeddings))
-        if bad.any():
-            row, at = bad.nonzero()[0].tolist()
-            raise UnitError(
-                f"unit {int(units[row, at])} (sequence {row}, position {at}) is out of range; "
-                f"this vocoder knows 0..{self.config.num_embeddings - 1}"
-            )
-        return units.masked_fill(~inside, 0)
-
-    def embed(self, units: Tensor, flow: Flow | None = None) -> Tensor:
-        """Units [B, U] to what frames are made of, [B, C, U]."""
-        x = self.dict(units).transpose(1, 2)
-        for layer in getattr(self, "context", ()):
-            x = layer(x, flow)
-        return x
-
-    def duration_input(self, units: Tensor, flow: Flow, x: Tensor | None = None) -> Tensor:
-        """What the durations are predicted from, [B, C, U]: the predictor's own look at the units, or ``embed``'s.
-
-        Args:
-            x: what ``embed`` gave for these units; None: computed where it is needed.
-        """
-        if isinstance(self.dur_predictor, DurationClassifier):
-            return self.dur_predictor.look(self.dur_predictor.dict(units).mT, flow)
-        return self.embed(units, flow) if x is None else x
-
-    def predict_durations(self, x: Tensor, flow: Flow) -> Tensor:
-        """``duration_input`` to whole frames [B, U], at least 1; 1 each when the vocoder has no duration predictor."""
-        if self.dur_predictor is None:
-            return torch.ones(x.shape[0], x.shape[2], dtype=torch.long, device=x.device)
-        return self.dur_predictor.frames(self.dur_predictor(x, flow)).long()
-
-    def stretch(self, x: Tensor, durations: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Repeat each unit for its frames, and tell frames of one unit apart when ``position_buckets`` says so.
-
-        Args:
-            x: [B, C, U]. durations: [B, U] frames. lengths: [B] units.
-
-        Returns:
-            frames [B, C, F] and their number [B].
-        """
-        inside = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
-        ends = torch.cumsum(durations.masked_fill(~inside, 0), dim=1)
-        total = ends[:, -1] if ends.shape[1] else lengths.clone()
-        frame = torch.arange(int(total.max()), device=x.device).expand(x.shape[0], -1).contiguous()
-        unit = torch.searchsorted(ends, frame, right=True).clamp(max=max(x.shape[2] - 1, 0))
-        frames = x.gather(2, unit.unsqueeze(1).expand(-1, x.shape[1], -1))
-        buckets = self.config.position_buckets
-        if buckets:
-            end = ends.gather(1, unit)
-            since = frame - (end - durations.gather(1, unit))
-            until = end - 1 - frame
-            place = self.position(since.clamp(0, buckets - 1)) + self.position(until.clamp(0, buckets - 1) + buckets)
-            frames = frames + place.transpose(1, 2)
-        return frames, total
-
-    def with_speaker(self, frames: Tensor, speakers: Tensor | None) -> Tensor:
-        if not self.config.multispkr:
-            return frames
-        if speakers is None:
-            raise UnitError(f"this vocoder has {self.config.num_speakers} speakers; pass the speaker's number")
-        if ((speakers < 0) | (speakers >= self.config.num_speakers)).any():
-            raise UnitError(f"speaker {speakers.tolist()} is out of range 0..{self.config.num_speakers - 1}")
-        voice = self.spkr(speakers.view(-1)).unsqueeze(2).expand(-1, -1, frames.shape[2])
-        return torch.cat([frames, voice], dim=1)
-
-    def frame_features(self, frames: Tensor, flow: Flow) -> Tensor:
-        """[B, C, F] to [B, upsample_initial_channel, F], still at the frame rate."""
-        x = self.conv_pre(frames, flow)
-        for layer in getattr(self, "frame_layers", ()):
-            x = layer(x, flow)
-        return x
-
-    def upsample(self, x: Tensor, flow: Flow) -> Tensor:
-        """[B, upsample_initial_channel, F] to the waveform [B, F * hop] in [-1, 1]."""
-        for i, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, SLOPE), flow)
-            flow = flow.upsampled(up.rate)
-            blocks = self.blocks(i)
-            if len(blocks):
-                x = sum(block(x, flow) for block in blocks) / len(blocks)
-        return torch.tanh(self.conv_post(F.leaky_relu(x), flow)).squeeze(1)
 
     # -------------------------------------------------------------------------------------------------------- offline
     def forward(
@@ -267,7 +100,7 @@ class CodeHiFiGAN(nn.Module):
         if not int(lengths.sum()):
             raise UnitError("the unit sequence is empty; there is nothing to speak")
         uneven = lengths if bool((lengths != units.shape[1]).any()) else None
-        flow = Whole(uneven)
+        flow = WholeFlow(uneven)
         x = self.embed(units, flow)
         if durations is None:
             durations = self.predict_durations(self.duration_input(units, flow, x), flow)
@@ -283,7 +116,7 @@ class CodeHiFiGAN(nn.Module):
             raise UnitError("all durations are 0; there is nothing to speak")
         frames = self.with_speaker(frames, speakers)
         uneven = frame_lengths if bool((frame_lengths != frames.shape[2]).any()) else None
-        flow = Whole(uneven)
+        flow = WholeFlow(uneven)
         waveform = self.upsample(self.frame_features(frames, flow), flow)
         wav_lengths = frame_lengths * self.hop
         if uneven is not None:
@@ -307,7 +140,7 @@ class CodeHiFiGAN(nn.Module):
     ) -> VocoderState | WindowState:
         """The state of ``batch_size`` streams that have not begun."""
         like = self.dict.weight
-        return streaming.init_state(self, batch_size, device or like.device, dtype or like.dtype)
+        return _init_state(self, batch_size, device or like.device, dtype or like.dtype)
 
     def step(
         self,
@@ -336,7 +169,7 @@ class CodeHiFiGAN(nn.Module):
         units, lengths = self._arguments(units, lengths)
         if finished is None:
             finished = torch.zeros_like(lengths, dtype=torch.bool)
-        advance = streaming.step_causal if self.config.causal else streaming.step_window
+        advance = _step_causal if self.config.causal else _step_window
         waveform, frames, new = advance(self, units, lengths, state, finished, speakers)
         wav_lengths = frames * self.hop
         longest = int(wav_lengths.max()) if len(wav_lengths) else 0
@@ -348,17 +181,146 @@ class CodeHiFiGAN(nn.Module):
             new = new.map(lambda t: t.masked_fill(finished.view(-1, *[1] * (t.dim() - 1)), 0))
         return waveform, wav_lengths, new
 
-    # ---------------------------------------------------------------------------------------------------- weight norm
-    def add_weight_norm(self) -> "CodeHiFiGAN":
-        """Put weight norm on the parts that have it in the field's checkpoints; for training."""
-        for name, module in self.named_modules():
-            if isinstance(module, (Conv, Upsample)) and name.startswith(NORMED):
-                nn.utils.parametrizations.weight_norm(module)
-        return self
 
-    def remove_weight_norm(self) -> "CodeHiFiGAN":
-        """Fold weight norm into plain weights; the function computed stays the same."""
-        for module in self.modules():
-            if isinstance(module, (Conv, Upsample)) and nn.utils.parametrize.is_parametrized(module, "weight"):
-                nn.utils.parametrize.remove_parametrizations(module, "weight")
-        return self
+def _init_state(
+    model: Generator, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> VocoderState | WindowState:
+    """All zeros: what a convolution sees before a stream's first unit, and no units held."""
+    zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
+    if model.config.causal:
+        sizes = kept_inputs(model.config).values()
+        caches = tuple(torch.zeros(batch_size, kept, width, dtype=dtype, device=device) for kept, width in sizes)
+        return VocoderState(seen=zeros, caches=caches)
+    units, frames = _windows(model)
+    return WindowState(
+        units=zeros.new_zeros(batch_size, units),
+        unit_count=zeros,
+        unit_done=zeros.clone(),
+        frames=zeros.new_zeros(batch_size, frames),
+        frame_count=zeros.clone(),
+        frame_done=zeros.clone(),
+    )
+
+
+def _step_causal(
+    model: Generator,
+    units: Tensor,
+    lengths: Tensor,
+    state: VocoderState,
+    finished: Tensor,
+    speakers: Tensor | None,
+) -> tuple[Tensor, Tensor, VocoderState]:
+    """``CodeHiFiGAN.step`` of a causal generator: (waveform [B, T], frames [B], new state)."""
+    ahead = model.config.lookahead_units
+    if not units.shape[1]:
+        units = units.new_zeros(units.shape[0], 1)  # a convolution wants something to slide over
+    given = lengths[:, None]
+    if ahead and bool(finished.any()):
+        # What lies behind the end is zeros at the input of the layers that look ahead, as offline.
+        units = F.pad(units, (0, ahead))
+        lengths = lengths + ahead * finished.long()
+    inside = (torch.arange(units.shape[1], device=units.device) < given).unsqueeze(2)
+    x, flow = torch.where(inside, model.dict(units), 0.0).mT, ChunkFlow(lengths, state.caches)
+    predictor, look = model.dur_predictor, None
+    if isinstance(predictor, DurationClassifier):
+        look = predictor.look(torch.where(inside, predictor.dict(units), 0.0).mT, flow)
+    for i, layer in enumerate(getattr(model, "context", ())):
+        x = layer(x, flow)
+        if i == 0 and ahead:
+            # The delayed layers' first outputs of a stream belong to no unit: each row drops its own.
+            drop = torch.minimum((ahead - state.seen).clamp(min=0), lengths)
+            x = _shift_left(x, drop)
+            look = None if look is None else _shift_left(look, drop)
+            state = dataclasses.replace(state, seen=(state.seen + lengths).clamp(max=ahead))
+            lengths = lengths - drop
+            flow = ChunkFlow(lengths, state.caches, flow.new)
+    durations = model.predict_durations(x if look is None else look, flow)
+    frames, frame_lengths = model.stretch(x, durations, lengths)
+    flow = ChunkFlow(frame_lengths, state.caches, flow.new)
+    if frames.shape[2]:
+        waveform = model.upsample(model.frame_features(model.with_speaker(frames, speakers), flow), flow)
+        caches = tuple(flow.new)
+    else:
+        waveform = x.new_zeros(x.shape[0], 0)
+        caches = (*flow.new, *state.caches[len(flow.new) :])
+    return waveform, frame_lengths, VocoderState(seen=state.seen, caches=caches)
+
+
+def _windows(model: Generator) -> tuple[int, int]:
+    """Units and frames that a stream keeps: context before, and what waits for its context behind."""
+    durations = model.dur_predictor.right if model.dur_predictor is not None else 0
+    return 2 * durations, sum(model.field)
+
+
+def _step_window(
+    model: Generator,
+    units: Tensor,
+    lengths: Tensor,
+    state: WindowState,
+    finished: Tensor,
+    speakers: Tensor | None,
+) -> tuple[Tensor, Tensor, WindowState]:
+    """``CodeHiFiGAN.step`` by computing the receptive field again: (waveform [B, T], frames [B], new state).
+
+    Every layer looks ahead, so the zeros that it saw at the stream's start or end are there again when, and only when,
+    the window reaches that far.
+    """
+    reach = model.dur_predictor.right if model.dur_predictor is not None else 0
+    before, behind = model.field
+    ids, held = _append(state.units, state.unit_count, units, lengths)
+    durations = model.predict_durations(model.dict(ids).mT, WholeFlow(held))
+    ready = torch.where(finished, held, torch.maximum(held - reach, state.unit_done))
+    # The units that became ready, as frames of their ids.
+    fresh = _shift_left(torch.stack([ids, durations], 1), state.unit_done)
+    count = ready - state.unit_done
+    inside = torch.arange(fresh.shape[2], device=units.device) < count[:, None]
+    ends = torch.cumsum(fresh[:, 1].masked_fill(~inside, 0), dim=1)
+    new = ends[:, -1] if ends.shape[1] else count
+    at = torch.arange(int(new.max()), device=units.device).expand(len(new), -1).contiguous()
+    at = torch.searchsorted(ends, at, right=True).clamp(max=max(fresh.shape[2] - 1, 0))
+    frames, frame_held = _append(state.frames, state.frame_count, fresh[:, 0].gather(1, at), new)
+    frame_ready = torch.where(finished, frame_held, torch.maximum(frame_held - behind, state.frame_done))
+    if int((frame_ready - state.frame_done).max()):
+        flow = WholeFlow(frame_held)
+        x = model.with_speaker(model.dict(frames).mT, speakers)
+        waveform = model.upsample(model.frame_features(x, flow), flow)
+        waveform = _shift_left(waveform.unsqueeze(1), state.frame_done * model.hop).squeeze(1)
+    else:
+        waveform = model.dict.weight.new_zeros(len(new), 0)
+    unit_drop = (ready - reach).clamp(min=0)
+    frame_drop = (frame_ready - before).clamp(min=0)
+    widths = _windows(model)
+    return (
+        waveform,
+        frame_ready - state.frame_done,
+        WindowState(
+            units=_fit(_shift_left(ids.unsqueeze(1), unit_drop).squeeze(1), widths[0]),
+            unit_count=held - unit_drop,
+            unit_done=ready - unit_drop,
+            frames=_fit(_shift_left(frames.unsqueeze(1), frame_drop).squeeze(1), widths[1]),
+            frame_count=frame_held - frame_drop,
+            frame_done=frame_ready - frame_drop,
+        ),
+    )
+
+
+def _shift_left(x: Tensor, by: Tensor) -> Tensor:
+    """x [B, C, T] with row b moved left by ``by[b]``; what the rows end with is of no meaning."""
+    if not x.shape[2] or not bool(by.any()):
+        return x
+    where = torch.arange(x.shape[2], device=x.device) + by[:, None]
+    return x.gather(2, where.clamp(max=x.shape[2] - 1).unsqueeze(1).expand(-1, x.shape[1], -1))
+
+
+def _append(held: Tensor, count: Tensor, new: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ids [B, W] filled up to ``count`` [B], with ``lengths`` [B] of ``new`` [B, N] behind: [B, W + N]."""
+    joined = F.pad(held, (0, new.shape[1]))
+    at = torch.arange(joined.shape[1], device=held.device) - count[:, None]
+    if new.shape[1]:
+        inside = (at >= 0) & (at < lengths[:, None])
+        joined = torch.where(inside, new.gather(1, at.clamp(0, new.shape[1] - 1)), joined)
+    return joined, count + lengths
+
+
+def _fit(x: Tensor, width: int) -> Tensor:
+    return F.pad(x[:, :width], (0, max(width - x.shape[1], 0)))

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from echostream.errors import CheckpointError
 from echostream.files import replacing, write_json
-from echostream.models.decoders.vocoder import NORMED, CodeHiFiGAN
+from echostream.models.decoders.vocoder import CodeHiFiGAN
 from echostream.models.decoders.vocoder_config import VocoderConfig
+from echostream.models.decoders.vocoder_generator import NORMED
 from echostream.models.decoders.vocoder_layers import Conv, Upsample, pack_weights
-from echostream.weights import check_tensors, read_weights, uninitialised
+from echostream.weights import check_tensors, read_weights, with_weights
 
 
 def _field_layout(model: CodeHiFiGAN) -> dict[str, Tensor]:
@@ -102,11 +103,7 @@ def vocoder_of(
     Raises:
         CheckpointError: they do not fit each other.
     """
-    with uninitialised(shapes_only=True):  # a configuration of another size than the weights stops here
-        check_weights(CodeHiFiGAN(config), state, name, where)
-    with uninitialised():
-        model = CodeHiFiGAN(config)
-    load_weights(model, state, name, where)
+    model = with_weights(lambda: CodeHiFiGAN(config), state, lambda empty: check_weights(empty, state, name, where))
     if torch.device(device).type == "cpu":
         pack_weights(model)
     return model.to(device).eval()
@@ -119,9 +116,6 @@ def load_weights(model: CodeHiFiGAN, state: Mapping[str, Tensor], name: str, con
         CheckpointError: a weight is missing, unknown, of another shape, or not finite.
     """
     check_weights(model, state, name, config)
-    for key in state:
-        if not torch.isfinite(state[key]).all():
-            raise CheckpointError(f"{name}: {key} holds NaN or infinity")
     model.load_state_dict(dict(state))
 
 
@@ -129,7 +123,7 @@ def check_weights(model: CodeHiFiGAN, state: Mapping[str, Tensor], name: str, co
     """Compare names and shapes of plain weights with a model's.
 
     Raises:
-        CheckpointError: a weight is missing, unknown or of another shape.
+        CheckpointError: a weight is missing, unknown, of another shape, or not finite.
     """
     expected = model.state_dict()
     for key in expected:
@@ -139,6 +133,8 @@ def check_weights(model: CodeHiFiGAN, state: Mapping[str, Tensor], name: str, co
             raise CheckpointError(
                 f"{name}: {key} has shape {list(state[key].shape)}, {config} asks for {list(expected[key].shape)}"
             )
+        if not torch.isfinite(state[key]).all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinity")
     unknown = [key for key in state if key not in expected]
     if unknown:
         raise CheckpointError(f"{name} has a weight {unknown[0]!r} that {config} does not know")

@@ -10,7 +10,8 @@ from typing import Any, Mapping
 
 from echostream.constants import SAMPLE_RATE, UNIT_HOP
 from echostream.errors import ConfigError
-from echostream.loading import Rule, check, read_json
+from echostream.loading import read_json
+from echostream.rules import Rule, check
 
 _WIDTH, _KERNEL = Rule(int, 0, 8192), Rule(int, 1, 256)
 _KERNELS = Rule(list, 1, 16, of=_KERNEL)
@@ -308,3 +309,45 @@ PRESETS: dict[str, dict[str, Any]] = {
         frame_kernel_size=5,
     ),
 }
+
+
+def kept_inputs(config: VocoderConfig) -> dict[str, tuple[int, int]]:
+    """What each convolution of a causal generator keeps of its input, in the order in which they run: how many inputs,
+    and their width, by the convolution's name. Those over units that look ahead keep what is ahead, too."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def keep(name: str, past: int, width: int) -> None:
+        if past:
+            found[name] = past, width
+
+    params = config.dur_predictor_params
+    if params is not None and params.var_pred_max_frames:
+        keep("duration.look", params.var_pred_kernel_size - 1, params.encoder_embed_dim)
+    for i in range(config.context_layers):
+        keep(f"context.{i}", config.context_kernel_size - 1, config.embedding_dim)
+    if params is not None and params.var_pred_max_frames:
+        for i in range(params.var_pred_layers):
+            keep(f"duration.{i}", params.var_pred_kernel_size - 1, params.var_pred_hidden_dim)
+    elif params is not None:
+        keep("duration.1", params.var_pred_kernel_size - 1, params.encoder_embed_dim)
+        keep("duration.2", params.var_pred_kernel_size - 1, params.var_pred_hidden_dim)
+    keep("conv_pre", 6, config.input_width)
+    for i in range(config.frame_layers):
+        keep(f"frame_layers.{i}.convs.0", (config.frame_kernel_size - 1) * 2**i, config.upsample_initial_channel)
+    widths = (config.upsample_initial_channel, *config.channels)
+    stages = len(config.upsample_rates) if config.resblock_stages is None else config.resblock_stages
+    kernels = len(config.resblock_kernel_sizes)
+    for i, (rate, kernel) in enumerate(zip(config.upsample_rates, config.upsample_kernel_sizes)):
+        keep(f"ups.{i}", -(-kernel // rate) - 1, widths[i])
+        if i >= stages:
+            continue
+        for j, (size, dilations) in enumerate(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes)):
+            for k, dilation in enumerate(dilations):
+                block = f"resblocks.{i * kernels + j}"
+                if config.resblock == "2":
+                    keep(f"{block}.convs.{k}", (size - 1) * dilation, widths[i + 1])
+                else:
+                    keep(f"{block}.convs1.{k}", (size - 1) * dilation, widths[i + 1])
+                    keep(f"{block}.convs2.{k}", size - 1, widths[i + 1])
+    keep("conv_post", 6, widths[-1])
+    return found

@@ -1,6 +1,6 @@
 """Layers of a CodeHiFiGAN that run offline, as a stream, and on a CPU without waste.
 
-A convolution does not know where it stands: a *flow* (``Whole`` or ``Chunk``) puts before its input what belongs there.
+A convolution does not know where it stands: a *flow* (``WholeFlow`` or ``ChunkFlow``) sets what was there before it.
 
 Tensors are [B, C, T]. While speaking they lie in memory as [B, T, C] ("time-major", oneDNN's channels-last): chunks are
 then joined along the time without a copy per channel, and oneDNN takes them as they are. Measured on a chunk of 320 ms
@@ -23,7 +23,7 @@ SLOPE = 0.1  # of HiFi-GAN's leaky ReLUs; the one before conv_post has PyTorch's
 
 
 # ---------------------------------------------------------------------------------------- how a convolution sees time
-class Whole:
+class WholeFlow:
     """Offline: the whole sequence is there; before and behind it a convolution sees zeros.
 
     ``lengths`` [B] (at the current rate) is needed when rows differ and a layer looks ahead: what lies behind a row's
@@ -46,11 +46,11 @@ class Whole:
             return F.pad(x, (left, right))
         return F.pad(x.mT, (0, 0, left, right)).mT
 
-    def upsampled(self, rate: int) -> "Whole":
-        return Whole(None if self.lengths is None else self.lengths * rate)
+    def upsampled(self, rate: int) -> "WholeFlow":
+        return WholeFlow(None if self.lengths is None else self.lengths * rate)
 
 
-class Chunk:
+class ChunkFlow:
     """Streaming: before the chunk a convolution sees what it kept of the past; behind it, nothing.
 
     A layer that looks ahead gets its input delayed by as much, that is, more past.
@@ -83,11 +83,11 @@ class Chunk:
             self.new.append(joined.gather(1, where.unsqueeze(2).expand(-1, -1, x.shape[1])))
         return joined.mT
 
-    def upsampled(self, rate: int) -> "Chunk":
-        return Chunk(self.lengths * rate, self.caches, self.new, self.even)
+    def upsampled(self, rate: int) -> "ChunkFlow":
+        return ChunkFlow(self.lengths * rate, self.caches, self.new, self.even)
 
 
-Flow = Whole | Chunk
+Flow = WholeFlow | ChunkFlow
 
 
 # ------------------------------------------------------------------------------------------------------- convolutions

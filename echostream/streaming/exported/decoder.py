@@ -6,15 +6,15 @@ import copy
 
 import numpy as np
 
-from echostream.errors import EchoStreamError
-from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pad
+from echostream.errors import check_room
+from echostream.streaming.exported.model import ExportedModel, RowStates, additive, layers, pad
 from echostream.streaming.exported.pages import Pages
 
-# Rows that step together: more gain nothing, and those of one length shall not read the places of longer ones.
+# RowStates that step together: more gain nothing, and those of one length shall not read the places of longer ones.
 TOGETHER = 8
 
 
-class ExportedDecoder(Rows):
+class ExportedDecoder(RowStates):
     """A decoder for ``rows`` streams.
 
     Args:
@@ -53,7 +53,8 @@ class ExportedDecoder(Rows):
             EchoStreamError: a sentence outgrows its buffers.
         """
         padded, lengths = pad(frames)
-        self._check_room(self.frames[rows] + lengths, "frames", "encoder frames", "max_sentence_frames")
+        wanted = int((self.frames[rows] + lengths).max())
+        check_room(wanted, self.most["frames"], "encoder frames", "max_sentence_frames")
         new = self.model.run(self.memory_graph, {"frames": padded})["memory"]
         for i, (row, count) in enumerate(zip(rows, lengths)):
             if not self.frames[row]:
@@ -67,7 +68,7 @@ class ExportedDecoder(Rows):
         Raises:
             EchoStreamError: a sentence outgrows its buffers.
         """
-        self._check_room(self.positions[rows] + new, "positions", "positions", self.limit)
+        check_room(int((self.positions[rows] + new).max()), self.most["positions"], "positions", self.limit)
         found: dict[int, dict[str, np.ndarray]] = {}
         order = sorted(range(len(rows)), key=lambda i: (self.frames[rows[i]], self.positions[rows[i]]))
         for start in range(0, len(rows), TOGETHER):
@@ -137,10 +138,3 @@ class ExportedDecoder(Rows):
     @property
     def nbytes(self) -> int:
         return super().nbytes + self.own.nbytes + self.memory.nbytes
-
-    def _check_room(self, wanted: np.ndarray, name: str, what: str, limit: str) -> None:
-        if wanted.max() > self.most[name]:
-            raise EchoStreamError(
-                f"a sentence of {wanted.max()} {what} does not fit the {self.most[name]} of its buffers; "
-                f"end the sentence earlier or raise {limit}"
-            )

@@ -11,7 +11,7 @@ import numpy as np
 from echostream.errors import CheckpointError
 from echostream.loading import inside, read_bytes, reason
 from echostream.streaming.exported.graph_file import weights_outside
-from echostream.streaming.onnx_runtime import open_graph
+from echostream.streaming.exported.onnx_runtime import open_graph
 from echostream.tensor_file import WEIGHTS, TensorFile
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class ExportedVoice:
         return 1000.0 * self.config.lookahead_units * self.config.code_hop_size / self.config.sampling_rate
 
 
-class Rows:
+class RowStates:
     """Base of the parts that keep state: arrays of fixed size in which every stream has its row.
 
     ``arrays`` maps a name to an array and the axis of its rows; ``most`` says how large the numbers of one of whole

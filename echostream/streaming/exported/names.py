@@ -31,7 +31,7 @@ def graph_names(config: EchoStreamConfig, voice: VocoderConfig | None = None) ->
     conv = config.encoder_layers if config.encoder_conv_kernel else 0
     stem = "features inside" if config.encoder_stem == "whisper" else "windows patches"
     options = {"positions": config.encoder_position_period, "distance": config.encoder_relative_bias}
-    hearing = of(
+    encoder = of(
         " ".join([stem, "places mask", *(name for name, there in options.items() if there)]), "frames kept",
         config.encoder_layers, *own,
     )  # fmt: skip
@@ -39,8 +39,8 @@ def graph_names(config: EchoStreamConfig, voice: VocoderConfig | None = None) ->
     step = "positions mask memory_mask"
     found = {
         "encoder": Names(
-            hearing.inputs.union(f"conv.{i}" for i in range(conv)),
-            hearing.outputs.union(f"new.conv.{i}" for i in range(conv)),
+            encoder.inputs.union(f"conv.{i}" for i in range(conv)),
+            encoder.outputs.union(f"new.conv.{i}" for i in range(conv)),
         ),
         "heads": of("frames mask" if st else "frames", "source target kept" if st else "source target", st, *own),
         "mt_memory": of("frames", "memory"),

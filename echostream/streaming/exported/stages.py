@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echostream.streaming.exported.decoder import ExportedDecoder
-from echostream.streaming.exported.hearing import ExportedHearing
-from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, Rows
-from echostream.streaming.exported.voice import ExportedSpeaker
+from echostream.streaming.exported.encoder import ExportedEncoder
+from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, RowStates
+from echostream.streaming.exported.voice import ExportedVocoder
 from echostream.streaming.search import Chosen, search_together, searching
 from echostream.streaming.stages import (
     Answering,
+    Encode,
+    EncoderOutput,
     Extend,
-    Heard,
-    Listen,
     NewSentence,
     ReadUnits,
     Rewind,
     Search,
-    Speak,
+    Vocode,
     Write,
     Written,
 )
@@ -43,13 +43,13 @@ class ExportedStages(Answering):
         voice = bundle.vocoder if speech else None
         model.check(TEXT_GRAPHS + (SPEECH_GRAPHS if speech else ()) + (VOICE_GRAPHS if voice is not None else ()))
         self.rows = rows
-        self.hearing = ExportedHearing(config, model, rows)
+        self.encoder = ExportedEncoder(config, model, rows)
         frames = config.max_sentence_frames
         self.mt = ExportedDecoder(
             model, "mt", "mt_memory", config.mt_decoder_layers, config.mt_decoder_heads, config.mt_decoder_embed_dim,
             config.max_target_tokens, frames, "max_target_tokens", rows,
         )  # fmt: skip
-        self.parts: dict[str, Rows] = {"hearing": self.hearing, "mt": self.mt}
+        self.parts: dict[str, RowStates] = {"encoder": self.encoder, "mt": self.mt}
         if speech:
             self.ratio, self.units_read_tokens = config.ctc_upsample_ratio, config.unit_decoder_input == "mt-tokens"
             limit = "max_target_tokens" if config.units_read_text else "max_sentence_frames"
@@ -59,14 +59,14 @@ class ExportedStages(Answering):
             )  # fmt: skip
             self.parts["units"] = self.units
         if voice is not None:
-            self.speaker = ExportedSpeaker(voice.config, model, rows)
-            self.parts["voice"] = self.speaker
+            self.vocoder = ExportedVocoder(voice.config, model, rows)
+            self.parts["voice"] = self.vocoder
         self.decoders = [part for part in self.parts.values() if isinstance(part, ExportedDecoder)]
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
-    def _listen(self, rows: list[int], requests: list[Listen]) -> list[Heard]:
-        return self.hearing.listen(rows, requests)
+    def _encode(self, rows: list[int], requests: list[Encode]) -> list[EncoderOutput]:
+        return self.encoder.encode(rows, requests)
 
     def _new_sentence(self, rows: list[int], requests: list[NewSentence]) -> list[None]:
         for decoder in self.decoders:
@@ -116,8 +116,8 @@ class ExportedStages(Answering):
             found |= {row: out["scores"].argmax(-1) for (row, _), out in zip(due, outs)}
         return [found[row] for row in rows]
 
-    def _speak(self, rows: list[int], requests: list[Speak]) -> list[np.ndarray]:
-        return [self.speaker.speak(row, request.units, request.finished) for row, request in zip(rows, requests)]
+    def _vocode(self, rows: list[int], requests: list[Vocode]) -> list[np.ndarray]:
+        return [self.vocoder.vocode(row, request.units, request.finished) for row, request in zip(rows, requests)]
 
     # ---- rows --------------------------------------------------------------------------------------------------
 

@@ -6,20 +6,16 @@ cheaper.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from echostream.errors import UnitError
-from echostream.streaming.exported.model import ExportedModel, Rows
-
-if TYPE_CHECKING:
-    from echostream.models.decoders.vocoder_config import VocoderConfig
+from echostream.models.decoders.vocoder_config import VocoderConfig, kept_inputs
+from echostream.streaming.exported.model import ExportedModel, RowStates
 
 PER_UNIT = ("context.", "duration.")  # caches of the graph of units; all others are of the graph of frames
 
 
-class ExportedSpeaker(Rows):
+class ExportedVocoder(RowStates):
     """A causal vocoder for ``rows`` streams.
 
     A unit is given to the graphs once those within the look-ahead have come behind it; until then it waits here.
@@ -42,7 +38,7 @@ class ExportedSpeaker(Rows):
         super().reset(row)
         self.ids[row] = self.config.num_embeddings  # silence
 
-    def speak(self, row: int, units: np.ndarray, finished: bool) -> np.ndarray:
+    def vocode(self, row: int, units: np.ndarray, finished: bool) -> np.ndarray:
         """Samples, float32 [M], of all units [U] whose look-ahead is there; ``finished`` flushes the rest.
 
         Raises:
@@ -58,7 +54,7 @@ class ExportedSpeaker(Rows):
         samples = np.zeros(0, dtype=np.float32)
         if ready:
             silence = np.full(self.ahead if finished else 0, self.config.num_embeddings, dtype=np.int64)
-            samples = self._speak(row, np.concatenate([ids, silence])[: self.left + ready + self.ahead], ready)
+            samples = self._vocode(row, np.concatenate([ids, silence])[: self.left + ready + self.ahead], ready)
         if finished:
             self.reset(row)
         else:
@@ -67,7 +63,7 @@ class ExportedSpeaker(Rows):
             self.waiting[row] = held - ready
         return samples
 
-    def _speak(self, row: int, ids: np.ndarray, count: int) -> np.ndarray:
+    def _vocode(self, row: int, ids: np.ndarray, count: int) -> np.ndarray:
         out = self._run("voice_units", row, {"ids": ids[None]})
         durations = out["durations"][0] if "durations" in out else np.ones(count, dtype=np.int64)
         unit = np.repeat(np.arange(count), durations)
@@ -91,39 +87,7 @@ class ExportedSpeaker(Rows):
 
 
 def caches(config: VocoderConfig) -> dict[str, tuple[int, int]]:
-    """What each convolution keeps of its past: inputs and their width, by the name that the graphs have for it."""
-    found: dict[str, tuple[int, int]] = {}
-
-    def keep(name: str, past: int, width: int) -> None:
-        if past:
-            found[name] = past, width
-
-    for i in range(1, config.context_layers):
-        keep(f"context.{i}", config.context_kernel_size - 1, config.embedding_dim)
-    params = config.dur_predictor_params
-    if params is not None and params.var_pred_max_frames:
-        for i in range(params.var_pred_layers):
-            keep(f"duration.{i}", params.var_pred_kernel_size - 1, params.var_pred_hidden_dim)
-    elif params is not None:
-        keep("duration.1", params.var_pred_kernel_size - 1, params.encoder_embed_dim)
-        keep("duration.2", params.var_pred_kernel_size - 1, params.var_pred_hidden_dim)
-    keep("conv_pre", 6, config.input_width)
-    for i in range(config.frame_layers):
-        keep(f"frame_layers.{i}.convs.0", (config.frame_kernel_size - 1) * 2**i, config.upsample_initial_channel)
-    widths = (config.upsample_initial_channel, *config.channels)
-    stages = len(config.upsample_rates) if config.resblock_stages is None else config.resblock_stages
-    kernels = len(config.resblock_kernel_sizes)
-    for i, (rate, kernel) in enumerate(zip(config.upsample_rates, config.upsample_kernel_sizes)):
-        keep(f"ups.{i}", -(-kernel // rate) - 1, widths[i])
-        if i >= stages:
-            continue
-        for j, (size, dilations) in enumerate(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes)):
-            for k, dilation in enumerate(dilations):
-                block = f"resblocks.{i * kernels + j}"
-                if config.resblock == "2":
-                    keep(f"{block}.convs.{k}", (size - 1) * dilation, widths[i + 1])
-                else:
-                    keep(f"{block}.convs1.{k}", (size - 1) * dilation, widths[i + 1])
-                    keep(f"{block}.convs2.{k}", size - 1, widths[i + 1])
-    keep("conv_post", 6, widths[-1])
-    return found
+    """What the graphs' convolutions keep of their past, by the name that the graphs have for it. The first ones over
+    units keep nothing: their units are given again."""
+    kept = kept_inputs(config).items()
+    return {name: shape for name, shape in kept if name not in ("duration.look", "context.0")}

@@ -8,8 +8,8 @@ import numpy as np
 
 from echostream.constants import ENCODER_FRAME_MS, SAMPLE_RATE
 from echostream.errors import ConfigError
-from echostream.streaming.segmenter import AudioMemory, Ending, SegmenterBase, Spoken
-from echostream.streaming.silero import CONTEXT, WINDOW, Detector
+from echostream.streaming.segmenters.base import AudioMemory, CTCToken, Ending, SegmenterBase
+from echostream.streaming.segmenters.silero import CONTEXT, WINDOW, Detector
 
 SAMPLES_PER_FRAME = SAMPLE_RATE * ENCODER_FRAME_MS // 1000
 HYSTERESIS = 0.15  # what is no speech must be this much less probable than what is
@@ -82,7 +82,7 @@ class PauseSegmenter(SegmenterBase):
         }
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         if not target:
             return None
@@ -144,7 +144,7 @@ class SpeechGate(SegmenterBase):
         }
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         return None
 

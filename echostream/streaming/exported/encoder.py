@@ -17,14 +17,15 @@ import numpy as np
 
 from echostream.config import EchoStreamConfig
 from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT, WHISPER_SILENCE
-from echostream.streaming.exported.model import ExportedModel, Rows, additive, layers, pick, unstack
+from echostream.models.segments import visible_keys
+from echostream.streaming.exported.model import ExportedModel, RowStates, additive, layers, pick, unstack
 from echostream.streaming.exported.subsampling import patches, windows
-from echostream.streaming.stages import Heard, Listen
+from echostream.streaming.stages import Encode, EncoderOutput
 
 MAX_SEGMENTS = 8  # computed at once when so many have arrived; the weights are then read once for all of them
 
 
-class ExportedHearing(Rows):
+class ExportedEncoder(RowStates):
     """Stem, encoder and both CTC heads for ``rows`` streams."""
 
     def __init__(self, config: EchoStreamConfig, model: ExportedModel, rows: int):
@@ -64,8 +65,8 @@ class ExportedHearing(Rows):
         if self.config.encoder_stem == "whisper":
             self.features[row, SUBSAMPLING_CONTEXT - 1] = WHISPER_SILENCE
 
-    def listen(self, rows: list[int], requests: list[Listen]) -> list[Heard]:
-        """Answers ``Listen`` requests of different rows."""
+    def encode(self, rows: list[int], requests: list[Encode]) -> list[EncoderOutput]:
+        """Answers ``Encode`` requests of different rows."""
         segment = self.config.segment_length
         held: dict[int, np.ndarray] = {}  # by row: context and features not encoded yet
         ready: dict[int, int] = {}  # by row: segments that can be computed
@@ -77,14 +78,14 @@ class ExportedHearing(Rows):
                 ready[row] = -(-waiting // (SUBSAMPLING * segment))
             else:
                 ready[row] = max(0, waiting // SUBSAMPLING - self.right) // segment
-        found: dict[int, list[Heard]] = {row: [] for row in rows}
+        found: dict[int, list[EncoderOutput]] = {row: [] for row in rows}
         while any(ready.values()):
             # Only streams with as many segments go together: each is computed in the blocks in which it would be alone,
             # whose sums differ in the last bit from those of other blocks.
             counts = {row: min(MAX_SEGMENTS, ready[row]) for row in rows if ready[row]}
             for count in sorted(set(counts.values())):
                 due = [row for row in counts if counts[row] == count]
-                for row, heard in zip(due, self._encode(due, held, count)):
+                for row, heard in zip(due, self._step(due, held, count)):
                     found[row].append(heard)
                     held[row] = held[row][SUBSAMPLING * segment * count :]
                     ready[row] -= count
@@ -96,15 +97,15 @@ class ExportedHearing(Rows):
                 self.waiting[row] = len(held[row]) - SUBSAMPLING_CONTEXT
         return [self._join(found[row]) for row in rows]
 
-    def _join(self, parts: list[Heard]) -> Heard:
+    def _join(self, parts: list[EncoderOutput]) -> EncoderOutput:
         if len(parts) == 1:
             return parts[0]
         if not parts:
             none = np.zeros(0, dtype=np.int64)
-            return Heard(np.zeros((0, self.config.encoder_embed_dim), dtype=np.float32), none, none)
-        return Heard(*(np.concatenate(part) for part in zip(*parts)))
+            return EncoderOutput(np.zeros((0, self.config.encoder_embed_dim), dtype=np.float32), none, none)
+        return EncoderOutput(*(np.concatenate(part) for part in zip(*parts)))
 
-    def _encode(self, rows: list[int], held: dict[int, np.ndarray], count: int) -> list[Heard]:
+    def _step(self, rows: list[int], held: dict[int, np.ndarray], count: int) -> list[EncoderOutput]:
         """The next ``count`` segments of each row."""
         cfg, factor = self.config, self.factor
         segment, right = factor * cfg.segment_length, factor * self.right
@@ -144,7 +145,7 @@ class ExportedHearing(Rows):
         self.segments[rows] += count
         source, target = self._heads(rows, out["frames"])
         counts = np.minimum(frames, count * cfg.segment_length)
-        return [Heard(out["frames"][i, :n], source[i, :n], target[i, :n]) for i, n in enumerate(counts)]
+        return [EncoderOutput(out["frames"][i, :n], source[i, :n], target[i, :n]) for i, n in enumerate(counts)]
 
     def _stem(self, features: np.ndarray, valid: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]:
         """What the stem is given: features [B, 3 + 4 N, F], [B] valid ones behind the context, [B] whether the stream
@@ -207,29 +208,16 @@ def turn(segment: int, left: int, memory: int) -> tuple[int, int]:
 def segment_mask(
     segment: int, left: int, right: int, memory: int, before: int, frames: int, count: int, shift: bool
 ) -> np.ndarray:
-    """``ExportedHearing._mask`` of one stream, [1, 1, Q, M + L + G W + G]; not to be written to.
-
-    The twin of ``models.emformer_layer.attention_mask``, which explains ``shift``.
-    """
-    index = np.arange(count).repeat(segment + right)  # segment of each query, and of each own key
-    offset = np.tile(np.arange(segment + right), count)
-    own = index * segment + offset  # frames, counted from the first of these segments
-    main = offset < segment
-    query = index[:, None]
-    first = query * segment - left
-    if shift:
-        first = first + (frames - query * segment).clip(1, segment + right) - 1
-    sees = (own >= first) & (index <= query) & main
-    sees |= (index == query) & ~main
-    past = ring_ages(np.array([before * segment]), left)
-    parts = [
-        (past >= first) & (past >= -before * segment),
-        (sees & (own < frames)) | np.eye(len(own), dtype=bool),
-    ]
+    """``ExportedEncoder._mask`` of one stream, [1, 1, Q, M + L + G W + G]; not to be written to."""
+    index, bank = np.arange(count), ring_ages(np.array([before]), memory)[0]
+    sees_past, sees_own, sees_bank = visible_keys(
+        index.repeat(segment + right), np.tile(np.arange(segment + right), count),
+        ring_ages(np.array([before * segment]), left)[0], np.concatenate([bank, index]), before, frames,
+        segment, left, right, memory, shift,
+    )  # fmt: skip
+    parts = [sees_past, sees_own | np.eye(len(sees_own), dtype=bool)]
     if memory:
-        bank = ring_ages(np.array([before]), memory)
-        parts.insert(0, (bank >= query - memory) & (bank >= -before))
-        parts.append((np.arange(count) < query) & (np.arange(count) >= query - memory))
+        parts = [sees_bank[:, :memory], *parts, sees_bank[:, memory:]]
     return additive(np.concatenate(parts, axis=1))[None, None]
 
 

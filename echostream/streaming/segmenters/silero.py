@@ -18,11 +18,11 @@ import numpy as np
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import CheckpointError
 from echostream.loading import check_array, read_npz
-from echostream.streaming.onnx_runtime import describe_inputs, open_graph
+from echostream.streaming.exported.onnx_runtime import describe_inputs, open_graph
 
 WINDOW = 512  # samples the detector reads at a time
 CONTEXT = 64  # samples before them that it reads again
-WEIGHTS = Path(__file__).resolve().parents[1] / "assets" / "silero" / "silero_vad_16k.npz"
+WEIGHTS = Path(__file__).resolve().parents[2] / "assets" / "silero" / "silero_vad_16k.npz"
 
 _BINS, _TAPS, _HOP, _WIDTH = 129, 256, 128, 128  # of the Fourier transform, and of the recurrent layer
 _CONVS = ((128, _BINS, 1), (64, 128, 2), (64, 64, 2), (128, 64, 1))  # (out, in, stride), 3 taps each

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from echostream import compat
-from echostream.checkpoint import read_fairseq_checkpoint
+from echostream.checkpoint.fairseq import read_fairseq_checkpoint
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
 from echostream.errors import CheckpointError, ConfigError, ManifestError, require
@@ -21,7 +21,8 @@ from echostream.models.text_encoder import TextEncoder
 from echostream.models.whisper_init import decoder_weights, encoder_weights, whisper_config
 from echostream.text import Vocabulary
 from echostream.whisper.source import whisper_source
-from echostream.whisper.tokens import WhisperBPE, piece_origins, prompt
+from echostream.whisper.subwords import piece_origins
+from echostream.whisper.tokens import WhisperBPE, prompt
 from echostream.whisper.weights import PUBLISHED, read_whisper
 
 require("fairseq", "train")

@@ -2,34 +2,20 @@
 
 The CTC heads are causal, so that a token they have emitted stays: an end can be acted on at the decision that sees it.
 Beside whatever is chosen here a sentence ends at the maximum length (``Settings.max_sentence_frames``).
-
-| name | ends a sentence at |
-|---|---|
-| ``punctuation`` | the model's own full stop in the ST CTC text |
-| ``ct`` | a full stop that a CT-Transformer punctuation model sets into the ST or ASR text (``punctuation.py``) |
-| ``pause`` | a pause of the speaker, by silero's voice activity detector (``pause.py``) |
-| ``none`` | the end of the recording only |
-
-Several are joined by a plus sign (``punctuation+pause``): the first end that any of them finds counts. With any of them
-a gate lets no word count where silero's detector hears nobody speak (``pause.SpeechGate``), unless it is switched off.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-
-from echostream.errors import ConfigError
-from echostream.text import WORD_START, Vocabulary
 
 AudioMemory = dict[str, np.ndarray]  # what a segmenter remembers of the sound: plain arrays, never changed in place
 
 
 @dataclass(frozen=True)
-class Spoken:
+class CTCToken:
     """One CTC token: the symbol and the encoder frame (40 ms, from the stream's start) that emitted it."""
 
     token: int
@@ -74,7 +60,7 @@ class Segmenter(Protocol):
         """The memory after float32 [N] samples at 16 kHz more."""
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         """The first end of the current sentence, or None while it goes on.
 
@@ -104,31 +90,13 @@ class SegmenterBase:
 
 
 @dataclass(frozen=True)
-class PunctuationSegmenter(SegmenterBase):
-    """The model's own punctuation: the first ``.``, ``!``, ``?`` or ``…`` of the ST CTC head that follows a word."""
-
-    vocabulary: Vocabulary
-    name: str = "punctuation"
-
-    def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
-    ) -> Ending | None:
-        words = False
-        for spoken in target:
-            words = words or has_letters(self.vocabulary, spoken.token)
-            if words and self.vocabulary.ends_sentence(spoken.token):
-                return Ending(self.name, closing=spoken.frame)
-        return None
-
-
-@dataclass(frozen=True)
 class NoSegmenter(SegmenterBase):
     """Sentences end only by ``finish()`` or the maximum length: for recordings that are one sentence each."""
 
     name: str = "none"
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         return None
 
@@ -156,7 +124,7 @@ class CombinedSegmenter:
         )
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         found = [part.find(source, target, frames, self._part(i, memory)) for i, part in enumerate(self.parts)]
         return min((ending for ending in found if ending), key=lambda ending: ending.place, default=None)
@@ -172,62 +140,3 @@ class CombinedSegmenter:
     def _part(i: int, memory: AudioMemory) -> AudioMemory:
         start = f"{i}."
         return {name.removeprefix(start): array for name, array in memory.items() if name.startswith(start)}
-
-
-SEGMENTERS = ("punctuation", "ct", "pause", "none")
-CT_SIDES = ("target", "source")
-
-
-def make_segmenter(
-    name: str,
-    source_dict: Vocabulary,
-    target_dict: Vocabulary,
-    punctuation_model: str | Path | None = None,
-    punctuation_side: str = "target",
-    vad_model: str | Path | None = None,
-    min_pause_ms: int = 600,
-) -> Segmenter:
-    """A segmenter by its name, or several joined by plus signs.
-
-    Args:
-        source_dict, target_dict: the model's dictionaries.
-        punctuation_model: directory or .onnx file of the CT-Transformer, for ``ct``.
-        punctuation_side: the text it reads, ``target`` (ST CTC) or ``source`` (ASR CTC).
-        vad_model: silero's .onnx file, for ``pause``; default: the network that comes with the package.
-        min_pause_ms: milliseconds of silence that end a sentence, for ``pause``.
-
-    Raises:
-        ConfigError: an unknown name or side, or ``ct`` without its model.
-        CheckpointError: a model is missing or of another kind. MissingExtraError: ONNX Runtime is not installed.
-    """
-    parts: list[Segmenter] = []
-    names = name.split("+")
-    for part in names:
-        if part not in SEGMENTERS:
-            raise ConfigError(f"unknown segmenter {part!r}; known: {', '.join(SEGMENTERS)}, and joined by '+'")
-        if names.count(part) > 1 or (part == "none" and len(names) > 1):
-            raise ConfigError(f"segmenter {name!r} makes no sense; join different ones, and 'none' with none")
-        if part == "punctuation":
-            parts.append(PunctuationSegmenter(target_dict))
-        elif part == "none":
-            parts.append(NoSegmenter())
-        elif part == "pause":
-            from echostream.streaming.pause import PauseSegmenter
-            from echostream.streaming.silero import load_silero
-
-            parts.append(PauseSegmenter(load_silero(vad_model), min_pause_ms))
-        else:
-            from echostream.streaming.punctuation import CTPunctuation, CTSegmenter
-
-            if punctuation_model is None:
-                raise ConfigError("segmenter 'ct' needs a CT-Transformer's directory; give it as punctuation_model")
-            if punctuation_side not in CT_SIDES:
-                raise ConfigError(f"punctuation_side is {punctuation_side!r}; it must be target or source")
-            vocabulary = target_dict if punctuation_side == "target" else source_dict
-            parts.append(CTSegmenter(CTPunctuation.load(punctuation_model), vocabulary, punctuation_side))
-    return parts[0] if len(parts) == 1 else CombinedSegmenter(tuple(parts))
-
-
-def has_letters(vocabulary: Vocabulary, token: int) -> bool:
-    """Is there more to this subword than punctuation?"""
-    return any(letter.isalnum() for letter in vocabulary[token].replace(WORD_START, ""))

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from echostream.compat import huge_pages
 from echostream.errors import CheckpointError, require
+from echostream.memory import huge_pages
 
 
 def open_graph(

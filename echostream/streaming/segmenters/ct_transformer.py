@@ -18,8 +18,8 @@ import numpy as np
 
 from echostream.errors import CheckpointError, ConfigError
 from echostream.loading import read_mapping
-from echostream.streaming.onnx_runtime import describe_inputs, open_graph
-from echostream.streaming.segmenter import AudioMemory, Ending, SegmenterBase, Spoken
+from echostream.streaming.exported.onnx_runtime import describe_inputs, open_graph
+from echostream.streaming.segmenters.base import AudioMemory, CTCToken, Ending, SegmenterBase
 from echostream.text import WORD_START, Vocabulary
 from echostream.text_file import read_json, read_lines
 
@@ -174,7 +174,7 @@ class CTSegmenter(SegmenterBase):
         return f"ct({self.model.path.parent.name}, {self.side}, {self.lookahead})"
 
     def find(
-        self, source: tuple[Spoken, ...], target: tuple[Spoken, ...], frames: int, memory: AudioMemory
+        self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
     ) -> Ending | None:
         words, ends = self._words(target if self.side == "target" else source)
         if len(words) <= self.lookahead:
@@ -186,7 +186,7 @@ class CTSegmenter(SegmenterBase):
                 return Ending("ct", until=frame + 1)
         return None
 
-    def _words(self, tokens: tuple[Spoken, ...]) -> tuple[tuple[str, ...], list[int]]:
+    def _words(self, tokens: tuple[CTCToken, ...]) -> tuple[tuple[str, ...], list[int]]:
         """Words without punctuation, and the frame of the last token of each (a full stop of its own included)."""
         words: list[str] = []
         ends: list[int] = []
