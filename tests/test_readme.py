@@ -75,7 +75,6 @@ INSTEAD = [
     (r"--source-vocab-size \d+", "--source-vocab-size 40"),
     (r"--whisper base --vocab-size \d+", "--whisper base --vocab-size 300"),
     (r"--output data/es-en --cvss", "--output data/cvss --cvss"),  # not over the corpus of the command before
-    (r"^echostream export echostream/assets/es-en", "echostream export bundles/es-en"),
     (r"^(echostream translate (?!.*--checkpoint-dir).*)", r"\1 --checkpoint-dir bundles/es-en"),
     (r"/usr/share/locale( /usr/share/games)?", "locale"),
     (r"--kmeans \S+", ""),
