@@ -16,7 +16,7 @@ ACTIVATIONS = ("relu", "gelu")
 DECODER_FORMS = ("vaswani", "whisper")
 
 
-def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -271,7 +271,7 @@ class EchoStreamConfig:
             if f.type == "bool":
                 parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             else:
-                kind = {"int": int, "float": float, "str": str}[f.type]
+                kind = {"int": int, "float": float, "str": str}[str(f.type)]
                 parser.add_argument(
                     name, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text
                 )

@@ -68,7 +68,7 @@ def translate(args: Namespace) -> int:
             outputs.append(made)
             return made
 
-        if output is not None:
+        if output is not None and bundle.vocoder is not None:
             opened(speech_output(args, output, bundle.vocoder.config.sampling_rate, source.wav))
         if args.subtitles is not None:
             opened(SubtitleFile(args.subtitles))

@@ -70,7 +70,7 @@ def vocode(args: argparse.Namespace) -> int:
     units = read_sequences(args.units)
     durations: list[list[int] | None] = [None] * len(units)
     if args.durations is not None:
-        durations = read_sequences(args.durations)
+        durations = [*read_sequences(args.durations)]
         if len(durations) != len(units):
             raise UnitError(f"{args.durations} has {len(durations)} lines, {args.units} has {len(units)}")
     elif args.repeated:

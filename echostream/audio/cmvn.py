@@ -67,4 +67,5 @@ class GlobalCMVN:
 
     def apply(self, features: np.ndarray) -> np.ndarray:
         """Normalise ``features`` [T, 80] into a new float32 array."""
-        return (np.asarray(features, dtype=np.float32) - self.mean) / self.std
+        normalised: np.ndarray = (np.asarray(features, dtype=np.float32) - self.mean) / self.std
+        return normalised

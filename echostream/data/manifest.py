@@ -103,7 +103,7 @@ def read_text_pairs(path: str | Path) -> list[TextPair]:
     Raises:
         ManifestError: as ``read_manifest``.
     """
-    pairs = []
+    pairs: list[TextPair] = []
     for row, where in table_rows(Path(path), TEXT_COLUMNS):
         for column in ("src_text", "tgt_text"):
             if not row[column].strip():

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, ClassVar, Sequence
 
 import numpy as np
 
@@ -229,7 +229,8 @@ def _sums(rows: np.ndarray, labels: np.ndarray, count: int) -> tuple[np.ndarray,
 
 def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with replacing(path) as file:
-        np.savez(file, **arrays)
+        members: dict[str, Any] = {**arrays}
+        np.savez(file, **members)
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
@@ -265,8 +266,7 @@ class _ArrayHere(_Inert):
         data = file.read(size)
         if len(data) != size:
             raise EOFError("the file ends within an array")
-        order = "F" if facts.get("order") == "F" else "C"
-        return np.frombuffer(data, dtype=dtype).reshape(shape, order=order)
+        return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if facts.get("order") == "F" else "C")
 
 
 class _PlainArray(_Inert):
@@ -314,7 +314,8 @@ def _allowed(module: str, name: str) -> Any:
 
 
 class _Reader(pickle._Unpickler):  # the Python one: joblib puts array bytes between the opcodes
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
@@ -324,7 +325,7 @@ class _Reader(pickle._Unpickler):  # the Python one: joblib puts array bytes bet
         return _allowed(module, name)
 
     def load_build(self) -> None:
-        super().load_build()
+        super().load_build()  # type: ignore[misc]  # typeshed does not have it
         if isinstance(self.stack[-1], _ArrayHere):
             self.stack[-1] = _ArrayHere.read(self.stack[-1], self._file)
 

@@ -185,7 +185,12 @@ def split_words(text: str) -> list[str]:
     words, start = [], 0
     while start < len(text):
         word = next((c for c in _CONTRACTIONS if text.startswith(c, start)), None)
-        end = start + len(word) if word else _WORD.match(classes, start).end()
+        if word is None:
+            found = _WORD.match(classes, start)
+            assert found is not None  # it takes any class
+            end = found.end()
+        else:
+            end = start + len(word)
         words.append(text[start:end])
         start = end
     return words

@@ -85,7 +85,7 @@ def write_cmvn(path: Path, manifest: Path, audio_root: Path, limit: int, seed: i
         the number of feature frames.
     """
     lines = sorted(read_table(manifest, MANIFEST_COLUMNS), key=lambda line: hash_int(seed, "cmvn", line["id"]))
-    total, squares, frames = 0.0, 0.0, 0
+    total, squares, frames = np.zeros(()), np.zeros(()), 0
     for line in progress(lines[:limit]):
         features = fbank(load_audio(audio_root / line["src_audio"])).astype(np.float64)
         total, squares = total + features.sum(axis=0), squares + (features**2).sum(axis=0)

@@ -148,7 +148,8 @@ class Skipped:
     COLUMNS = ("step", "row", "reason", "detail")
 
     def __init__(self, directory: Path, step: str, shard: int = 0, num_shards: int = 1):
-        self.step, self.lines = step, []
+        self.step = step
+        self.lines: list[tuple[str, ...]] = []
         self.path = directory / f"{step}.{shard}-of-{num_shards}.tsv"
 
     def add(self, row: str, reason: str, detail: object = "") -> None:

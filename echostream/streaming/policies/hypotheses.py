@@ -118,4 +118,5 @@ class AlignAttPolicy(PolicyBase):
         return (UNLIMITED if progress.frames > self.alignatt_frames else 0), memory
 
     def stops(self, progress: Progress, draft: Draft) -> bool:
+        assert draft.attention is not None
         return int(draft.attention.argmax()) >= progress.frames - self.alignatt_frames

@@ -163,7 +163,7 @@ class CTSegmenter(SegmenterBase):
     vocabulary: Vocabulary = field(repr=False)
     side: str = "target"
     lookahead: int = 2
-    results: OrderedDict = field(default_factory=OrderedDict, repr=False, compare=False)
+    results: OrderedDict[tuple[str, ...], list[str]] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.lookahead, bool) or not isinstance(self.lookahead, int) or self.lookahead < 1:
