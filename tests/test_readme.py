@@ -28,12 +28,12 @@ import yaml
 pytest.importorskip("torch")
 pytest.importorskip("simuleval")
 
-from echostream.commands import PROGRAMS  # noqa: E402
-from tests.test_catalogues import write_mo  # noqa: E402
-from tests.test_corpus import Tones, Whistler, pairs, tone  # noqa: E402
-from tests.test_streamspeech import write_streamspeech  # noqa: E402
-from tests.test_whisper_init import write_tiny_whisper  # noqa: E402
-from tests.training_data import NUM_UNITS  # noqa: E402
+from echostream.commands import PROGRAMS
+from tests.test_catalogues import write_mo
+from tests.test_corpus import Tones, Whistler, pairs, tone
+from tests.test_streamspeech import write_streamspeech
+from tests.test_whisper_init import write_tiny_whisper
+from tests.training_data import NUM_UNITS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAVIGATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import io
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Iterator
 
 import numpy as np
 

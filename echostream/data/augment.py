@@ -36,7 +36,7 @@ class SpecAugment:
     seconds_per_mask: float = 8.0
 
     @classmethod
-    def parse(cls, text: str) -> "SpecAugment | None":
+    def parse(cls, text: str) -> SpecAugment | None:
         """``none``, ``lb``, ``ld``, ``sm`` (policies of the paper, ``sm`` milder) or ``field=value,...`` over ``ld``.
 
         Raises:

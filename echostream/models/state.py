@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class State:
 
     def unstack(self: S) -> list[S]:
         """One state of batch size 1 per stream; the inverse of ``stack``."""
-        return [self.map(lambda t: t[i : i + 1].clone()) for i in range(self.batch_size)]
+        return [self.map(lambda t, i=i: t[i : i + 1].clone()) for i in range(self.batch_size)]
 
     @staticmethod
     def stack(states: Sequence[S]) -> S:

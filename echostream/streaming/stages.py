@@ -7,8 +7,9 @@ together, which is how sessions share a batch. Arrays are numpy. Letters: T feat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 

@@ -11,9 +11,10 @@ import io
 import pickle
 import zipfile
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -46,11 +47,11 @@ class Projection:
         return (frames - (frames @ self.remove.T) @ self.remove).astype(np.float32)
 
     @classmethod
-    def identity(cls, dim: int) -> "Projection":
+    def identity(cls, dim: int) -> Projection:
         return cls(np.zeros(dim, np.float32), np.ones(dim, np.float32), np.zeros((0, dim), np.float32))
 
     @classmethod
-    def fit(cls, recordings: Sequence[np.ndarray], positions: int = 0) -> "Projection":
+    def fit(cls, recordings: Sequence[np.ndarray], positions: int = 0) -> Projection:
         """Standardise, and take out the ``positions`` directions in which the mean changes most with the position.
 
         Args:
@@ -164,12 +165,12 @@ def fit_kmeans(
     key = f"{len(frames)} {count} {seed} {steps} {batch} {full_steps} {zlib.crc32(frames[:1000].tobytes())}"
     saved = _load_npz(state) if state is not None and state.is_file() else {}
     if str(saved.get("key")) == key:
-        step, centroids, counts = int(saved["step"]), saved["centroids"], saved["counts"]
+        begun, centroids, counts = int(saved["step"]), saved["centroids"], saved["counts"]
     else:
-        step, counts = 0, np.zeros(count)
+        begun, counts = 0, np.zeros(count)
         sample = np.random.default_rng([seed, 0]).permutation(len(frames))[: max(20 * count, 2000)]
         centroids = _plus_plus(frames[sample], count, np.random.default_rng([seed, 1]))
-    for step in progress(range(step, steps + full_steps)):
+    for step in progress(range(begun, steps + full_steps)):
         if step < steps:
             rows = frames[np.random.default_rng([seed, 2, step]).integers(0, len(frames), min(batch, len(frames)))]
             centroids, counts = _mini_batch(rows, centroids, counts)

@@ -101,7 +101,7 @@ class AudioEncoder(nn.Module):
 
     def padded(self, mel: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:
         """See ``WhisperReference.encode_padded``."""
-        batch, bins, size = mel.shape
+        _batch, bins, size = mel.shape
         dense = -(-lengths // 2)[:, None]
         inside = (torch.arange(size, device=mel.device) < lengths[:, None])[:, None]
         if stride:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable
 
 import numpy as np
 
@@ -147,4 +148,4 @@ def write_config(path: Path, source_lang: str, target_lang: str, num_units: int,
 
 def _ctc_length(ids: list[int]) -> int:
     """Frames that CTC needs: one a token, one blank between equal neighbours."""
-    return len(ids) + sum(a == b for a, b in zip(ids, ids[1:]))
+    return len(ids) + sum(a == b for a, b in itertools.pairwise(ids))

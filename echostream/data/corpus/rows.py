@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
 
 from echostream.errors import ManifestError
 from echostream.files import add, appending, replacing
@@ -161,7 +161,7 @@ class Skipped:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __enter__(self) -> "Skipped":
+    def __enter__(self) -> Skipped:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,7 +8,7 @@ anything else train. The rule depends on nothing but the text, so everyone who h
 from __future__ import annotations
 
 import hashlib
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from echostream.data.corpus.normalize import count_words, normalize_text
 from echostream.errors import ManifestError

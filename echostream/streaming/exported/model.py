@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -142,7 +144,7 @@ class RowStates:
     """
 
     arrays: dict[str, tuple[np.ndarray, int]]
-    most: dict[str, int] = {}
+    most: Mapping[str, int] = MappingProxyType({})
 
     def row(self, name: str, row: int) -> np.ndarray:
         """A view of one stream's part of an array; the axis of the rows stays."""
