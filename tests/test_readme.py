@@ -109,6 +109,15 @@ def test_links_lead_somewhere(name: str) -> None:
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md"])
+def test_modules_that_pages_name_are_there(name: str) -> None:
+    """``core.py`` stands for any file of that name."""
+    folders = ("echostream", "agent", "scripts", "tests", "examples")
+    files = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for module in re.findall(r"`([\w/]+\.py)`", (ROOT / name).read_text(encoding="utf-8")):
+        assert any(path.endswith(f"/{module}") for path in files), module
+
+
 def test_case_08_the_pages_have_snippets_and_commands() -> None:
     assert len(SNIPPETS) >= 2 and len(COMMANDS) >= 30
     assert not [command for command in COMMANDS if "…" in command]

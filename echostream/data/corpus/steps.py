@@ -104,7 +104,7 @@ def record_speech(args: argparse.Namespace) -> cluster.Outcome:
     counts = speech.speech_set(
         args.output, args.set, rows, selection, engine, ready, args.seed, args.max_seconds, f".{args.audio_format}",
         args.shard, args.num_shards, progress=progress_bar(f"speech {args.set}"),
-    )
+    )  # fmt: skip
     facts = {"voices": list(getattr(engine, "voices", ())), "engine_version": getattr(engine, "version", None)}
     return f"speech-{args.set}", {"counts": dict(counts), **facts}
 
@@ -158,7 +158,7 @@ def run_all(args: argparse.Namespace) -> None:
     for split, (limit, order) in plans.items():
         if split in present:
             run_speech(_of_step(args, "speech", set=split, split=split, min_words=1, max_words=args.max_words,
-                                max_rank=0, limit=limit, order=order, exclude_set=[]))
+                                max_rank=0, limit=limit, order=order, exclude_set=[]))  # fmt: skip
     run_target(_of_step(args, "target"))
     run_units(_of_step(args, "units"))
     run_manifests(_of_step(args, "manifests"))
