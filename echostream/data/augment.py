@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class SpecAugment:
         text = text.strip().lower()
         if text in SPECAUGMENT_POLICIES:
             return SPECAUGMENT_POLICIES[text]
-        values: dict[str, float] = {}
+        values: dict[str, Any] = {}
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
         for part in text.split(","):
             name, equals, value = part.partition("=")

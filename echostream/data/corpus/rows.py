@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from echostream.errors import ManifestError
 from echostream.files import add, appending, replacing
@@ -72,7 +73,8 @@ def read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; run the step 'text' first")
     names = [f.name for f in fields(Row)]
-    return [Row(**{**line, "rank": int(line["rank"])}) for line in read_table(path, names)]
+    lines: Iterable[dict[str, Any]] = read_table(path, names)
+    return [Row(**{**line, "rank": int(line["rank"])}) for line in lines]
 
 
 class Ledger:

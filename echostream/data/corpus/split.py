@@ -58,9 +58,9 @@ def _grouped(pairs: Sequence[tuple[str, str]]) -> tuple[list[object], dict[objec
         groups.join(source, target)
     smallest: dict[object, str] = {}
     roots = [groups.find(source) for source, _ in sides]
-    for root, (_, target) in zip(roots, pairs):
-        if root not in smallest or target < smallest[root]:
-            smallest[root] = target
+    for root, (_, text) in zip(roots, pairs):
+        if root not in smallest or text < smallest[root]:
+            smallest[root] = text
     return roots, smallest
 
 

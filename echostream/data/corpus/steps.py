@@ -196,6 +196,7 @@ def fit_units(args: argparse.Namespace) -> tuple[UnitFeatures, KMeans, dict[str,
     if not recordings:
         raise ManifestError(f"{args.output / 'target'} has no recordings; run the step 'target' first")
     features = build_features(args.features, args.features_model, args.layer, args.compute_type)
+    model: KMeans | None
     if args.kmeans:
         model = load_kmeans(args.kmeans)
         model.save(args.output / "units" / "kmeans.npz")  # it goes with the model, and so to further pairs
@@ -257,8 +258,9 @@ def run_manifests(args: argparse.Namespace) -> None:
     frames = 0
     train = next((name for name in plan if name == "train" or name.startswith("train")), None)
     features = "whisper" if text["settings"].get("whisper") else "kaldi"
-    if feature_extractor(features).cmvn is not None:
-        feature_extractor(features).cmvn.save(args.output / "gcmvn.npz")
+    fixed = feature_extractor(features).cmvn
+    if fixed is not None:
+        fixed.save(args.output / "gcmvn.npz")
     elif args.cmvn_utterances and train:
         frames = manifests.write_cmvn(args.output / "gcmvn.npz", args.output / f"{train}.tsv", args.output,
                                       args.cmvn_utterances, args.seed, progress_bar("cmvn"))
