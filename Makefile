@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make demo   translate sixteen spoken Spanish sentences while they are spoken; results in demo-output/"
 	@echo "make test   run the tests"
-	@echo "make lint   check the style"
+	@echo "make lint   check style and types"
 	@echo "make bench  measure the speed on this machine (about 5 minutes) and write docs/benchmarks.md with a picture"
 	@echo "make samples  translate the demo's sentences into docs/samples: Opus files, pictures, a page"
 	@echo "make dist   build wheel and source archive into dist/"
@@ -41,6 +41,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # Close what else is running: the page tells the load. BENCH_ARGS='--clock cpu' on a machine that is never quiet.
 bench: $(VENV)/.installed

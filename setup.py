@@ -88,7 +88,9 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.5",
         "hypothesis>=6",
-        "ruff>=0.6",
+        "ruff>=0.17,<0.18",  # each of these finds more than the one before
+        "mypy>=2.4,<2.5",
+        "types-PyYAML>=6",
         "onnx>=1.18",
         "onnxscript>=0.5",
         "onnxruntime>=1.23",
@@ -119,7 +121,9 @@ setup(
     # The recipes lie in configs/ and are installed as echostream/configs, where echostream.recipe finds them.
     packages=[*find_packages(include=["echostream", "echostream.*"]), *CONFIGS],
     package_dir=CONFIGS,
-    package_data={"echostream": ["assets/**/*", "serve/page/*"], **{name: ["**/*.yaml"] for name in CONFIGS}},
+    package_data={
+        "echostream": ["py.typed", "assets/**/*", "serve/page/*"], **{name: ["**/*.yaml"] for name in CONFIGS},
+    },
     install_requires=[
         "numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm",
         "onnxruntime>=1.23",  # runs the shipped model; torch is for training

@@ -153,7 +153,7 @@ class Client:
             )  # fmt: skip
         except self._exceptions.InvalidStatus as error:
             raise ServerError(_refusal(error.response), error.response.status_code) from None
-        except (OSError, self._exceptions.WebSocketException, asyncio.TimeoutError) as error:
+        except (TimeoutError, OSError, self._exceptions.WebSocketException) as error:
             raise ServerError(f"no connection to {url}: {error or type(error).__name__}") from None
         self._connection = connection
         try:

@@ -40,7 +40,7 @@ def import_torchaudio() -> ModuleType:
     try:
         return require("torchaudio", "train")
     except (OSError, RuntimeError) as error:  # RuntimeError: built for another CUDA version than torch
-        stub = ModuleType(_EXTENSION, "stands in for the extension that could not be loaded")
+        stub: Any = ModuleType(_EXTENSION, "stands in for the extension that could not be loaded")
         message = f"torchaudio's compiled extension is not available: {str(error).splitlines()[0]}"
 
     def fail_if_no_align(function: Any) -> Any:

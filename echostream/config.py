@@ -16,7 +16,7 @@ ACTIVATIONS = ("relu", "gelu")
 DECODER_FORMS = ("vaswani", "whisper")
 
 
-def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -228,27 +228,27 @@ class EchoStreamConfig:
         return 8 * places + 4 * masks
 
     @classmethod
-    def small(cls, **changes: Any) -> "EchoStreamConfig":
+    def small(cls, **changes: Any) -> EchoStreamConfig:
         """About a quarter of the default's compute: what a CPU can train (arch ``echostream_small``)."""
         return dataclasses.replace(cls(**SMALL), **changes)
 
     @classmethod
-    def tiny(cls, **changes: Any) -> "EchoStreamConfig":
+    def tiny(cls, **changes: Any) -> EchoStreamConfig:
         """To try a recipe and a corpus out in minutes; it translates nothing (arch ``echostream_tiny``)."""
         return dataclasses.replace(cls(**TINY), **changes)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "EchoStreamConfig":
+    def from_dict(cls, values: dict[str, Any]) -> EchoStreamConfig:
         """Build a configuration from plain values, refusing keys that do not exist."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(map(str, set(values) - known))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], sorted(known)) or sorted(known)[:3] + ["..."]
+            near = difflib.get_close_matches(unknown[0], sorted(known)) or [*sorted(known)[:3], "..."]
             raise ConfigError(f"unknown configuration key {shown(unknown[0])}; known keys: {', '.join(near)}")
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "EchoStreamConfig":
+    def from_yaml(cls, path: str | Path) -> EchoStreamConfig:
         """Read a YAML file of ``key: value`` lines; keys left out keep their defaults."""
         values = read_mapping(path)
         try:
@@ -271,13 +271,13 @@ class EchoStreamConfig:
             if f.type == "bool":
                 parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             else:
-                kind = {"int": int, "float": float, "str": str}[f.type]
+                kind = {"int": int, "float": float, "str": str}[str(f.type)]
                 parser.add_argument(
                     name, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text
                 )
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "EchoStreamConfig":
+    def from_args(cls, args: argparse.Namespace) -> EchoStreamConfig:
         """Collect the fields that ``args`` holds; the rest keep their defaults."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if getattr(args, f.name, None) is not None})
 

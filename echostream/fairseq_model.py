@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         )
 
     @classmethod
-    def build_model(cls, args: argparse.Namespace, task: Any) -> "FairseqEchoStreamModel":
+    def build_model(cls, args: argparse.Namespace, task: Any) -> FairseqEchoStreamModel:
         """The model of ``args`` with the vocabulary sizes of the task's dictionaries, which ``args`` then records.
 
         Raises:

@@ -21,9 +21,10 @@ import secrets
 import shutil
 import stat
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, Mapping, TextIO
+from typing import IO, Any, TextIO
 
 from echostream.errors import EchoStreamError, OutputError
 

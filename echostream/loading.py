@@ -316,7 +316,7 @@ def check_array(
         raise error(f"{where} has shape {list(array.shape)} of {array.dtype}; it must be [{wanted}] of kind {kind}")
     if array.dtype.kind == "f" and not (np.isfinite(array) | (np.isnan(array) if nan else False)).all():
         raise error(f"{where} holds NaN or infinite numbers")
-    if array.size and (least is not None and array.min() < least or most is not None and array.max() > most):
+    if array.size and ((least is not None and array.min() < least) or (most is not None and array.max() > most)):
         raise error(f"{where} holds {array.min()} to {array.max()}; its numbers must be from {least} to {most}")
     return array
 

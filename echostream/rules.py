@@ -45,14 +45,14 @@ class Rule:
         return f"{name} of at most {self.most:g}{unit}" if self.most is not None else name
 
     def fits(self, value: Any) -> bool:
-        kinds = (int, float) if self.kind is float else self.kind
+        kinds: Any = (int, float) if self.kind is float else self.kind
         if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
             return False
         if self.kind is dict and not all(isinstance(key, str) for key in value):
             return False
         if self.choices is not None:
             return value in self.choices
-        size = value if self.kind in (int, float) else 0 if self.kind is bool else len(value)
+        size: Any = value if self.kind in (int, float) else 0 if self.kind is bool else len(value)
         if isinstance(size, float) and not math.isfinite(size):
             return False
         return (self.least is None or size >= self.least) and (self.most is None or size <= self.most)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Iterable, Sequence
 
 from echostream.constants import BLANK, BOS, EOS, NUM_SPECIALS, PAD, UNK
 from echostream.errors import ManifestError
@@ -28,7 +28,7 @@ class Vocabulary:
         self.index = {symbol: i for i, symbol in enumerate(self.symbols)}
 
     @classmethod
-    def load(cls, path: str | Path) -> "Vocabulary":
+    def load(cls, path: str | Path) -> Vocabulary:
         """Read ``symbol count`` lines.
 
         Raises:

@@ -7,10 +7,11 @@ import sys
 import time
 import warnings
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def translate(args: Namespace) -> int:
             outputs.append(made)
             return made
 
-        if output is not None:
+        if output is not None and bundle.vocoder is not None:
             opened(speech_output(args, output, bundle.vocoder.config.sampling_rate, source.wav))
         if args.subtitles is not None:
             opened(SubtitleFile(args.subtitles))

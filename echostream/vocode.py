@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 from tqdm import tqdm
@@ -70,7 +70,7 @@ def vocode(args: argparse.Namespace) -> int:
     units = read_sequences(args.units)
     durations: list[list[int] | None] = [None] * len(units)
     if args.durations is not None:
-        durations = read_sequences(args.durations)
+        durations = [*read_sequences(args.durations)]
         if len(durations) != len(units):
             raise UnitError(f"{args.durations} has {len(durations)} lines, {args.units} has {len(units)}")
     elif args.repeated:

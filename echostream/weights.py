@@ -14,9 +14,10 @@ from echostream.errors import CheckpointError
 from echostream.loading import DAMAGE, reason, shown
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-M = TypeVar("M")  # a torch module
+M = TypeVar("M", bound="torch.nn.Module")
 
 
 def read_weights(path: str | Path, what: str = "checkpoint", device: Any = "cpu") -> Any:

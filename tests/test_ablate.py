@@ -8,8 +8,9 @@ import re
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,14 @@ pytest.importorskip("fairseq")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("jiwer")
 
-from echostream.commands import ablate, training_runs  # noqa: E402
-from echostream.config import EchoStreamConfig  # noqa: E402
-from echostream.errors import ConfigError, EchoStreamError  # noqa: E402
-from echostream.evaluation.ablation import compare, table  # noqa: E402
-from tests.test_generate import fairseq  # noqa: E402
-from tests.training_data import TINY_MODEL, make_corpus  # noqa: E402
+import itertools
+
+from echostream.commands import ablate, training_runs
+from echostream.config import EchoStreamConfig
+from echostream.errors import ConfigError, EchoStreamError
+from echostream.evaluation.ablation import compare, table
+from tests.test_generate import fairseq
+from tests.training_data import TINY_MODEL, make_corpus
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs/scratch/ablations.yaml"
 FLAGS = dict(
@@ -157,7 +160,7 @@ def test_two_jobs_share_steps_and_interrupted_ones_go_on(plan, corpus, monkeypat
     launched: list[str] = []
 
     def launch(words: list[str], log: Path, watch: Callable = str, cost: dict[str, Any] | None = None) -> None:
-        flags = dict(zip(words, words[1:]))
+        flags = dict(itertools.pairwise(words))
         time.sleep(0.02)  # long enough for the other thread to come along
         if words[2] == "fairseq_cli.generate":
             row = {"id": "0", "asr": "a b", "asr_ref": "a b", "mt": "a", "mt_ref": "b", "units": [1], "units_ref": [2]}

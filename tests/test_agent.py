@@ -15,20 +15,20 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("simuleval")
 
-from simuleval.data.segments import SpeechSegment  # noqa: E402
-from simuleval.utils.agent import EVALUATION_SYSTEM_LIST  # noqa: E402
+from simuleval.data.segments import SpeechSegment
+from simuleval.utils.agent import EVALUATION_SYSTEM_LIST
 
-import echostream.agent  # noqa: E402
-from agent import echostream_agent as agents  # noqa: E402
-from agent.echostream_agent import EchoStreamAgent  # noqa: E402
+import echostream.agent
+from agent import echostream_agent as agents
+from agent.echostream_agent import EchoStreamAgent
 from echostream.agent.pieces import OUTPUTS
-from echostream.audio.io import read_audio, write_audio  # noqa: E402
-from echostream.checkpoint import load_bundle, save_bundle  # noqa: E402
-from echostream.data.manifest import Utterance, write_manifest  # noqa: E402
-from echostream.errors import ConfigError  # noqa: E402
-from echostream.evaluation.quality import word_error_rate  # noqa: E402
-from echostream.streaming import SentenceEnd, SourceText, StreamingSession, TargetText  # noqa: E402
-from tests.evaluate_script import evaluate  # noqa: E402
+from echostream.audio.io import read_audio, write_audio
+from echostream.checkpoint import load_bundle, save_bundle
+from echostream.data.manifest import Utterance, write_manifest
+from echostream.errors import ConfigError
+from echostream.evaluation.quality import word_error_rate
+from echostream.streaming import SentenceEnd, SourceText, StreamingSession, TargetText
+from tests.evaluate_script import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -232,7 +232,7 @@ def test_case_06_scoring_without_our_scorers_is_refused(chinese: tuple[Path, lis
 
 
 def test_case_06_what_cannot_be_obeyed_is_refused(chinese: tuple[Path, list[object]], tmp_path: Path) -> None:
-    folder, arguments = chinese
+    _folder, arguments = chinese
     (tmp_path / "short.txt").write_text("一。\n", encoding="utf-8")
     ours = ["--user-dir", ROOT / "agent", *arguments]
     cases = {
@@ -535,7 +535,7 @@ class Speaker:
         self.voices = tuple(names[0]) if names else ("one",)
 
 
-@pytest.fixture()
+@pytest.fixture
 def voices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The module, with engines that only say what they were asked for, and style files of a few languages."""
     from echostream.data.corpus import voices as module

@@ -377,7 +377,7 @@ def test_16_models_that_are_none(bundle: Path, content: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        pytest.param("hola 1\nhola 2\n".encode(), "line 2: 'hola' has been there before", id="double"),
+        pytest.param(b"hola 1\nhola 2\n", "line 2: 'hola' has been there before", id="double"),
         pytest.param(b"<unk> 1\n", "line 1: '<unk>' has been there before", id="special"),
         pytest.param("señor 1\n".encode("latin-1"), "not UTF-8", id="latin-1"),
         pytest.param("hola 1\n".encode("utf-16"), "UTF-16", id="utf-16"),

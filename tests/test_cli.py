@@ -62,7 +62,7 @@ class Pipe(io.RawIOBase):
         self.data, self.sizes, self.at_end = data, sizes, at_end
 
     @property
-    def buffer(self) -> "Pipe":
+    def buffer(self) -> Pipe:
         return self
 
     def isatty(self) -> bool:
@@ -84,7 +84,7 @@ class Out:
         self.data, self.fail_after = b"", fail_after
 
     @property
-    def buffer(self) -> "Out":
+    def buffer(self) -> Out:
         return self
 
     def isatty(self) -> bool:
@@ -112,7 +112,7 @@ def sentence(text: str, first: float = 1.0, last: float = 3.0, index: int = 0, s
 
 
 def test_a_recording(tiny_bundle, recording, spoken, tmp_path, capsys):
-    events, speech16 = spoken
+    events, _speech16 = spoken
     out = tmp_path / "new" / "english.wav"
     status = main(
         ["translate", str(recording), "-o", str(out), "--subtitles", str(tmp_path / "talk.srt"), "--checkpoint-dir",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -205,7 +206,7 @@ def ready_speech(directory: Path, voices: dict[int, str], as_tar: bool = False) 
 def test_ready_speech_honours_the_split_and_santa_never_trains(tmp_path: Path, as_tar: bool) -> None:
     voices = {0: "ef_dora", 1: "em_santa", 2: "ef_dora:.5,em_santa:.5", 7: "em_alex"}
     ready = ready_speech(tmp_path / "r", voices, as_tar)
-    rows = rows_for("train", 5) + [Row("000007", "test", "en la prueba", "in the test", "000007")]
+    rows = [*rows_for("train", 5), Row("000007", "test", "en la prueba", "in the test", "000007")]
     counts = speech.speech_set(tmp_path, "ready", rows, speech.Selection("train"), None, ready)
     assert counts["recorded"] == 1
     (line,) = Ledger(tmp_path / "speech", "ready", speech.SPEECH_COLUMNS).read().values()
@@ -474,7 +475,7 @@ def test_all_steps_from_ready_recordings(tmp_path: Path) -> None:
         assert int(line["src_n_frames"]) == 1 + (len(samples) - 400) // 160
         units = line["tgt_audio"].split()
         assert len(units) == int(line["tgt_n_frames"]) > 0 and all(0 <= int(u) < 20 for u in units)
-        assert all(a != b for a, b in zip(units, units[1:]))
+        assert all(a != b for a, b in itertools.pairwise(units))
     for line in read_table(output / "target" / "units.tsv", ["id", "audio", "units", "durations"]):
         frames = sum(map(int, line["durations"].split()))
         assert frames == len(load_audio(output / "target" / line["audio"])) // 320
@@ -571,7 +572,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, argu
 
 
 def test_text_step_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = text_file(tmp_path / "p.tsv", pairs() + [("", "No source.")])
+    path = text_file(tmp_path / "p.tsv", [*pairs(), ("", "No source.")])
     assert main(["text", "--output", str(tmp_path / "o"), "--pairs", str(path), "--vocab-size", "45",
                  "--source-vocab-size", "40"]) == 0
     rows = read_rows(tmp_path / "o" / "rows.tsv")

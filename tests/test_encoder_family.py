@@ -104,7 +104,7 @@ def test_state_is_a_bounded_value(changes: dict) -> None:
     state = some_state(encoder)
     before = state.map(torch.clone)
     x, lengths = features(3, 300, seed=5), torch.tensor([300, 3, 0])
-    y, _, after = encoder.step(x, lengths, state, torch.tensor([False, True, False]))
+    _y, _, after = encoder.step(x, lengths, state, torch.tensor([False, True, False]))
     assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before.tensors()))
     assert after.nbytes == state.nbytes == encoder.init_state(3).nbytes
     loaded = encoder.init_state(3).from_arrays(after.arrays())
@@ -171,7 +171,7 @@ def test_a_segment_is_complete_with_its_own_sound(segment: int) -> None:
         for part in (per_segment - 1, 1):  # one sample less is not enough only where a frame needs it
             mel, features_state = extractor.step(rng.standard_normal(part).astype(np.float32), features_state)
             x = torch.from_numpy(extractor.cmvn.apply(mel))[None].double()
-            y, lengths, state = encoder.step(x, torch.tensor([x.shape[1]]), state)
+            _y, lengths, state = encoder.step(x, torch.tensor([x.shape[1]]), state)
             given += int(lengths)
         assert given == number * segment
 

@@ -182,7 +182,7 @@ def read_audio_or_nothing(path: Path) -> np.ndarray:
 
 
 def test_simuleval_log_holds_words_with_times(evaluated: tuple[Path, list[dict]]) -> None:
-    out, (first, second) = evaluated
+    _out, (first, second) = evaluated
     assert [(w["text"], w["delay"]) for w in first["words"]] == [
         ("one", 400.0), ("two", 1000.0), ("three", 1000.0), ("four", 1000.0)
     ]  # fmt: skip

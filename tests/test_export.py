@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,7 +128,7 @@ FAMILY = {
     "shifted-whisper": {**WHISPER, "shift_context": True, "encoder_relative_bias": True},
     "everything": {
         **WHISPER, "memory_size": 3, "encoder_relative_bias": True, "encoder_conv_kernel": 4, "right_context_length": 1
-    },  # fmt: skip
+    },
 }  # fmt: skip
 STAGES = {"encoder", "ASR head", "ST head", "MT decoder", "MT attention", "unit decoder"}
 
@@ -205,7 +207,7 @@ def test_a_wrong_graph_is_refused(tiny_bundle: Path, tmp_path: Path, monkeypatch
 
     once = directory.make_graph
     monkeypatch.setattr(directory, "make_graph", other)
-    for spoil, named in (
+    for spoil, named in (  # noqa: B007  # ``other`` uses it
         (sharper, r"the exported encoder differs from torch by \d.*nothing was written"),
         (louder, r"the graph encoder has a constant that is none of the model's weights .*nothing was written"),
     ):
@@ -355,7 +357,7 @@ def test_state_is_as_large_as_what_was_heard_of_the_sentence(exported: Path) -> 
         frames = rng.standard_normal((20, config.encoder_embed_dim)).astype(np.float32)
         stages.run([(0, Extend(frames)), (2, Extend(frames[:5]))])
         sizes.append(stages.nbytes)
-    assert all(a <= b for a, b in zip(sizes, sizes[1:]))
+    assert all(a <= b for a, b in itertools.pairwise(sizes))
     for count, size in ((20, sizes[0]), (200, sizes[-1])):
         held = 8 * sum(places.values()) * (count + count // 4)  # keys and values in single precision
         assert held <= size - least <= 1.2 * held + 8 * sum(places.values()) * 6 * 16

@@ -44,7 +44,7 @@ def archives(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", out, cwd=project)
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, project, cwd=out)
-    yield next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
 
 def test_archives_are_complete(project: Path, archives: tuple[Path, Path]) -> None:

@@ -13,9 +13,9 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-from tests.fuzz import runner  # noqa: E402
-from tests.fuzz.material import make_material  # noqa: E402
-from tests.fuzz.targets import Targets  # noqa: E402
+from tests.fuzz import runner
+from tests.fuzz.material import make_material
+from tests.fuzz.targets import Targets
 
 CASES = 12
 

@@ -13,12 +13,12 @@ import yaml
 pytest.importorskip("rapidfuzz")
 pytest.importorskip("sacrebleu")
 
-from echostream.audio.io import read_audio, write_audio  # noqa: E402
-from echostream.data.manifest import Utterance, write_manifest  # noqa: E402
-from echostream.errors import EchoStreamError, MissingExtraError  # noqa: E402
-from echostream.evaluation import longform  # noqa: E402
+from echostream.audio.io import read_audio, write_audio
+from echostream.data.manifest import Utterance, write_manifest
+from echostream.errors import EchoStreamError, MissingExtraError
+from echostream.evaluation import longform
 from echostream.evaluation.longform import TalkOutput
-from echostream.evaluation.talks import Segment, Talk, cut, make_talks, read_talks  # noqa: E402
+from echostream.evaluation.talks import Segment, Talk, cut, make_talks, read_talks
 
 REFERENCES = ["The house is big.", "Hello, my friend.", "What time is it now?"]
 TALK = Talk(Path("talk.wav"), tuple(Segment(3.0 * i, 2.0, text) for i, text in enumerate(REFERENCES)))

@@ -143,7 +143,7 @@ def test_sentence_windows_equal_single_sentences(source):
     prev = targets(4, 6, 2)
     with torch.no_grad():
         out = model(x, lengths, prev, windows=tuple(windows))
-        frames, counts = model.encoder(x, lengths)
+        frames, _counts = model.encoder(x, lengths)
         for s, (row, start, end) in enumerate([(0, 0, 9), (1, 2, 12), (0, 10, 18)]):
             part, n = frames[row : row + 1, start:end], torch.tensor([end - start])
             u = int((prev[s] != PAD).sum())

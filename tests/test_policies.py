@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_any_split_gives_the_same_and_only_grows(name):
     early = 0
     for end in ends:
         texts = of(TargetText, [e for e in reference if e.sentence == end.sentence])
-        for before, after in zip(texts, texts[1:]):
+        for before, after in itertools.pairwise(texts):
             assert after.sentence_text == before.sentence_text + after.text
             assert after.frames[0] >= before.frames[-1]
         assert tuple(t for e in texts for t in e.tokens) == end.tokens
@@ -91,7 +93,7 @@ def test_delay_grows_with_the_knob(policies):
     options = dict(speech=False, whole_words=False)
     delays = [first_g(translate(BUNDLES["mt"], SAMPLES, policy=policy, **options)) for policy in policies]
     waited = first_g(translate(BUNDLES["mt"], SAMPLES, policy="sentence", **options))
-    for less, more in zip(delays, delays[1:]):
+    for less, more in itertools.pairwise(delays):
         assert all(a <= b for a, b in zip(less, more, strict=True))
     assert delays[0] != delays[-1] == waited
 

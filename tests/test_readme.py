@@ -28,12 +28,12 @@ import yaml
 pytest.importorskip("torch")
 pytest.importorskip("simuleval")
 
-from echostream.commands import PROGRAMS  # noqa: E402
-from tests.test_catalogues import write_mo  # noqa: E402
-from tests.test_corpus import Tones, Whistler, pairs, tone  # noqa: E402
-from tests.test_streamspeech import write_streamspeech  # noqa: E402
-from tests.test_whisper_init import write_tiny_whisper  # noqa: E402
-from tests.training_data import NUM_UNITS  # noqa: E402
+from echostream.commands import PROGRAMS
+from tests.test_catalogues import write_mo
+from tests.test_corpus import Tones, Whistler, pairs, tone
+from tests.test_streamspeech import write_streamspeech
+from tests.test_whisper_init import write_tiny_whisper
+from tests.training_data import NUM_UNITS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAVIGATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
@@ -106,6 +106,15 @@ def test_links_lead_somewhere(name: str) -> None:
         if heading:
             titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md"])
+def test_modules_that_pages_name_are_there(name: str) -> None:
+    """``core.py`` stands for any file of that name."""
+    folders = ("echostream", "agent", "scripts", "tests", "examples")
+    files = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for module in re.findall(r"`([\w/]+\.py)`", (ROOT / name).read_text(encoding="utf-8")):
+        assert any(path.endswith(f"/{module}") for path in files), module
 
 
 def test_case_08_the_pages_have_snippets_and_commands() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_long_speech_is_cut_where_it_is_least_sure() -> None:
     probabilities[[100, 180]] = 0.6
     spans, short = pieces(probabilities, 312 * WINDOW, cut)
     assert spans[0] == (0, 100 * WINDOW) and spans[1] == (100 * WINDOW, 180 * WINDOW) and short == 0
-    assert spans[-1][1] == 312 * WINDOW and all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
+    assert spans[-1][1] == 312 * WINDOW and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     rng = np.random.default_rng(0)
     for _ in range(200):
         probabilities = rng.random(int(rng.integers(1, 900))) ** rng.uniform(0.1, 2)

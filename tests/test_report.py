@@ -14,14 +14,14 @@ pytest.importorskip("sacrebleu")
 pytest.importorskip("simuleval")
 pytest.importorskip("matplotlib")
 
-from echostream.audio.io import load_audio, write_audio  # noqa: E402
-from echostream.data.corpus.tts import Voice  # noqa: E402
-from echostream.data.manifest import Utterance, read_manifest, write_manifest  # noqa: E402
-from echostream.errors import EchoStreamError  # noqa: E402
-from echostream.evaluation import quality, sweep  # noqa: E402
-from echostream.evaluation.cascade import run_cascade  # noqa: E402
-from echostream.evaluation.significance import MEASURES, bootstrap  # noqa: E402
-from tests.evaluate_script import evaluate  # noqa: E402
+from echostream.audio.io import load_audio, write_audio
+from echostream.data.corpus.tts import Voice
+from echostream.data.manifest import Utterance, read_manifest, write_manifest
+from echostream.errors import EchoStreamError
+from echostream.evaluation import quality, sweep
+from echostream.evaluation.cascade import run_cascade
+from echostream.evaluation.significance import MEASURES, bootstrap
+from tests.evaluate_script import evaluate
 
 MEASURE = {measure.name: measure for measure in MEASURES}
 NOUNS = "boat house car dog cat tree book table garden window".split()

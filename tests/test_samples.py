@@ -11,12 +11,12 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
-from echostream.audio.io import load_audio  # noqa: E402
-from echostream.errors import EchoStreamError, OutputError  # noqa: E402
-from echostream.evaluation import pictures  # noqa: E402
-from echostream.evaluation.samples import on_the_clock  # noqa: E402
-from echostream.streaming import Waveform  # noqa: E402
-from scripts import make_pictures, make_samples  # noqa: E402
+from echostream.audio.io import load_audio
+from echostream.errors import EchoStreamError, OutputError
+from echostream.evaluation import pictures
+from echostream.evaluation.samples import on_the_clock
+from echostream.streaming import Waveform
+from scripts import make_pictures, make_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "echostream" / "assets" / "demo"

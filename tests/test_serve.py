@@ -453,7 +453,7 @@ def test_sigterm_moves_sessions_to_the_next_process(bundle, recordings, expected
             return await task, client
 
     try:
-        found, client = asyncio.run(work())
+        found, _client = asyncio.run(work())
         same(found, expected[1])
         idle_again(servers[1])
         deadline = time.monotonic() + 5
@@ -524,9 +524,8 @@ def test_flags_are_checked_before_anything_is_loaded(flags, message, tmp_path):
 
 
 def test_a_taken_port_is_one_line():
-    with listen("127.0.0.1", 0) as taken:
-        with pytest.raises(ConfigError, match="in use"):
-            listen("127.0.0.1", taken.getsockname()[1])
+    with listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="in use"):
+        listen("127.0.0.1", taken.getsockname()[1])
 
 
 def test_sound_of_decodes(live):

@@ -15,18 +15,18 @@ pytest.importorskip("torch")
 pytest.importorskip("simulstream", reason="needs the extra simulstream")
 pytest.importorskip("librosa", reason="needs the extra simulstream")
 
-from simulstream.config import yaml_config  # noqa: E402
-from simulstream.inference import run_inference  # noqa: E402
-from simulstream.metrics.logger import METRICS_LOGGER, setup_metrics_logger  # noqa: E402
-from simulstream.metrics.readers import LogReader  # noqa: E402
-from simulstream.server.message_processor import MessageProcessor  # noqa: E402
-from simulstream.server.speech_processors import build_speech_processor  # noqa: E402
+from simulstream.config import yaml_config
+from simulstream.inference import run_inference
+from simulstream.metrics.logger import METRICS_LOGGER, setup_metrics_logger
+from simulstream.metrics.readers import LogReader
+from simulstream.server.message_processor import MessageProcessor
+from simulstream.server.speech_processors import build_speech_processor
 
-from echostream.agent.simulstream import EchoStreamProcessor  # noqa: E402
-from echostream.audio.io import load_audio  # noqa: E402
-from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle  # noqa: E402
-from echostream.errors import EchoStreamError  # noqa: E402
-from echostream.streaming import SentenceEnd, StreamingSession, Waveform  # noqa: E402
+from echostream.agent.simulstream import EchoStreamProcessor
+from echostream.audio.io import load_audio
+from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle
+from echostream.errors import EchoStreamError
+from echostream.streaming import SentenceEnd, StreamingSession, Waveform
 
 ASSETS = DEFAULT_BUNDLE.parent
 CONFIG = ASSETS / "simulstream.yaml"

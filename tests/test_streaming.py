@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -88,7 +89,7 @@ def make_bundle(unit_input: str = "mt", seed: int = 0, voice: bool = True, **cha
             layer.cross_attention.q.weight.mul_(4)  # so that what is visible matters
             layer.cross_attention.out.weight.mul_(4)
         features = torch.from_numpy(cmvn.apply(fbank(speech(12.0, seed=99)))).double()[None]
-        x, lengths = model.encoder(features, torch.tensor([features.shape[1]]))
+        x, _lengths = model.encoder(features, torch.tensor([features.shape[1]]))
         tune(model.asr_head.output, x[0], blank=2.2)
         hidden = x
         for layer in model.st_decoder.layers:
@@ -267,7 +268,7 @@ def test_wait_for_sentence_end_is_offline_decoding():
     end = of(SentenceEnd, translate(bundle, samples, policy="sentence", segmenter="none"))[0]
     features = torch.from_numpy(bundle.cmvn.apply(fbank(samples))).double()[None]
     with torch.no_grad():
-        x, lengths = bundle.model.encoder(features, torch.tensor([features.shape[1]]))
+        x, _lengths = bundle.model.encoder(features, torch.tensor([features.shape[1]]))
         window = x[:, round(end.start_s * 25) :]
         tokens, _, count = bundle.model.mt_decoder.greedy(window, torch.tensor([window.shape[1]]))
     assert end.tokens == tuple(tokens[0, : len(end.tokens)].tolist())
@@ -301,7 +302,7 @@ def test_committed_output_only_grows(unit_input):
         mine = [e for e in events if e.sentence == sentence]
         assert all(e.sentence > ended for e in mine) and isinstance(mine[-1], SentenceEnd)
         texts = of(TargetText, mine)
-        for before, after in zip(texts, texts[1:]):
+        for before, after in itertools.pairwise(texts):
             assert after.sentence_text == before.sentence_text + after.text
             assert after.frames[0] >= before.frames[-1] and after.source_time_s >= before.source_time_s
         end = mine[-1]
@@ -334,7 +335,7 @@ def test_a_sentence_starts_anew():
     events = translate(BUNDLES["mt"], speech(8.0, seed=9))
     ends = of(SentenceEnd, events)
     assert len(ends) >= 2
-    for before, after in zip(ends, ends[1:]):
+    for before, after in itertools.pairwise(ends):
         assert after.start_s <= before.end_s  # the frames behind the closing token are seen again
         assert after.frames == () or after.frames[0] <= round((after.end_s - after.start_s) * 25)
         assert after.sentence == before.sentence + 1

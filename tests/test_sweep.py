@@ -13,15 +13,15 @@ pytest.importorskip("torch")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("matplotlib")
 
-from echostream.audio.io import load_audio, write_audio  # noqa: E402
-from echostream.checkpoint import load_bundle  # noqa: E402
-from echostream.errors import EchoStreamError  # noqa: E402
-from echostream.evaluation import sweep  # noqa: E402
-from echostream.evaluation.streams import Streamed, stream  # noqa: E402
-from echostream.output.words import TimedWord, WordTimes  # noqa: E402
-from echostream.streaming import SentenceEnd, StreamingSession, TargetText, Waveform, make_policy  # noqa: E402
-from echostream.text import Vocabulary  # noqa: E402
-from tests.evaluate_script import evaluate  # noqa: E402
+from echostream.audio.io import load_audio, write_audio
+from echostream.checkpoint import load_bundle
+from echostream.errors import EchoStreamError
+from echostream.evaluation import sweep
+from echostream.evaluation.streams import Streamed, stream
+from echostream.output.words import TimedWord, WordTimes
+from echostream.streaming import SentenceEnd, StreamingSession, TargetText, Waveform, make_policy
+from echostream.text import Vocabulary
+from tests.evaluate_script import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 from pathlib import Path
@@ -30,7 +31,7 @@ def blobs(count: int = 8, each: int = 60, dim: int = 6, seed: int = 0) -> tuple[
 def test_deduplicate_and_expand_are_inverse(units: list[int]) -> None:
     runs, durations = deduplicate(units)
     assert expand(runs, durations) == units
-    assert all(a != b for a, b in zip(runs, runs[1:])) and all(d > 0 for d in durations)
+    assert all(a != b for a, b in itertools.pairwise(runs)) and all(d > 0 for d in durations)
 
 
 def test_expand_refuses_unequal_lists() -> None:

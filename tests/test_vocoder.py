@@ -230,7 +230,7 @@ def test_lookahead_is_what_it_says(model):
         durations = torch.ones(1, len(row), dtype=torch.long)
     full = model(row[None], durations=durations, speakers=speakers)[0][0]
     state, out, wanted = model.init_state(1), 0, []
-    for i, unit in enumerate(row):
+    for unit in row:
         _, n, state = model.step(unit.view(1, 1), torch.ones(1, dtype=torch.long), state, None, speakers)
         out += int(n)
         wanted.append(out)

@@ -68,7 +68,7 @@ def test_quantised_weights_are_right_to_half_a_step(kind: str, steps: int, tmp_p
     for name, value in found.parameters.items():
         # bound by the largest of all, for rows share a scale with at most that
         step = np.abs(PARAMETERS[name]).max() / steps if name.endswith("weight") else 0.0
-        if kind == "int16" and ".attn." in name or ".cross_attn." in name:
+        if (kind == "int16" and ".attn." in name) or ".cross_attn." in name:
             step = 1.0 / steps  # queries, keys and values share one
         np.testing.assert_allclose(value, PARAMETERS[name], atol=step / 2 + 1e-6, err_msg=name)
     if kind == "int8":  # a loud row costs the quiet ones nothing: each has its own scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from echostream.streaming.events import Event, SentenceEnd, SourceText, TargetText, TargetUnits
 from echostream.text import WORD_START, Vocabulary
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
 
 # What each kind of output needs of the session; the rest of the chain is not run.
-OUTPUTS = {
+OUTPUTS: dict[str, dict[str, Any]] = {
     "speech": {"speech": True},
     "text": {"speech": False},
     "source": {"speech": False, "text": False},

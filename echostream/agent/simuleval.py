@@ -55,6 +55,8 @@ def check_languages(path: str | None, bundle: Bundle) -> None:
 class SessionStates(AgentStates):
     """A stream's memory: its session, and of the source only what was pushed last."""
 
+    source_sample_rate: int
+
     def __init__(self, bundle: Bundle, output: str, options: dict[str, Any]) -> None:
         self.bundle, self.output = bundle, output
         self.session = StreamingSession(bundle, **OUTPUTS[output], **options)
@@ -179,9 +181,9 @@ class SessionAgent(GenericAgent):
     def to(self, device: str, *args: object, fp16: bool = False, **kwargs: object) -> None:
         """The model was loaded onto ``--device``; here only its precision may change."""
         self.device = device
-        if fp16 and isinstance(self.bundle.model, ExportedModel):
-            sys.exit("error: --fp16 is for torch; exported graphs keep the precision they were exported in")
         if fp16:
+            if isinstance(self.bundle.model, ExportedModel):
+                sys.exit("error: --fp16 is for torch; exported graphs keep the precision they were exported in")
             self.bundle.model.half()
             self.states = self.build_states()
 

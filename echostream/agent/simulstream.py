@@ -76,7 +76,7 @@ class EchoStreamProcessor(SpeechProcessor):
     @classmethod
     def load_model(cls, config: SimpleNamespace) -> Bundle:
         """The model, loaded once however many processors share it."""
-        given = {name: getattr(config, name, default) for name, default in MODEL.items()}
+        given: dict[str, Any] = {name: getattr(config, name, default) for name, default in MODEL.items()}
         key = tuple(map(str, given.values()))
         if key not in cls._bundles:
             directory = given["checkpoint_dir"] or DEFAULT_BUNDLE

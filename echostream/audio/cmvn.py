@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class GlobalCMVN:
     std: np.ndarray
 
     @classmethod
-    def load(cls, path: str | Path) -> "GlobalCMVN":
+    def load(cls, path: str | Path) -> GlobalCMVN:
         """Read fairseq's ``gcmvn.npz`` (arrays ``mean`` and ``std``).
 
         Raises:
@@ -41,7 +41,7 @@ class GlobalCMVN:
         return cls(mean, np.maximum(std, MIN_STD))
 
     @classmethod
-    def estimate(cls, features: Iterable[np.ndarray]) -> "GlobalCMVN":
+    def estimate(cls, features: Iterable[np.ndarray]) -> GlobalCMVN:
         """Mean and deviation over all frames of many recordings, each [T, 80]; sums are kept in float64.
 
         Raises:
@@ -67,4 +67,5 @@ class GlobalCMVN:
 
     def apply(self, features: np.ndarray) -> np.ndarray:
         """Normalise ``features`` [T, 80] into a new float32 array."""
-        return (np.asarray(features, dtype=np.float32) - self.mean) / self.std
+        normalised: np.ndarray = (np.asarray(features, dtype=np.float32) - self.mean) / self.std
+        return normalised

@@ -6,14 +6,16 @@ Nothing is kept but a window of the stream, so that it may be as long as it like
 from __future__ import annotations
 
 import functools
+import io
 import os
 import queue
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -42,7 +44,7 @@ def open_forward(source: Any) -> soundfile.SoundFile:
 def _forward_class() -> type:
     import soundfile  # brings libsndfile: kept out of `import echostream.audio`
 
-    class Forward(soundfile.SoundFile):
+    class Forward(soundfile.SoundFile):  # type: ignore[misc]  # the package has no types
         def seekable(self) -> bool:
             return False
 
@@ -231,7 +233,7 @@ def find_ffmpeg() -> str | None:
     try:
         import imageio_ffmpeg
 
-        return imageio_ffmpeg.get_ffmpeg_exe()
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
     except (ImportError, RuntimeError):
         return None
 
@@ -267,15 +269,16 @@ class Ffmpeg:
             stdin=subprocess.PIPE if piped else subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C ends the source, not ffmpeg
         )  # fmt: skip
-        self.listener = threading.Thread(target=self._listen, daemon=True)
+        heard, said = cast(io.BufferedReader, self.process.stdout), cast(io.BufferedReader, self.process.stderr)
+        self.listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
         self.listener.start()
         if piped:
-            threading.Thread(target=self._feed, args=(source, more), daemon=True).start()
+            threading.Thread(target=self._feed, args=(self.process.stdin, source, more), daemon=True).start()
         try:
-            mark = read_bytes(self.process.stdout.read1, 4)
+            mark = read_bytes(heard.read1, 4)
             if mark != b"RIFF":
                 raise AudioError(f"{name} cannot be read as audio: {self._reason()}")
-            self.stream: PcmStream = wav_stream(self.process.stdout.read1, mark, name)
+            self.stream: PcmStream = wav_stream(heard.read1, mark, name)
         except BaseException:
             self.close()
             raise
@@ -304,18 +307,19 @@ class Ffmpeg:
         # The first line tells what is wrong, those behind it what followed from that.
         return (lines or ["ffmpeg says nothing"])[0].split("] ")[-1].strip()
 
-    def _listen(self) -> None:
-        while data := self.process.stderr.read1(4096):
+    def _listen(self, pipe: io.BufferedReader) -> None:
+        while data := pipe.read1(4096):
             if len(self.said) < 4096:
                 self.said += data
-        self.process.stderr.close()
+        pipe.close()
 
-    def _feed(self, head: bytes, more: Callable[[int], bytes]) -> None:
+    @staticmethod
+    def _feed(pipe: io.BufferedWriter, head: bytes, more: Reader) -> None:
         with suppress(OSError, ValueError):
             data = head
             while data:
-                self.process.stdin.write(data)
-                self.process.stdin.flush()
+                pipe.write(data)
+                pipe.flush()
                 data = more(4096)
         with suppress(OSError, ValueError):
-            self.process.stdin.close()
+            pipe.close()

@@ -36,7 +36,7 @@ class Filters(NamedTuple):
     starts: np.ndarray  # [80], where each filter begins in them
 
     @classmethod
-    def sparse(cls, weights: np.ndarray) -> "Filters":
+    def sparse(cls, weights: np.ndarray) -> Filters:
         """Of a matrix [80, bins]."""
         filters, bins = np.nonzero(weights)
         starts = np.searchsorted(filters, np.arange(len(weights)))

@@ -100,7 +100,7 @@ def sniff(head: bytes) -> Format | None:
     length = _mpeg_length(head)
     if length and _mpeg_length(head[length:]):
         return MP3
-    if head[:2] == _AC3 and 0 < (second := head.find(_AC3, 2)) and head[2 * second : 2 * second + 2] == _AC3:
+    if head[:2] == _AC3 and (second := head.find(_AC3, 2)) > 0 and head[2 * second : 2 * second + 2] == _AC3:
         return Format("an AC-3", "ffmpeg")
     return _text(head[:HEAD]) if len(head) >= HEAD else None
 

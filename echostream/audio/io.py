@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from types import ModuleType
 
 import numpy as np
 
@@ -140,10 +142,9 @@ def audio_format(path: str | Path) -> str:
     return kind
 
 
-def _soundfile():
-    import soundfile  # brings libsndfile: kept out of `import echostream.audio`
-
-    return soundfile
+def _soundfile() -> ModuleType:
+    # It brings libsndfile: kept out of `import echostream.audio`.
+    return importlib.import_module("soundfile")
 
 
 def check_finite(samples: np.ndarray, name: str, start: int = 0) -> None:

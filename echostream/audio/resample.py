@@ -66,7 +66,7 @@ class Resampler:
         self.source_rate, self.target_rate = int(source_rate), int(target_rate)
         divisor = math.gcd(self.source_rate, self.target_rate)
         self.up, self.down = self.target_rate // divisor, self.source_rate // divisor
-        self.filters = None  # [phases, taps]
+        self.filters: np.ndarray | None = None  # [phases, taps]
         self.phases = self.up
         if self.up != self.down:
             if self.up * 2 * _half(self.up, self.down) > LARGEST_TABLE:
@@ -102,7 +102,7 @@ class Resampler:
         # Window i begins at (phase + i * down) // up; the last one must end inside ``joined``.
         room = len(joined) - self.taps
         count = 0 if room < 0 else (room * self.up + self.up - 1 - state.phase) // self.down + 1
-        out = self._filter(joined, state.phase, max(count, 0))
+        out = self._filter(joined, self.filters, state.phase, max(count, 0))
         place = state.phase + len(out) * self.down
         rest = joined[place // self.up :]
         held = np.zeros(self.taps - 1, dtype=np.float32)
@@ -113,37 +113,35 @@ class Resampler:
         """Resample a whole recording, float [N] -> float32 [ceil(N * up / down)]."""
         return self.step(samples, self.init_state(), finished=True)[0]
 
-    def _filter(self, joined: np.ndarray, phase: int, count: int) -> np.ndarray:
+    def _filter(self, joined: np.ndarray, filters: np.ndarray, phase: int, count: int) -> np.ndarray:
         out = np.empty(count, dtype=np.float32)
         if count == 0:
             return out
         windows = np.lib.stride_tricks.sliding_window_view(joined, self.taps)
         if self.phases != self.up:
-            self._filter_between(windows, phase, out)
+            self._filter_between(windows, filters, phase, out)
             return out
         if self.up * 4 <= count:
             # Outputs `up` apart share a filter, and their windows lie `down` apart: no copies.
             for first in range(self.up):
                 place = phase + first * self.down
                 rows = windows[place // self.up :: self.down][: len(range(first, count, self.up))]
-                np.einsum("nt,t->n", rows, self.filters[place % self.up], out=out[first :: self.up])
+                np.einsum("nt,t->n", rows, filters[place % self.up], out=out[first :: self.up])
             return out
         for begin in range(0, count, 1024):
             places = phase + np.arange(begin, min(begin + 1024, count)) * self.down
-            np.einsum(
-                "nt,nt->n", windows[places // self.up], self.filters[places % self.up], out=out[begin : begin + 1024]
-            )
+            np.einsum("nt,nt->n", windows[places // self.up], filters[places % self.up], out=out[begin : begin + 1024])
         return out
 
-    def _filter_between(self, windows: np.ndarray, phase: int, out: np.ndarray) -> None:
+    def _filter_between(self, windows: np.ndarray, filters: np.ndarray, phase: int, out: np.ndarray) -> None:
         for begin in range(0, len(out), 256):
             part = out[begin : begin + 256]
             places = phase + np.arange(begin, begin + len(part)) * self.down
             exact = places % self.up * (self.phases / self.up)
             row = exact.astype(np.int64)
             share = (exact - row).astype(np.float32)[:, None]
-            filters = self.filters[row] * (1 - share) + self.filters[row + 1] * share
-            np.einsum("nt,nt->n", windows[places // self.up], filters, out=part)
+            between = filters[row] * (1 - share) + filters[row + 1] * share
+            np.einsum("nt,nt->n", windows[places // self.up], between, out=part)
 
 
 def check_rate(rate: Any) -> None:
@@ -155,7 +153,8 @@ def check_rate(rate: Any) -> None:
     if (
         isinstance(rate, bool)
         or not isinstance(rate, Real)
-        or not MIN_RATE <= rate <= MAX_RATE
+        or rate < MIN_RATE
+        or not rate <= MAX_RATE  # so that NaN is none
         or not float(rate).is_integer()
     ):
         raise AudioError(f"sample rate {rate!r} is not a whole number from {MIN_RATE} to {MAX_RATE} Hz")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import select
 import stat
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -87,8 +88,8 @@ def open_file(path: str | Path, block_ms: int = 100, rate: int = 16000, channels
     except (RuntimeError, TypeError, OSError) as error:  # libsndfile's own errors are RuntimeErrors
         if (form is None or form.reader != "ffmpeg") and find_ffmpeg() is None:
             raise AudioError(f"{path} cannot be read as audio: {reason_of(error)}") from None
-        decoder = Ffmpeg(path, None, str(path), form)
-        return AudioSource(str(path), decoder.rate, decoder.blocks(), None, True, decoder.close)
+        ffmpeg = Ffmpeg(path, None, str(path), form)
+        return AudioSource(str(path), ffmpeg.rate, ffmpeg.blocks(), None, True, ffmpeg.close)
     try:
         check_rate(file.samplerate)
         if form is not None and form.reader == "pcm" and _sound_behind(path, file.frames):

@@ -7,7 +7,7 @@ behind them: it is read to the end of the stream, or to a chunk that is no sound
 from __future__ import annotations
 
 import struct
-from typing import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class PcmStream:
         """Bytes of a sample of all channels."""
         return self.kind[1] // 8 * self.channels
 
-    def blocks(self) -> Iterator[np.ndarray]:
+    def blocks(self) -> Generator[np.ndarray, None, None]:
         """Mono float32 [n] pieces as they come, channels averaged."""
         held = b""
         for data in self._bytes():
@@ -74,7 +74,8 @@ class PcmStream:
             data = wide.tobytes()
         values = np.frombuffer(data, dtype.replace("<", ">") if self.big else dtype).reshape(-1, self.channels)
         with np.errstate(over="ignore", invalid="ignore"):  # what is no number is told where the samples are used
-            return ((values.astype(np.float64) - offset) / scale).mean(axis=1).astype(np.float32)
+            samples: np.ndarray = ((values.astype(np.float64) - offset) / scale).mean(axis=1).astype(np.float32)
+            return samples
 
     def _bytes(self) -> Iterator[bytes]:
         left = self.size
@@ -87,6 +88,7 @@ class PcmStream:
             left = None if left is None else left - len(data)
             yield data
         # Here the header says the sound ends; what follows is told by its looks.
+        assert self.size is not None
         pad = self.size % 2
         rest = read_bytes(self.more, 8 + pad)[pad:]
         if rest[:4] in (b"RIFF", b"RF64") and len(rest) == 8:

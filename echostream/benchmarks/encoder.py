@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ def measure(cfg: EchoStreamConfig, args: argparse.Namespace) -> dict:
             write_graphs(models[name].directory, graphs, weights, int8)
         for batch in args.batch:
 
-            def streams() -> dict[str, Step]:
+            def streams(batch: int = batch) -> dict[str, Step]:
                 return {
                     **{name: torchaudio_step(encoder.subsampler, module, batch) for name, module in theirs.items()},
                     OURS: torch_step(encoder, batch),

@@ -133,6 +133,7 @@ def random_bundle(config: EchoStreamConfig, voice: VocoderConfig | None = None) 
     vocabulary = Vocabulary([".", *words])
     vocoder = CodeHiFiGAN(voice or VocoderConfig.preset("small", config.num_units)).eval()
     with torch.no_grad():
+        assert vocoder.dur_predictor is not None
         proj = vocoder.dur_predictor.proj
         proj.weight.zero_()
         if proj.out_features == 1:  # log(frames + 1)

@@ -20,10 +20,11 @@ import os
 import signal
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,7 +216,7 @@ def feed(
     written = units = samples = sentences = 0
     with interruptible() as interrupted, tqdm(total=last, desc="chunks", unit="") as progress:
         for index in itertools.count():
-            ends = index == last or interrupted.is_set() and index and index % per_sentence == 0
+            ends = index == last or (interrupted.is_set() and index and index % per_sentence == 0)
             if ends or index in times:
                 marks.append(Mark(times.get(index, index * CHUNK_MS / 1000), index, folder / f"{index}.npz"))
                 session.save(marks[-1].saved)

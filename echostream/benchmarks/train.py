@@ -10,7 +10,7 @@ the larger tensors.
 from __future__ import annotations
 
 import argparse
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from echostream.config import EchoStreamConfig
 from echostream.errors import EchoStreamError
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Callable[[], EchoStreamConfig]] = {
     "echostream": EchoStreamConfig,
     "echostream_small": EchoStreamConfig.small,
     "echostream_tiny": EchoStreamConfig.tiny,

@@ -17,8 +17,9 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from echostream.errors import ConfigError, EchoStreamError
 from echostream.recipe import read_flags

@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         if f.type == "bool":
             p.add_argument(name, action=argparse.BooleanOptionalAction, default=default)
         else:
-            kind = {"int": int, "float": float, "str": str}[f.type]
+            kind = {"int": int, "float": float, "str": str}[str(f.type)]
             choices = sorted(DISCRIMINATOR_PRESETS) if f.name == "discriminators" else None
             p.add_argument(name, type=kind, default=default, choices=choices, help=f"default: {default}")
     return p

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class SpecAugment:
     seconds_per_mask: float = 8.0
 
     @classmethod
-    def parse(cls, text: str) -> "SpecAugment | None":
+    def parse(cls, text: str) -> SpecAugment | None:
         """``none``, ``lb``, ``ld``, ``sm`` (policies of the paper, ``sm`` milder) or ``field=value,...`` over ``ld``.
 
         Raises:
@@ -45,7 +46,7 @@ class SpecAugment:
         text = text.strip().lower()
         if text in SPECAUGMENT_POLICIES:
             return SPECAUGMENT_POLICIES[text]
-        values: dict[str, float] = {}
+        values: dict[str, Any] = {}
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
         for part in text.split(","):
             name, equals, value = part.partition("=")

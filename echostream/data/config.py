@@ -41,7 +41,7 @@ class DataConfig:
     features: str = "kaldi"
 
     @classmethod
-    def load(cls, directory: str | Path, name: str = "config.yaml") -> "DataConfig":
+    def load(cls, directory: str | Path, name: str = "config.yaml") -> DataConfig:
         """Read ``directory/name``.
 
         Raises:
@@ -82,11 +82,11 @@ class DataConfig:
         return inside(self.directory, getattr(self, name), f"{self.directory / 'config.yaml'}: {name}", ConfigError)
 
     @cached_property
-    def source(self) -> "Subwords":
+    def source(self) -> Subwords:
         return Subwords(self.path("spm_src"), self.path("dict_src"))
 
     @cached_property
-    def target(self) -> "Subwords":
+    def target(self) -> Subwords:
         return Subwords(self.path("spm_tgt"), self.path("dict_tgt"))
 
     @property

@@ -9,8 +9,8 @@ Times here are hops of 10 ms unless an encoder frame (40 ms) is named.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 

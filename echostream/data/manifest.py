@@ -8,9 +8,9 @@ teacher's frames alone has no texts at all: empty cells, and ``tgt_n_frames`` 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def read_text_pairs(path: str | Path) -> list[TextPair]:
     Raises:
         ManifestError: as ``read_manifest``.
     """
-    pairs = []
+    pairs: list[TextPair] = []
     for row, where in table_rows(Path(path), TEXT_COLUMNS):
         for column in ("src_text", "tgt_text"):
             if not row[column].strip():

@@ -5,9 +5,10 @@ Letters in shapes: B sentences of a batch, N source subwords, U MT target tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch

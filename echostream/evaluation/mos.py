@@ -26,7 +26,7 @@ class DNSMOS:
     SCALE = (-0.06766283, 1.11546468, 0.04602535)  # polynomial from the network's output to listeners' marks
 
     def __init__(self, threads: int = 1) -> None:
-        models = Path(require("speechmos", "mos").__file__).parent / "dnsmos_models"
+        models = Path(str(require("speechmos", "mos").__file__)).parent / "dnsmos_models"
         self.graph = open_graph(models / "sig_bak_ovr.onnx", "DNSMOS network", threads)
 
     def score(self, samples: np.ndarray) -> float:

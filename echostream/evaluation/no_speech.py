@@ -38,7 +38,7 @@ def pink(rng: np.random.Generator, start: int, count: int) -> np.ndarray:
 def hum(rng: np.random.Generator, start: int, count: int) -> np.ndarray:
     """Of the mains, with the harmonics of a bad power supply."""
     t = (start + np.arange(count)) / SAMPLE_RATE
-    return sum(np.sin(2 * np.pi * 50 * k * t) / k**1.5 for k in (1, 2, 3, 4, 6, 8))
+    return sum((np.sin(2 * np.pi * 50 * k * t) / k**1.5 for k in (1, 2, 3, 4, 6, 8)), np.zeros(()))
 
 
 def music(rng: np.random.Generator, start: int, count: int) -> np.ndarray:
@@ -64,7 +64,7 @@ def music(rng: np.random.Generator, start: int, count: int) -> np.ndarray:
 
 
 def _tone(hertz: float | np.ndarray, t: np.ndarray, harmonics: int) -> np.ndarray:
-    return sum(np.sin(2 * np.pi * k * hertz * t) / k for k in range(1, harmonics + 1))
+    return sum((np.sin(2 * np.pi * k * hertz * t) / k for k in range(1, harmonics + 1)), np.zeros(()))
 
 
 SOUNDS: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] = {

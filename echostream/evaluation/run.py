@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -53,7 +54,7 @@ def simulate(
         raise EchoStreamError(f"{len(sources)} recordings and {len(references)} references cannot be paired")
     output = Path(output).resolve()
     bounds = [round(i * len(sources) / jobs) for i in range(jobs + 1)]
-    parts = [(start, stop) for start, stop in zip(bounds, bounds[1:]) if stop > start]
+    parts = [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
     folders = [output] if len(parts) == 1 else [output / f"part{i}" for i in range(len(parts))]
     processes = []
     for (start, stop), folder in zip(parts, folders, strict=True):

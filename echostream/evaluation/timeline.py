@@ -82,7 +82,7 @@ def draw(timeline: Timeline, path: str | Path) -> None:
 
     _waveform(top, source, source_rate, 0.0, SOURCE_COLOUR)
     top.set_title(f"source: {timeline.source_text}", loc="left", fontsize=10, parse_math=False)
-    if timeline.intervals:
+    if timeline.intervals and timeline.output is not None:
         _waveform(bottom, *timeline.output, timeline.intervals[0][0] / 1000, TARGET_COLOUR)
     for start, duration in timeline.intervals:
         bottom.axvspan(start / 1000, (start + duration) / 1000, color=TARGET_COLOUR, alpha=0.12, linewidth=0)

@@ -47,6 +47,7 @@ def make_graph(step: StepGraph) -> Any:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+    assert program is not None
     model = program.model_proto
     for node in model.graph.node:
         node.doc_string = ""

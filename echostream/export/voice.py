@@ -67,6 +67,7 @@ def voice_units_graph(vocoder: CodeHiFiGAN) -> Graph:
     g.output("units", x, "B", "U", cfg.embedding_dim)
     predictor = vocoder.dur_predictor
     if isinstance(predictor, DurationClassifier):
+        assert cfg.dur_predictor_params is not None
         kernel = cfg.dur_predictor_params.var_pred_kernel_size
         weight = as_array(predictor.first.weight).transpose(0, 2, 1).reshape(predictor.first.out_channels, -1)
         x = g.windows(embed("dur_predictor.dict.weight", kernel), kernel)

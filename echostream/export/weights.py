@@ -53,9 +53,9 @@ def write_graphs(directory: Path, graphs: Mapping[str, Any], weights: Mapping[st
     """
     known = _Known(weights)
     found = {name: _Product.all_of(graph) for name, graph in graphs.items() if int8 and name not in VOICE_GRAPHS}
-    rounded = {known.matrix(product.weight) for products in found.values() for product in products.values()}
-    rounded |= {known.matrix(table) for name in found for table in _embeddings(graphs[name])}
-    rounded.discard(None)
+    matrices = [product.weight for products in found.values() for product in products.values()]
+    matrices += [table for name in found for table in _embeddings(graphs[name])]
+    rounded = {name for name in map(known.matrix, matrices) if name is not None}
     tables = {name for name, array in weights.items() if int8 and array.size >= MANY and array.dtype.kind == "f"}
     tensors: dict[str, np.ndarray] = {}
     for name, array in weights.items():

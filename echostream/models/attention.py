@@ -75,7 +75,7 @@ def attention(
         causal: instead of a mask, query i sees the keys up to i.
         dropout: probability that a weight is left out.
     """
-    if not (q.device.type == "cpu" and (dropout > 0 or q.dtype == torch.bfloat16 and torch.is_grad_enabled())):
+    if not (q.device.type == "cpu" and (dropout > 0 or (q.dtype == torch.bfloat16 and torch.is_grad_enabled()))):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     scores, scale = q @ k.transpose(-1, -2), q.shape[-1] ** -0.5
     if causal:

@@ -6,8 +6,9 @@ Letters: B batch rows, S sentences, T feature frames (10 ms), T' encoder frames 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, Collection, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +155,7 @@ class EchoStreamModel(nn.Module):
             x, lengths = SentenceWindows(*windows).gather(x, lengths)
         if callable(visible):
             visible = visible(out["st_logits"])
-        if prev_output_tokens is not None and ("mt" in parts or "unit" in parts and self.config.units_read_text):
+        if prev_output_tokens is not None and ("mt" in parts or ("unit" in parts and self.config.units_read_text)):
             out["mt_logits"], out["mt_hidden"] = self.mt_decoder(prev_output_tokens, x, lengths, visible)
         if "unit" in parts:
             out.update(self._units(x, lengths, prev_output_tokens, out.get("mt_hidden"), visible, unit_visible))
@@ -221,7 +222,7 @@ class EchoStreamModel(nn.Module):
             raise EchoStreamError("reset_cache() starts streaming, which needs eval mode: call model.eval() first")
         self._streaming, self._state = True, None
 
-    def train(self, mode: bool = True) -> "EchoStreamModel":
+    def train(self, mode: bool = True) -> EchoStreamModel:
         """Training mode (which leaves streaming) or, with ``mode=False``, eval mode."""
         if mode:
             self._streaming, self._state = False, None

@@ -16,6 +16,7 @@ convolution sees. One frame is 40 ms (20 ms behind Whisper's stem).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -210,7 +211,7 @@ class EmformerLayer(nn.Module):
     ) -> EmformerLayerState:
         """The state of streams of which nothing has been heard."""
         weight = self.qkv_proj.weight
-        options = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        options: dict[str, Any] = {"device": device or weight.device, "dtype": dtype or weight.dtype}
         size = 2 * weight.shape[1]
         return EmformerLayerState(
             torch.zeros(batch_size, self.left_context_length, size, **options),
@@ -221,6 +222,7 @@ class EmformerLayer(nn.Module):
     def _summary_kv(self, x: Tensor) -> Tensor:
         """Keys and values [..., n, 2 D] of the summaries of the segments ``x`` [..., n, W, D]."""
         dim = x.shape[-1]
+        assert self.summary_proj is not None
         summary = self.summary_proj(x[..., : self.segment_length, :].mean(dim=-2))
         return F.linear(summary, self.qkv_proj.weight[dim:], self.qkv_proj.bias[dim:])
 

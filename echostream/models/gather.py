@@ -9,7 +9,8 @@ context, D width, H heads, d = D / H, L frames of left context, M summaries in t
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor

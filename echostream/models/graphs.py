@@ -14,6 +14,8 @@ one more, U inputs of the unit decoder.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +26,9 @@ from echostream.models.decoders.transformer_decoder import MTDecoder
 from echostream.models.decoders.unit_decoder import UnitDecoder
 from echostream.models.echostream_encoder import EchoStreamEncoder
 from echostream.models.subsampler import Subsampler
+
+if TYPE_CHECKING:
+    from echostream.models.echostream_model import EchoStreamModel
 
 Arrays = dict[str, Tensor]
 Shape = tuple[int | str, ...]  # a letter stands for a size that varies
@@ -242,7 +247,7 @@ class UnitGraph(DecoderGraph):
         return {"scores": self.decoder.output(x), "kept": kept}
 
 
-def model_graphs(model: nn.Module) -> dict[str, StepGraph]:
+def model_graphs(model: EchoStreamModel) -> dict[str, StepGraph]:
     """All graphs of an ``EchoStreamModel``, by name."""
     return {
         "encoder": EncoderGraph(model.encoder),

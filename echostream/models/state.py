@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,12 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         found: list[Tensor] = []
-        self.map(lambda t: (found.append(t), t)[1])
+
+        def keep(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(keep)
         return found
 
     @property
@@ -54,7 +60,7 @@ class State:
 
     def unstack(self: S) -> list[S]:
         """One state of batch size 1 per stream; the inverse of ``stack``."""
-        return [self.map(lambda t: t[i : i + 1].clone()) for i in range(self.batch_size)]
+        return [self.map(lambda t: t[i : i + 1].clone()) for i in range(self.batch_size)]  # noqa: B023  # called at once
 
     @staticmethod
     def stack(states: Sequence[S]) -> S:

@@ -147,6 +147,7 @@ class Subsampler(Stem):
         self.proj = nn.Linear(channels * bins, embed_dim)
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
         nn.init.xavier_uniform_(self.proj.weight)
         # Not zero: masked-out input (SpecAugment) would give frames of exact zeros, and every LayerNorm behind them

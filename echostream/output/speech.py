@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Callable
+from typing import BinaryIO
 
 import numpy as np
 
@@ -75,8 +76,8 @@ class SpeechFile:
             self.broken = True
             self.file.abandon()
             if isinstance(error, AssertionError):
-                reason = "the disk is full or gone"
-                raise AudioError(f"{self.path} cannot be written beyond {self.written / self.rate:.1f} s: {reason}")
+                where = f"beyond {self.written / self.rate:.1f} s"
+                raise AudioError(f"{self.path} cannot be written {where}: the disk is full or gone") from None
             raise AudioError(failure(self.path, error)) from None
 
 

@@ -244,7 +244,7 @@ def make_uvicorn(server: Any, started: Callable[[], None] = lambda: None, tls: d
         ws_max_size=server.limits.message_bytes,
         # A client that is held back does not see pings until it is let go; ``idle_s`` finds the dead ones.
         ws_ping_interval=20.0,
-        ws_ping_timeout=None,  # type: ignore[arg-type]
+        ws_ping_timeout=None,
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=5,
         access_log=False,

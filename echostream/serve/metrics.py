@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,7 @@ class Metrics:
         self.queues: deque[float] = deque(maxlen=WINDOW)
         self.lags: deque[float] = deque(maxlen=WINDOW)
         self.levels: Callable[[], dict[str, float]] = dict  # sessions and the like, asked for when shown
-        self.registry.register(self)  # type: ignore[arg-type]
-
+        self.registry.register(self)
     def step(self, seconds: float, streams: int, heard: float) -> None:
         """A step of the engine: how long it took, streams in it, seconds of sound in it."""
         self.steps.append((seconds, streams, heard))
@@ -69,7 +68,7 @@ class Metrics:
     def collect(self) -> Iterable[Any]:
         """For prometheus_client: gauges, made when they are asked for."""
         steps = list(self.steps)
-        quantiles = {
+        quantiles: dict[str, tuple[str, Sequence[float]]] = {
             "chunk_seconds": ("Time of a step of all streams that are ready", [seconds for seconds, _, _ in steps]),
             "delay_seconds": ("From a decision's sound to its events", list(self.delays)),
             "queue_seconds": ("Of that, until its step began", list(self.queues)),

@@ -35,7 +35,7 @@ def app(args: dict[str, str]) -> Any:
     least, _, most = args.pop("replicas", "1").partition("-")
     directory, state = args.pop("checkpoint_dir", None), args.pop("state_dir", None)
     token = args.pop("token", None)
-    given = {name: args.pop(name) for name in ("policy", "segmenter") if name in args}
+    given: dict[str, Any] = {name: args.pop(name) for name in ("policy", "segmenter") if name in args}
     if args:
         raise ConfigError(f"unknown argument {next(iter(args))!r}")
     scale: dict[str, Any] = {"num_replicas": int(least)}
@@ -60,10 +60,11 @@ def app(args: dict[str, str]) -> Any:
         **scale,
     )
     @serve.ingress(build)
-    class EchoStream:
+    class EchoStream:  # what the decorators make of it has ``bind``
         pass
 
-    return EchoStream.bind()
+    deployment: Any = EchoStream
+    return deployment.bind()
 
 
 def build_asgi(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
@@ -69,7 +70,7 @@ _UNRULED = ("first_audio_s",)  # it may be NaN
 
 
 @functools.cache
-def _saved(state: type) -> dict[str, tuple[Any, bool]]:
+def _saved(state: Any) -> dict[str, tuple[Any, bool]]:
     """The fields of a state that are saved: their types, and whether they may be None."""
     hints = get_type_hints(state)
     found = {}
@@ -84,7 +85,8 @@ def _saved(state: type) -> dict[str, tuple[Any, bool]]:
 def _pack(state: Any, arrays: dict[str, np.ndarray], where: str = "") -> dict[str, Any]:
     """A state's numbers; its arrays are put into ``arrays``. What is None is left out."""
     values: dict[str, Any] = {}
-    for name, (kind, _) in _saved(type(state)).items():
+    of: Any = type(state)
+    for name, (kind, _) in _saved(of).items():
         value, path = getattr(state, name), f"{where}{name}"
         if value is None:
             continue
@@ -101,7 +103,7 @@ def _pack(state: Any, arrays: dict[str, np.ndarray], where: str = "") -> dict[st
 
 
 def _unpack(
-    state: type, values: dict[str, Any], take: Callable[[str, str], np.ndarray | None], what: str, where: str = "",
+    state: Any, values: dict[str, Any], take: Callable[[str, str], np.ndarray | None], what: str, where: str = "",
     **unsaved: Any,
 ) -> Any:  # fmt: skip
     """The state that ``_pack`` took apart; ``take`` gives an array by its name and kind, None if there is none.
@@ -154,8 +156,9 @@ def write(path: str | Path, bundle: Bundle, state: StreamState, model: dict[str,
     arrays: dict[str, np.ndarray] = {}
     header = json.dumps({**identity(state.engine, bundle), **_pack(state, arrays)})
     arrays.update({f"model.{name}": array for name, array in model.items()})
+    members: dict[str, Any] = {"header": np.frombuffer(header.encode(), dtype=np.uint8), **arrays}
     with replacing(path) as file:
-        np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)
+        np.savez(file, **members)
 
 
 def read(path: str | Path, bundle: Bundle, row: int, engine: Engine) -> tuple[StreamState, dict[str, np.ndarray]]:
@@ -172,7 +175,7 @@ def read(path: str | Path, bundle: Bundle, row: int, engine: Engine) -> tuple[St
     for name, expected in identity(engine, bundle).items():
         if values.get(name) != expected:
             raise SessionError(f"{what} was made with {name} {shown(values.get(name))}, not {expected!r}")
-    state = fit(path, lambda: _state(values, arrays, row, engine, what))
+    state: StreamState = fit(path, lambda: _state(values, arrays, row, engine, what))
     model = {name.removeprefix("model."): a for name, a in arrays.items() if name.startswith("model.")}
     for name, array in model.items():
         if array.dtype.kind == "f" and not (np.abs(array) <= MOST_STATE).all():
@@ -198,7 +201,7 @@ def _state(
             least, most = -MOST_STATE, MOST_STATE
         return check_array(array, f"{what}: {name}", SessionError, kind, shape, least, most)
 
-    state = _unpack(StreamState, values, take, what, row=row, engine=engine)
+    state: StreamState = _unpack(StreamState, values, take, what, row=row, engine=engine)
     _check_clock(state.clock, engine, what)
     _check_stream(state.stream, engine, what)
     if set(state.seconds) != set(StreamState(row, engine, state.clock).seconds):

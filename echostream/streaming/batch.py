@@ -12,6 +12,7 @@ import numpy as np
 from echostream.constants import SAMPLE_RATE
 from echostream.errors import ConfigError, SessionError
 from echostream.streaming.core import StreamCore
+from echostream.streaming.engine import Engine
 from echostream.streaming.events import Event
 from echostream.streaming.policies.base import Policy
 from echostream.streaming.segmenters.base import Segmenter
@@ -50,14 +51,14 @@ class SessionBatch:
         if isinstance(capacity, bool) or not isinstance(capacity, Integral) or capacity < 1:
             raise ConfigError(f"capacity is {capacity!r}; a batch needs room for one stream at least")
         self._turns = Turns()
-        self._core = StreamCore(
+        self._core: StreamCore = StreamCore(
             bundle, int(capacity), backend, policy=policy, segmenter=segmenter, settings=settings, **options
         )
-        self.engine = self._core.engine
-        self.settings = self.engine.settings
-        self._free = list(range(capacity))
+        self.engine: Engine = self._core.engine
+        self.settings: Settings = self.engine.settings
+        self._free: list[int] = list(range(capacity))
         self._states: dict[int, StreamState] = {}
-        self._next = 0
+        self._next: int = 0
 
     def join(self) -> int:
         """A new stream; its number is used in all other calls, and never given twice.

@@ -16,7 +16,7 @@ whoever drives it may serve many streams at once. In order, at every decision:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from echostream.streaming.policies.base import Policy
 from echostream.streaming.segmenters.base import AudioMemory, CTCToken, Segmenter
 from echostream.streaming.sentence import FRAME_S, Sentence
 from echostream.streaming.settings import Settings
-from echostream.streaming.stages import Encode, Extend, NewSentence
+from echostream.streaming.stages import Encode, EncoderOutput, Extend, NewSentence
 from echostream.streaming.writing import Work, Writer, joined
 from echostream.text import Vocabulary
 
@@ -50,6 +50,12 @@ class EngineState:
     target_symbol: int = BLANK
     sentence: Sentence | None = None
     audio: AudioMemory | None = None
+
+    @property
+    def underway(self) -> tuple[Sentence, np.ndarray, AudioMemory]:
+        """``sentence``, ``recent`` and ``audio`` of a stream about which there has been a decision."""
+        assert self.sentence is not None and self.recent is not None and self.audio is not None
+        return self.sentence, self.recent, self.audio
 
 
 class End(NamedTuple):
@@ -116,47 +122,48 @@ class Engine:
         heard = yield Encode(features, finished)
         if stream.sentence is None:
             yield NewSentence()
-            stream.recent = heard.frames[:0].copy()
-            stream.sentence = self._new_sentence(0, 0, stream.recent)
+            stream.recent = recent = heard.frames[:0].copy()
+            stream.sentence = self._new_sentence(0, 0, recent)
         self._take(stream, heard)
         events: list[Event] = []
         while True:
-            sentence = stream.sentence
+            sentence, recent, _ = stream.underway
             self._begin(stream, finished)
             if not sentence.begun:
                 break
             end = self._find_end(stream, finished)
             closes = end is not None
-            yield from self._extend(stream, end.visible if closes else stream.frames)
+            yield from self._extend(stream, stream.frames if end is None else end.visible)
             events += self._give_source(sentence, closes, now)
             events += yield from self.writer.text(sentence, closes, now)
             events += yield from self.writer.speech(sentence, closes, now)
-            if not closes:
+            if end is None:
                 break
             events.append(self._close(sentence, end.reason, now))
             yield from self._start_next(stream, end)
-        stream.recent = stream.recent[-self.lookback :].copy()
+        stream.recent = recent[-self.lookback :].copy()
         return events
 
     def _new_sentence(self, index: int, start: int, like: np.ndarray) -> Sentence:
         width = self.config.mt_decoder_embed_dim if self.units_read_text else self.config.encoder_embed_dim
         return Sentence(index, start, self.policy.initial(), np.zeros((0, width), dtype=like.dtype))
 
-    def _take(self, stream: EngineState, heard: Any) -> None:
+    def _take(self, stream: EngineState, heard: EncoderOutput) -> None:
         """Append new frames and collapse both heads' symbols: repeats merged, blanks dropped (greedy CTC)."""
-        sentence = stream.sentence
-        source, target = [], []
+        sentence, recent, audio = stream.underway
+        source: list[CTCToken] = []
+        target: list[CTCToken] = []
         for symbols, last, found in (
             (heard.source, stream.source_symbol, source),
             (heard.target, stream.target_symbol, target),
         ):
             for frame, symbol in enumerate(symbols.tolist(), stream.frames):
-                if symbol != last and symbol >= NUM_SPECIALS and self.segmenter.voiced(frame, stream.audio):
+                if symbol != last and symbol >= NUM_SPECIALS and self.segmenter.voiced(frame, audio):
                     found.append(CTCToken(symbol, frame))
                 last = symbol
         if len(heard.frames):
             stream.source_symbol, stream.target_symbol = int(heard.source[-1]), int(heard.target[-1])
-            stream.recent = np.concatenate([stream.recent, heard.frames])
+            stream.recent = np.concatenate([recent, heard.frames])
             stream.frames += len(heard.frames)
         sentence.source += tuple(source)
         sentence.target += tuple(target)
@@ -172,14 +179,14 @@ class Engine:
 
     def _find_end(self, stream: EngineState, finished: bool) -> End | None:
         """Where and why the current sentence ends; None while it goes on."""
-        sentence = stream.sentence
+        sentence, _, audio = stream.underway
         limit = sentence.start + self.max_frames
-        ending = self.segmenter.find(sentence.source, sentence.target, stream.frames, stream.audio)
+        ending = self.segmenter.find(sentence.source, sentence.target, stream.frames, audio)
         if ending is not None and ending.place < limit:
             if ending.closing is not None:
                 visible = min(ending.closing + 1 + self.settings.tail_frames, stream.frames, limit)
                 return End(visible, ending.closing, ending.reason)
-            visible = min(ending.until, stream.frames, limit)
+            visible = min(ending.place + 1, stream.frames, limit)
             return End(visible, _last_token(sentence.target, visible), ending.reason)
         if stream.frames < limit and not finished:
             return None
@@ -193,23 +200,23 @@ class Engine:
         The ST head decides. At the end of a stream the first sentence also begins if only the ASR head has heard words:
         a weak ST head should not silence a whole recording. Where only the source is written, ASR words are enough.
         """
-        sentence = stream.sentence
+        sentence, recent, _ = stream.underway
         if sentence.begun:
             return
         enough = not self.settings.text or (finished and sentence.index == 0)
         if sentence.target or (enough and sentence.source):
             sentence.begun = True
         first = sentence.target[0].frame if sentence.target else stream.frames
-        earliest = max(first - self.lookback, stream.frames - len(stream.recent))
+        earliest = max(first - self.lookback, stream.frames - len(recent))
         if sentence.start < earliest:
             sentence.start = sentence.extended = earliest
 
     def _extend(self, stream: EngineState, visible: int) -> Work:
-        sentence = stream.sentence
+        sentence, recent, _ = stream.underway
         if visible <= sentence.extended:
             return
-        begin = sentence.extended - stream.frames + len(stream.recent)
-        frames = stream.recent[begin : begin + visible - sentence.extended]
+        begin = sentence.extended - stream.frames + len(recent)
+        frames = recent[begin : begin + visible - sentence.extended]
         sentence.extended = visible
         if not self.settings.text:
             return
@@ -250,9 +257,9 @@ class Engine:
         )
 
     def _start_next(self, stream: EngineState, end: End) -> Work:
-        old = stream.sentence
-        start = max(end.last, end.visible - self.lookback, stream.frames - len(stream.recent))
-        new = self._new_sentence(old.index + 1, start, stream.recent)
+        old, recent, _ = stream.underway
+        start = max(end.last, end.visible - self.lookback, stream.frames - len(recent))
+        new = self._new_sentence(old.index + 1, start, recent)
         new.target = tuple(s for s in old.target if s.frame > end.last)
         new.source = tuple(s for s in old.source if s.frame >= old.extended)
         stream.sentence = new

@@ -79,7 +79,8 @@ def _policy(overrides: dict[str, Any], preferred: Mapping[str, Any], spell: Call
     if not isinstance(name, str):
         if chosen:
             raise ConfigError(f"{spell(next(iter(chosen)))} is for a policy by name; this one is made already")
-        return name
+        given: Policy = name
+        return given
     own = knobs_of(name)
     for knob in chosen:
         if knob not in own:
@@ -102,7 +103,7 @@ def _segmenter(
             raise ConfigError(
                 f"{spell(option)} is for {spell('segmenter')} {part}, not for {name if parts else name.name}"
             )
-    segmenter = name
+    segmenter: Segmenter = name
     if parts:
         known = {k: v for k, v in {**preferred, **overrides}.items() if SEGMENTER_KNOBS.get(k) in parts}
         segmenter = make_segmenter(name, bundle.source_dict, bundle.target_dict, **known)
@@ -123,7 +124,8 @@ def _settings(
             raise ConfigError(f"{spell('max_sentence_s')} is {value}; this model's buffers allow 1 to {most:g}")
         chosen["max_sentence_frames"] = round(longest * 1000 / ENCODER_FRAME_MS)
     if "settings" in overrides:
-        return replace(overrides["settings"], **chosen)
+        settings: Settings = overrides["settings"]
+        return replace(settings, **chosen)
     return Settings(**{**{name: preferred[name] for name in SETTINGS if name in preferred}, **chosen})
 
 
@@ -134,17 +136,17 @@ def check_preferences(values: Any, where: str) -> dict[str, Any]:
         CheckpointError: naming the file and the first key that does not fit.
     """
     check(values, {k: rule for k, rule in _PREFERENCES.items() if rule}, where, CheckpointError)
-    values = {name: value for name, value in values.items() if value is not None}
-    for name in values:
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    for name in given:
         if name not in _PREFERENCES:
             raise CheckpointError(f"{where} has the unknown key {shown(name)}; known: {', '.join(_PREFERENCES)}")
-    parts = values.get("segmenter", "none").split("+")
+    parts = given.get("segmenter", "none").split("+")
     if not set(parts) <= set(SEGMENTERS):
         raise CheckpointError(f"{where}: segmenter is {shown('+'.join(parts))}; known: {', '.join(SEGMENTERS)}")
     try:
-        Settings(**{name: value for name, value in values.items() if name in SETTINGS})
+        Settings(**{name: value for name, value in given.items() if name in SETTINGS})
         for policy in POLICIES:
-            make_policy(policy, **{knob: values[knob] for knob in knobs_of(policy) if knob in values})
+            make_policy(policy, **{knob: given[knob] for knob in knobs_of(policy) if knob in given})
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    return values
+    return given

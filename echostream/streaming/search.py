@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import Callable, NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,7 +66,8 @@ def searching(first: int, beam: int, most: int) -> Searching:
         most: tokens before ``</s>`` at most; whoever has so many ends there.
     """
     tokens, parents = np.array([first]), np.array([0])
-    totals, paths = np.zeros(1), [()]
+    totals: np.ndarray = np.zeros(1)
+    paths: list[tuple[Chosen, ...]] = [()]
     ended: list[tuple[float, tuple[Chosen, ...]]] = []
     for length in range(1, most + 2):
         scores, hidden = yield tokens, parents
@@ -88,12 +89,14 @@ def searching(first: int, beam: int, most: int) -> Searching:
                 ended.append((sums[row, token] / length, path))
         if len(ended) >= beam or not alive:
             break
-        parents, tokens, totals, paths = (list(part) for part in zip(*alive[:beam]))
-        parents, tokens, totals = np.array(parents), np.array(tokens), np.array(totals)
+        kept = alive[:beam]
+        parents, tokens = np.array([row for row, _, _, _ in kept]), np.array([token for _, token, _, _ in kept])
+        totals, paths = np.array([total for _, _, total, _ in kept]), [path for _, _, _, path in kept]
     return list(max(ended, key=lambda one: one[0])[1])
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
     """Over the last axis, in float64."""
     shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    probabilities: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return probabilities

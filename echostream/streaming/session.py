@@ -9,6 +9,7 @@ import numpy as np
 
 from echostream.constants import SAMPLE_RATE
 from echostream.streaming.core import StreamCore
+from echostream.streaming.engine import Engine
 from echostream.streaming.events import Event, SentenceEnd, Waveform
 from echostream.streaming.policies.base import Policy
 from echostream.streaming.segmenters.base import Segmenter
@@ -67,8 +68,8 @@ class StreamingSession:
         self.bundle = bundle
         self._turns = Turns()
         self._core = StreamCore(bundle, 1, backend, policy=policy, segmenter=segmenter, settings=settings, **options)
-        self.engine = self._core.engine
-        self.settings = self.engine.settings
+        self.engine: Engine = self._core.engine
+        self.settings: Settings = self.engine.settings
         self._state = self._core.open(0)
 
     @in_turn

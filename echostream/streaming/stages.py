@@ -7,8 +7,9 @@ together, which is how sessions share a batch. Arrays are numpy. Letters: T feat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -126,7 +127,7 @@ STAGE_ORDER = list(STAGE_NAMES)  # as they follow each other in a decision
 class Stages(Protocol):
     """A model that serves rows of streams."""
 
-    def run(self, requests: Sequence[tuple[int, Request]]) -> list:
+    def run(self, requests: Sequence[tuple[int, Request]]) -> list[Any]:
         """Answer (row, request) pairs, all of one kind and of different rows, in their order."""
 
     @property
@@ -158,7 +159,8 @@ class Answering:
         """See ``Stages.run``."""
         rows = [row for row, _ in requests]
         values = [request for _, request in requests]
-        return getattr(self, _METHODS[type(values[0])])(rows, values)
+        answers: list[Any] = getattr(self, _METHODS[type(values[0])])(rows, values)
+        return answers
 
     def _search(self, rows: list[int], requests: list[Search]) -> list[list[Chosen]]:
         return [

@@ -7,8 +7,9 @@ The rows' state lives here, in buffers of fixed size that the decoders write in 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from echostream.models.decoders.decoder_base import DecoderState
 from echostream.models.decoders.layers import AttentionProbe
-from echostream.models.state import State
+from echostream.models.state import S, State
 from echostream.streaming.search import Step
 from echostream.streaming.stages import (
     Answering,
@@ -34,17 +35,21 @@ from echostream.streaming.stages import (
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
+    from echostream.models.decoders.ctc_decoder import STState
+    from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderState, WindowState
+    from echostream.models.echostream_encoder import EncoderState
+    from echostream.models.echostream_model import EchoStreamModel
 
 
 @dataclass(frozen=True)
 class StagesState(State):
     """All stages' states, each with the stream as its first dimension. ``vocoder`` is empty where there is none."""
 
-    encoder: State
-    st: State
+    encoder: EncoderState
+    st: STState
     mt: DecoderState
     unit: tuple[DecoderState, ...]
-    vocoder: tuple[State, ...]
+    vocoder: tuple[VocoderState | WindowState, ...]
 
 
 class TorchStages(Answering):
@@ -57,8 +62,8 @@ class TorchStages(Answering):
     """
 
     def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True):
-        self.model = bundle.model
-        self.vocoder = bundle.vocoder if speech else None
+        self.model = cast("EchoStreamModel", bundle.model)  # ``backend_of`` has seen that it is
+        self.vocoder = cast("CodeHiFiGAN | None", bundle.vocoder) if speech else None
         self.speech = speech
         weight = self.model.asr_head.output.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -101,8 +106,9 @@ class TorchStages(Answering):
         if bool(finished.any()):
             st = st.restart(finished)
         self._replace(encoder=encoder, st=st)
-        frames, source, target, sizes = (_numpy(t) for t in (frames, source, target, counts))
-        return [EncoderOutput(frames[r, : sizes[r]], source[r, : sizes[r]], target[r, : sizes[r]]) for r in rows]
+        given = [_numpy(t) for t in (frames, source, target)]
+        sizes = _numpy(counts)
+        return [EncoderOutput(*(array[r, : sizes[r]] for array in given)) for r in rows]
 
     def _new_sentence(self, rows: list[int], requests: list[NewSentence]) -> list[None]:
         chosen = self._flags(rows, [True] * len(rows))
@@ -128,11 +134,13 @@ class TorchStages(Answering):
             tokens.to(self.device), active, self.state.mt, in_place=True, probe=probe
         )
         self._replace(mt=mt)
-        scores, hidden = _numpy(scores), _numpy(hidden)
+        likely, states = _numpy(scores), _numpy(hidden)
+        written = [Written(likely[r, 0], states[r, 0]) for r in rows]
         if probe is None:
-            return [Written(scores[r, 0], hidden[r, 0]) for r in rows]
+            return written
+        assert probe.weights is not None
         weights, frames = _numpy(probe.weights), _numpy(mt.frames)
-        return [Written(scores[r, 0], hidden[r, 0], weights[r, 0, : frames[r]]) for r in rows]
+        return [one._replace(attention=weights[r, 0, : frames[r]]) for r, one in zip(rows, written, strict=True)]
 
     def _branch(self, row: int, places: int) -> Step:
         whole, decoder = self.state.mt, self.model.mt_decoder
@@ -164,8 +172,9 @@ class TorchStages(Answering):
     def _read_units(self, rows: list[int], requests: list[ReadUnits]) -> list[np.ndarray]:
         inputs, lengths = self._pad(rows, [r.inputs for r in requests])
         tokens = None
-        if requests[0].tokens is not None:
-            tokens, _ = self._pad_symbols(rows, [r.tokens for r in requests])
+        written = [r.tokens for r in requests if r.tokens is not None]  # all of them, or none
+        if written:
+            tokens, _ = self._pad_symbols(rows, written)
         scores, counts, unit = self.model.unit_decoder.step(
             inputs, lengths, self.state.unit[0], in_place=True, tokens=tokens
         )
@@ -176,6 +185,7 @@ class TorchStages(Answering):
     def _vocode(self, rows: list[int], requests: list[Vocode]) -> list[np.ndarray]:
         units, lengths = self._pad_symbols(rows, [r.units for r in requests])
         finished = self._flags(rows, [r.finished for r in requests])
+        assert self.vocoder is not None
         waveform, sizes, state = self.vocoder.step(units, lengths, self.state.vocoder[0], finished)
         self._replace(vocoder=(state,))
         samples, counts = _numpy(waveform.float()), _numpy(sizes)
@@ -187,12 +197,13 @@ class TorchStages(Answering):
     def reset(self, row: int) -> None:
         """A new stream in ``row``."""
         chosen, rows, old = self._flags([row], [True]), self.rows, self.state
+        fresh = () if self.vocoder is None else (self.vocoder.init_state(rows),)
         self.state = StagesState(
             encoder=self.model.encoder.init_state(rows).where(chosen, old.encoder),
             st=old.st.restart(chosen),
             mt=old.mt.restart(chosen),
             unit=tuple(state.restart(chosen) for state in old.unit),
-            vocoder=tuple(self.vocoder.init_state(rows).where(chosen, state) for state in old.vocoder),
+            vocoder=tuple(_where(chosen, *pair) for pair in zip(fresh, old.vocoder, strict=True)),
         )
 
     @torch.inference_mode()
@@ -232,8 +243,8 @@ class TorchStages(Answering):
         chosen = self._flags([row], [True])
         every = torch.zeros(self.rows, dtype=torch.long, device=self.device)
 
-        def put(new: State, old: State) -> State:
-            return new.index_select(every).where(chosen, old)
+        def put(new: S, old: S) -> S:
+            return _where(chosen, new.index_select(every), old)
 
         def put_decoder(new: DecoderState, old: DecoderState) -> DecoderState:
             # The large buffers are written in place, as the decoders do.
@@ -302,6 +313,10 @@ class TorchStages(Answering):
 
 MOST_STEPS = 1 << 40  # of a stream's life: more than a thousand years of frames
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def _where(chosen: Tensor, new: S, old: S) -> S:
+    return new.where(chosen, old)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -138,7 +138,7 @@ class EchoStreamTask(FairseqTask):
         config = DataConfig.load(cfg.data, cfg.config_yaml)
         if cfg.features:
             config = dataclasses.replace(config, features=cfg.features)
-        config.extractor  # an unknown name stops the run here
+        _ = config.extractor  # an unknown name stops the run here
         task = cls(cfg, config)
         if cfg.cpu:
             memory.keep_freed_memory()

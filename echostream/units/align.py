@@ -9,7 +9,7 @@ al., The HTK Book). Silence may stand at both ends and between words. Boundaries
 from __future__ import annotations
 
 import unicodedata
-from typing import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 

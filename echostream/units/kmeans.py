@@ -11,9 +11,10 @@ import io
 import pickle
 import zipfile
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -46,11 +47,11 @@ class Projection:
         return (frames - (frames @ self.remove.T) @ self.remove).astype(np.float32)
 
     @classmethod
-    def identity(cls, dim: int) -> "Projection":
+    def identity(cls, dim: int) -> Projection:
         return cls(np.zeros(dim, np.float32), np.ones(dim, np.float32), np.zeros((0, dim), np.float32))
 
     @classmethod
-    def fit(cls, recordings: Sequence[np.ndarray], positions: int = 0) -> "Projection":
+    def fit(cls, recordings: Sequence[np.ndarray], positions: int = 0) -> Projection:
         """Standardise, and take out the ``positions`` directions in which the mean changes most with the position.
 
         Args:
@@ -164,12 +165,12 @@ def fit_kmeans(
     key = f"{len(frames)} {count} {seed} {steps} {batch} {full_steps} {zlib.crc32(frames[:1000].tobytes())}"
     saved = _load_npz(state) if state is not None and state.is_file() else {}
     if str(saved.get("key")) == key:
-        step, centroids, counts = int(saved["step"]), saved["centroids"], saved["counts"]
+        begun, centroids, counts = int(saved["step"]), saved["centroids"], saved["counts"]
     else:
-        step, counts = 0, np.zeros(count)
+        begun, counts = 0, np.zeros(count)
         sample = np.random.default_rng([seed, 0]).permutation(len(frames))[: max(20 * count, 2000)]
         centroids = _plus_plus(frames[sample], count, np.random.default_rng([seed, 1]))
-    for step in progress(range(step, steps + full_steps)):
+    for step in progress(range(begun, steps + full_steps)):
         if step < steps:
             rows = frames[np.random.default_rng([seed, 2, step]).integers(0, len(frames), min(batch, len(frames)))]
             centroids, counts = _mini_batch(rows, centroids, counts)
@@ -229,7 +230,8 @@ def _sums(rows: np.ndarray, labels: np.ndarray, count: int) -> tuple[np.ndarray,
 
 def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with replacing(path) as file:
-        np.savez(file, **arrays)
+        members: dict[str, Any] = {**arrays}
+        np.savez(file, **members)
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
@@ -265,8 +267,7 @@ class _ArrayHere(_Inert):
         data = file.read(size)
         if len(data) != size:
             raise EOFError("the file ends within an array")
-        order = "F" if facts.get("order") == "F" else "C"
-        return np.frombuffer(data, dtype=dtype).reshape(shape, order=order)
+        return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if facts.get("order") == "F" else "C")
 
 
 class _PlainArray(_Inert):
@@ -314,7 +315,8 @@ def _allowed(module: str, name: str) -> Any:
 
 
 class _Reader(pickle._Unpickler):  # the Python one: joblib puts array bytes between the opcodes
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
@@ -324,7 +326,7 @@ class _Reader(pickle._Unpickler):  # the Python one: joblib puts array bytes bet
         return _allowed(module, name)
 
     def load_build(self) -> None:
-        super().load_build()
+        super().load_build()  # type: ignore[misc]  # typeshed does not have it
         if isinstance(self.stack[-1], _ArrayHere):
             self.stack[-1] = _ArrayHere.read(self.stack[-1], self._file)
 

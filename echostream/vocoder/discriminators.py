@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
@@ -24,7 +26,7 @@ class PeriodDiscriminator(nn.Module):
         sizes = [1, *(_scaled(c, width) for c in (32, 128, 512, 1024, 1024))]
         self.convs = nn.ModuleList(
             weight_norm(nn.Conv2d(a, b, (5, 1), (1 if i == 4 else 3, 1), padding=(2, 0)))
-            for i, (a, b) in enumerate(zip(sizes, sizes[1:]))
+            for i, (a, b) in enumerate(itertools.pairwise(sizes))
         )
         self.post = weight_norm(nn.Conv2d(sizes[-1], 1, (3, 1), padding=(1, 0)))
 

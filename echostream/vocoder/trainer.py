@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -294,7 +295,7 @@ class Trainer:
         log_steps: int = 50,
         validate_minutes: float | None = None,
         on_log: Callable[[int, dict[str, float]], None] | None = None,
-        on_validate: Callable[["Trainer"], dict[str, float]] | None = None,
+        on_validate: Callable[[Trainer], dict[str, float]] | None = None,
     ) -> None:
         """Train until a limit. Minutes count from this call; ``minutes`` of the run go on over resumes."""
         sampler = self.sampler()

@@ -37,8 +37,11 @@ class Parameter(Protocol):
         shape: of what ``read`` gives.
     """
 
-    key: str
-    shape: tuple[int, ...]
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read(self) -> np.ndarray:
         """Its values as float32; raises CheckpointError if the file cannot give them."""

@@ -89,6 +89,7 @@ class AudioEncoder(nn.Module):
         dim = dims.n_audio_state
         self.conv1 = nn.Conv1d(dims.n_mels, dim, 3, padding=1)
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
+        self.positional_embedding: Tensor
         self.register_buffer("positional_embedding", torch.zeros(dims.n_audio_ctx, dim))
         self.blocks = nn.ModuleList(Block(dim, dims.n_audio_head) for _ in range(dims.n_audio_layer))
         self.ln_post = nn.LayerNorm(dim)
@@ -100,7 +101,7 @@ class AudioEncoder(nn.Module):
 
     def padded(self, mel: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:
         """See ``WhisperReference.encode_padded``."""
-        batch, bins, size = mel.shape
+        _batch, bins, size = mel.shape
         dense = -(-lengths // 2)[:, None]
         inside = (torch.arange(size, device=mel.device) < lengths[:, None])[:, None]
         if stride:

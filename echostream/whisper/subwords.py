@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def write_whisper_subwords(
     return piece_origins(bpe, Vocabulary(kept))
 
 
-def same_segmentation(bpe: WhisperBPE, processor: object, texts: Iterable[str]) -> tuple[int, int, int, int]:
+def same_segmentation(bpe: WhisperBPE, processor: Any, texts: Iterable[str]) -> tuple[int, int, int, int]:
     """How a SentencePiece model cuts text beside Whisper.
 
     Returns:

@@ -9,10 +9,11 @@ embedding of each piece is the mean of those of its Whisper tokens.
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from echostream.errors import CheckpointError, ConfigError
@@ -148,7 +149,7 @@ class WhisperBPE:
         """Merge the pair of the lowest rank, wherever it stands, until none is left or ``stop`` tokens are."""
         parts = [word[i : i + 1] for i in range(len(word))]
         while len(parts) > stop:
-            pair = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            pair = min(itertools.pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
             if pair not in self.ranks:
                 break
             merged, i = [], 0
@@ -185,13 +186,18 @@ def split_words(text: str) -> list[str]:
     words, start = [], 0
     while start < len(text):
         word = next((c for c in _CONTRACTIONS if text.startswith(c, start)), None)
-        end = start + len(word) if word else _WORD.match(classes, start).end()
+        if word is None:
+            found = _WORD.match(classes, start)
+            assert found is not None  # it takes any class
+            end = found.end()
+        else:
+            end = start + len(word)
         words.append(text[start:end])
         start = end
     return words
 
 
-@lru_cache(maxsize=None)
+@cache
 def _class(character: str) -> str:
     if character.isspace():
         return " " if character == " " else "S"

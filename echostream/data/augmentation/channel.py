@@ -66,7 +66,7 @@ def random_band(samples: np.ndarray, kind: str, rng: np.random.Generator) -> np.
     return from_rate(at_rate(samples, rate), rate, len(samples))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def codec_table(codec: str) -> np.ndarray:
     """What one of ``CODECS`` makes of each 16-bit sample, from -32768 on: float32 [65536] with at most 256 values.
 

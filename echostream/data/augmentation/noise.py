@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def speech_power(samples: np.ndarray) -> float:
     if len(samples) < BLOCK:
         return float(np.mean(samples**2)) if len(samples) else 0.0
     whole = len(samples) // BLOCK * BLOCK
-    power = np.mean(samples[:whole].reshape(-1, BLOCK) ** 2, axis=1, dtype=np.float64)
+    power = np.asarray(np.mean(samples[:whole].reshape(-1, BLOCK) ** 2, axis=1, dtype=np.float64))
     return float(np.mean(power[power >= power.max() * 10 ** (-ACTIVE_DB / 10)]))
 
 

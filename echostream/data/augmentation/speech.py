@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Callable, Sequence
 
 import numpy as np
 
@@ -88,7 +88,7 @@ class SpeechAugment:
     gain: Effect | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "SpeechAugment | None":
+    def parse(cls, text: str) -> SpeechAugment | None:
         """``people``, ``none``, or ``NAME=VALUE,...``, also behind ``people`` to change it: ``people,noise=0``.
 
         A value is a probability, a range ``LOW..HIGH``, kinds ``A+B``, or several of them with colons between:

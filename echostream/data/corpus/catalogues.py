@@ -11,9 +11,9 @@ import gzip
 import re
 import struct
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
 
 from echostream.data.corpus.normalize import count_words, normalize_text, words_of
 from echostream.data.corpus.rows import hash_int

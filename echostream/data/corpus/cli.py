@@ -8,8 +8,8 @@ settings in ``steps/``; ``manifests`` gathers the notes into ``corpus.json``.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from echostream.data.corpus import catalogues, recordings, voices
 from echostream.data.corpus.further import run_catalogues, run_import_streamspeech, run_recordings, run_teach

@@ -54,7 +54,8 @@ def run_teach(args: argparse.Namespace) -> None:
     if not language:
         raise ConfigError(f"{directory} has no config.yaml with a source_lang; give --source-lang")
     whisper = teach.Whisper(args.whisper, language, args.compute_type, args.beam)
-    written, counts = {}, Counter()
+    written = {}
+    counts: Counter[str] = Counter()
     for task in tasks:
         ledger = Ledger(args.output.parent / "teach", f"{args.output.stem}-{task}", teach.LEDGER_COLUMNS, args.shard,
                         args.num_shards)

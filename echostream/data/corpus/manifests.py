@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def write_cmvn(path: Path, manifest: Path, audio_root: Path, limit: int, seed: i
         the number of feature frames.
     """
     lines = sorted(read_table(manifest, MANIFEST_COLUMNS), key=lambda line: hash_int(seed, "cmvn", line["id"]))
-    total, squares, frames = 0.0, 0.0, 0
+    total, squares, frames = np.zeros(()), np.zeros(()), 0
     for line in progress(lines[:limit]):
         features = fbank(load_audio(audio_root / line["src_audio"])).astype(np.float64)
         total, squares = total + features.sum(axis=0), squares + (features**2).sum(axis=0)
@@ -147,4 +148,4 @@ def write_config(path: Path, source_lang: str, target_lang: str, num_units: int,
 
 def _ctc_length(ids: list[int]) -> int:
     """Frames that CTC needs: one a token, one blank between equal neighbours."""
-    return len(ids) + sum(a == b for a, b in zip(ids, ids[1:]))
+    return len(ids) + sum(a == b for a, b in itertools.pairwise(ids))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Callable, Iterable
 
 from echostream.data.corpus import speech
 from echostream.data.corpus.rows import Ledger, Row

@@ -6,9 +6,9 @@ Times here are samples at 16 kHz unless seconds or milliseconds are named.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
 
 import numpy as np
 

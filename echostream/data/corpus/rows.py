@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Any
 
 from echostream.errors import ManifestError
 from echostream.files import add, appending, replacing
@@ -72,7 +73,8 @@ def read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; run the step 'text' first")
     names = [f.name for f in fields(Row)]
-    return [Row(**{**line, "rank": int(line["rank"])}) for line in read_table(path, names)]
+    lines: Iterable[dict[str, Any]] = read_table(path, names)
+    return [Row(**{**line, "rank": int(line["rank"])}) for line in lines]
 
 
 class Ledger:
@@ -148,7 +150,8 @@ class Skipped:
     COLUMNS = ("step", "row", "reason", "detail")
 
     def __init__(self, directory: Path, step: str, shard: int = 0, num_shards: int = 1):
-        self.step, self.lines = step, []
+        self.step = step
+        self.lines: list[tuple[str, ...]] = []
         self.path = directory / f"{step}.{shard}-of-{num_shards}.tsv"
 
     def add(self, row: str, reason: str, detail: object = "") -> None:
@@ -160,7 +163,7 @@ class Skipped:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __enter__(self) -> "Skipped":
+    def __enter__(self) -> Skipped:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: i
     splits = ["train"] * len(pairs) if train_only else split_pairs(pairs)
     test = set(fixed_test_rows(pairs, splits, TEST_SIZE if test_size is None else test_size))
     if least and not train_only:
-        usable = [0 < min(counts) and max(counts) <= max_words
+        usable = [min(counts) > 0 and max(counts) <= max_words
                   for counts in (tuple(count_words(normalize_text(side)) for side in pair) for pair in pairs)]
         try:
             splits, test = least_sets(pairs, splits, test, usable, test_size)

@@ -8,7 +8,7 @@ anything else train. The rule depends on nothing but the text, so everyone who h
 from __future__ import annotations
 
 import hashlib
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from echostream.data.corpus.normalize import count_words, normalize_text
 from echostream.errors import ManifestError
@@ -58,9 +58,9 @@ def _grouped(pairs: Sequence[tuple[str, str]]) -> tuple[list[object], dict[objec
         groups.join(source, target)
     smallest: dict[object, str] = {}
     roots = [groups.find(source) for source, _ in sides]
-    for root, (_, target) in zip(roots, pairs):
-        if root not in smallest or target < smallest[root]:
-            smallest[root] = target
+    for root, (_, text) in zip(roots, pairs):
+        if root not in smallest or text < smallest[root]:
+            smallest[root] = text
     return roots, smallest
 
 

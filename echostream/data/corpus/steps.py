@@ -104,7 +104,7 @@ def record_speech(args: argparse.Namespace) -> cluster.Outcome:
     counts = speech.speech_set(
         args.output, args.set, rows, selection, engine, ready, args.seed, args.max_seconds, f".{args.audio_format}",
         args.shard, args.num_shards, progress=progress_bar(f"speech {args.set}"),
-    )
+    )  # fmt: skip
     facts = {"voices": list(getattr(engine, "voices", ())), "engine_version": getattr(engine, "version", None)}
     return f"speech-{args.set}", {"counts": dict(counts), **facts}
 
@@ -158,7 +158,7 @@ def run_all(args: argparse.Namespace) -> None:
     for split, (limit, order) in plans.items():
         if split in present:
             run_speech(_of_step(args, "speech", set=split, split=split, min_words=1, max_words=args.max_words,
-                                max_rank=0, limit=limit, order=order, exclude_set=[]))
+                                max_rank=0, limit=limit, order=order, exclude_set=[]))  # fmt: skip
     run_target(_of_step(args, "target"))
     run_units(_of_step(args, "units"))
     run_manifests(_of_step(args, "manifests"))
@@ -196,6 +196,7 @@ def fit_units(args: argparse.Namespace) -> tuple[UnitFeatures, KMeans, dict[str,
     if not recordings:
         raise ManifestError(f"{args.output / 'target'} has no recordings; run the step 'target' first")
     features = build_features(args.features, args.features_model, args.layer, args.compute_type)
+    model: KMeans | None
     if args.kmeans:
         model = load_kmeans(args.kmeans)
         model.save(args.output / "units" / "kmeans.npz")  # it goes with the model, and so to further pairs
@@ -257,8 +258,9 @@ def run_manifests(args: argparse.Namespace) -> None:
     frames = 0
     train = next((name for name in plan if name == "train" or name.startswith("train")), None)
     features = "whisper" if text["settings"].get("whisper") else "kaldi"
-    if feature_extractor(features).cmvn is not None:
-        feature_extractor(features).cmvn.save(args.output / "gcmvn.npz")
+    fixed = feature_extractor(features).cmvn
+    if fixed is not None:
+        fixed.save(args.output / "gcmvn.npz")
     elif args.cmvn_utterances and train:
         frames = manifests.write_cmvn(args.output / "gcmvn.npz", args.output / f"{train}.tsv", args.output,
                                       args.cmvn_utterances, args.seed, progress_bar("cmvn"))

@@ -12,6 +12,7 @@ where the paths say, then by the ends of the paths in the directories at hand. F
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -219,7 +220,8 @@ def _rows(
 ) -> list[tuple[dict[str, Any], Path, str]]:
     """A manifest's utterances with the file of each, and which slice of it."""
     further = {side: _texts(tables.get(path.stem)) for side, tables in texts.items()}
-    rows, skipped = [], Counter()
+    rows: list[Any] = []
+    skipped: Counter[str] = Counter()
     for row, where in table_rows(path, COLUMNS):
         text = {side: _plain(row.get(f"{side}_text") or further[side].get(row["id"], "")) for side in texts}
         empty = [side for side in text if not text[side]]
@@ -274,7 +276,7 @@ def _losses(tasks: dict[str, Any], found: Imported) -> None:
 def refuse_flags(arguments: Sequence[str]) -> str | None:
     """What to change in StreamSpeech's fairseq-train command, line by line; None if this is not one."""
     words = [word.split("=")[0] for word in arguments]
-    values = {word: after for word, after in zip(arguments, arguments[1:])}
+    values = {word: after for word, after in itertools.pairwise(arguments)}
     values |= dict(word.split("=", 1) for word in arguments if word.startswith("--") and "=" in word)
     if not any(str(values.get(flag, "")).startswith(mark) for flag, mark in MARKS.items()):
         return None

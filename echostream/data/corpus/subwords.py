@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from echostream.errors import ManifestError, require
 from echostream.files import replacing, write_text

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
 
 import numpy as np
 

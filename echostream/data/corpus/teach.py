@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -128,7 +128,8 @@ def add_references(
     Returns:
         (rows; counts of ``<task>: kept`` and of every reason against one).
     """
-    utterances, counts, out = list(utterances), Counter(), []
+    utterances, out = list(utterances), []
+    counts: Counter[str] = Counter()
     names = {task: _next_column(COLUMNS[task], utterances) for task in written}
     for u in utterances:
         extra = dict(u.extra)

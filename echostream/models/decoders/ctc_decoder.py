@@ -31,7 +31,7 @@ class STState(State):
     layers: tuple[KeyValues, ...]  # [B, st_left_context - 1, D] each
     seen: Tensor  # [B] long, at most st_left_context - 1
 
-    def restart(self, rows: Tensor) -> "STState":
+    def restart(self, rows: Tensor) -> STState:
         """``rows`` [B] bool as before their first frame."""
         return STState(self.layers, self.seen.masked_fill(rows, 0))
 

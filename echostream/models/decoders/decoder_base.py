@@ -30,12 +30,12 @@ class DecoderState(State):
     positions: Tensor  # [B] long, target positions taken so far
     frames: Tensor  # [B] long, encoder frames appended so far
 
-    def restart(self, rows: Tensor | None = None) -> "DecoderState":
+    def restart(self, rows: Tensor | None = None) -> DecoderState:
         """A new sentence in ``rows`` [B] bool (default: all). The buffers are shared, not cleared: cheap."""
         keep = torch.zeros_like(self.positions) if rows is None else (~rows).long()
         return DecoderState(self.own, self.memory, self.positions * keep, self.frames * keep)
 
-    def reorder(self, rows: Tensor) -> "DecoderState":
+    def reorder(self, rows: Tensor) -> DecoderState:
         """Like ``index_select`` for beam search: ``rows[b]`` must be a hypothesis of the same sentence as row b.
 
         The encoder's keys and values are the same for all of them and stay where they are.

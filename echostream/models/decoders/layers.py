@@ -194,7 +194,7 @@ class KeyValues(State):
     values: Tensor
 
     @classmethod
-    def empty(cls, batch: int, places: int, like: Tensor) -> "KeyValues":
+    def empty(cls, batch: int, places: int, like: Tensor) -> KeyValues:
         shape = (batch, places, like.shape[0])
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 

@@ -112,7 +112,8 @@ class MTDecoder(TransformerDecoder):
         state = self.extend(encoder_out, encoder_lengths, state, in_place=True)
         token = torch.full((rows, 1), EOS, device=encoder_out.device)
         active = torch.ones(rows, dtype=torch.bool, device=encoder_out.device)
-        tokens, hiddens = [], []
+        tokens: list[Tensor] = []
+        hiddens: list[Tensor] = []
         while len(tokens) < limit and bool(active.any()):
             logits, hidden, state = self.step(token, active, state, in_place=True)
             logits[..., [BOS, PAD]] = -math.inf

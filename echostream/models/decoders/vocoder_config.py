@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from echostream.constants import SAMPLE_RATE, UNIT_HOP
 from echostream.errors import ConfigError
@@ -209,7 +210,7 @@ class VocoderConfig:
         return self.embedding_dim * (2 if self.multispkr else 1)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "VocoderConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> VocoderConfig:
         """Read the keys of a config.json; those that do not shape the generator are ignored."""
         for key in ("f0", "embedder_params"):
             if values.get(key):
@@ -242,7 +243,7 @@ class VocoderConfig:
         return cls(**chosen)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> "VocoderConfig":
+    def from_json(cls, path: str | Path) -> VocoderConfig:
         values = read_json(path, "vocoder configuration", ConfigError)
         try:
             return cls.from_dict(values)
@@ -255,7 +256,7 @@ class VocoderConfig:
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
-    def preset(cls, name: str, num_embeddings: int = 1000, **changes: Any) -> "VocoderConfig":
+    def preset(cls, name: str, num_embeddings: int = 1000, **changes: Any) -> VocoderConfig:
         """One of ``PRESETS`` (``v1``: the field's 13.5M generator; ``small``: causal, for a CPU)."""
         if name not in PRESETS:
             raise ConfigError(f"no vocoder preset {name!r}; there are {', '.join(PRESETS)}")

@@ -11,7 +11,7 @@ of ten seconds at once.
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class WholeFlow:
             return F.pad(x, (left, right))
         return F.pad(x.mT, (0, 0, left, right)).mT
 
-    def upsampled(self, rate: int) -> "WholeFlow":
+    def upsampled(self, rate: int) -> WholeFlow:
         return WholeFlow(None if self.lengths is None else self.lengths * rate)
 
 
@@ -83,7 +83,7 @@ class ChunkFlow:
             self.new.append(joined.gather(1, where.unsqueeze(2).expand(-1, -1, x.shape[1])))
         return joined.mT
 
-    def upsampled(self, rate: int) -> "ChunkFlow":
+    def upsampled(self, rate: int) -> ChunkFlow:
         return ChunkFlow(self.lengths * rate, self.caches, self.new, self.even)
 
 

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 
 from echostream.errors import check_room
-from echostream.streaming.exported.model import ExportedModel, RowStates, additive, layers, pad
+from echostream.streaming.exported.model import Graphs, RowStates, additive, layers, pad
 from echostream.streaming.exported.pages import Pages
 
 # RowStates that step together: more gain nothing, and those of one length shall not read the places of longer ones.
@@ -25,7 +25,7 @@ class ExportedDecoder(RowStates):
     """
 
     def __init__(
-        self, model: ExportedModel, graph: str, memory_graph: str, layers: int, heads: int, dim: int, positions: int,
+        self, model: Graphs, graph: str, memory_graph: str, layers: int, heads: int, dim: int, positions: int,
         frames: int, limit: str, rows: int,
     ):  # fmt: skip
         self.model, self.graph, self.memory_graph, self.limit = model, graph, memory_graph, limit

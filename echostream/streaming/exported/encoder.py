@@ -18,7 +18,7 @@ import numpy as np
 from echostream.config import EchoStreamConfig
 from echostream.constants import SUBSAMPLING, SUBSAMPLING_CONTEXT, WHISPER_SILENCE
 from echostream.models.segments import visible_keys
-from echostream.streaming.exported.model import ExportedModel, RowStates, additive, layers, pick, unstack
+from echostream.streaming.exported.model import Graphs, RowStates, additive, layers, pick, unstack
 from echostream.streaming.exported.subsampling import patches, windows
 from echostream.streaming.stages import Encode, EncoderOutput
 
@@ -28,7 +28,7 @@ MAX_SEGMENTS = 8  # computed at once when so many have arrived; the weights are 
 class ExportedEncoder(RowStates):
     """Stem, encoder and both CTC heads for ``rows`` streams."""
 
-    def __init__(self, config: EchoStreamConfig, model: ExportedModel, rows: int):
+    def __init__(self, config: EchoStreamConfig, model: Graphs, rows: int):
         self.config, self.model = config, model
         self.right, self.window = config.right_context_length, config.st_left_context - 1
         self.factor = config.frame_rate_factor
@@ -228,7 +228,7 @@ def segment_distance(segment: int, left: int, right: int, memory: int, before: i
     index, width = np.arange(count), segment + right
     own = (index[:, None] * segment + np.arange(width)).reshape(-1)
     frames = np.concatenate([ring_ages(np.array([before * segment]), left)[0], own])
-    distance = (own[:, None] - frames + width - 1).clip(0, left + 2 * width - 2)
+    distance: np.ndarray = (own[:, None] - frames + width - 1).clip(0, left + 2 * width - 2)
     if not memory:
         return distance
     bank = np.concatenate([ring_ages(np.array([before]), memory)[0], index])

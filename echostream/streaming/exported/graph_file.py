@@ -14,7 +14,7 @@ import numpy as np
 
 from echostream.errors import CheckpointError
 
-TYPES = {1: np.float32, 3: np.int8, 10: np.float16}  # TensorProto.DataType
+TYPES: dict[int, type[np.generic]] = {1: np.float32, 3: np.int8, 10: np.float16}  # TensorProto.DataType
 _LOCATION = b"\n\x08location\x12"  # the key of a tensor's ``external_data``
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,6 +26,16 @@ MOST_STEPS = 1 << 40  # of a stream's life: more than a thousand years of frames
 VOICE_GRAPHS = ("voice_units", "voice_frames")
 GRAPHS_FOLDER = "onnx"
 MAX_GRAPH = 64 << 20  # bytes of a graph without its weights
+
+
+class Graphs(Protocol):
+    """What runs a model's steps, by the names of their graphs."""
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Are these there?"""
+
+    def run(self, name: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs of a graph."""
 
 
 @dataclass
@@ -132,7 +144,7 @@ class RowStates:
     """
 
     arrays: dict[str, tuple[np.ndarray, int]]
-    most: dict[str, int] = {}
+    most: Mapping[str, int] = MappingProxyType({})
 
     def row(self, name: str, row: int) -> np.ndarray:
         """A view of one stream's part of an array; the axis of the rows stays."""

@@ -31,7 +31,7 @@ class Pages:
         self.nothing = np.zeros((2 * layers, heads, PAGE, width), dtype=np.float32)
         self.rows = [self.nothing] * rows
         self._together = np.zeros(0, dtype=np.float32)  # several rows, copied side by side for a graph
-        self._holds: list | None = None  # which
+        self._holds: list[tuple[int, int]] | None = None  # which
 
     def clear(self, row: int) -> None:
         """Give a row's places back."""

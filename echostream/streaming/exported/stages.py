@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from echostream.streaming.exported.decoder import ExportedDecoder
 from echostream.streaming.exported.encoder import ExportedEncoder
-from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, RowStates
+from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, Graphs, RowStates
 from echostream.streaming.exported.voice import ExportedVocoder
 from echostream.streaming.search import Chosen, search_together, searching
 from echostream.streaming.stages import (
@@ -33,13 +33,13 @@ class ExportedStages(Answering):
     """Answers the engine's requests for ``rows`` streams.
 
     Args:
-        bundle: a loaded exported directory (its ``model`` is an ``ExportedModel``).
+        bundle: a loaded exported directory (its ``model`` is an ``ExportedModel``, or any other ``Graphs``).
         rows: how many streams.
         speech: without, the unit decoder and the vocoder take no room and are never opened.
     """
 
     def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True):
-        config, model = bundle.config, bundle.model
+        config, model = bundle.config, cast(Graphs, bundle.model)  # ``backend_of`` has seen that it has some
         voice = bundle.vocoder if speech else None
         model.check(TEXT_GRAPHS + (SPEECH_GRAPHS if speech else ()) + (VOICE_GRAPHS if voice is not None else ()))
         self.rows = rows
@@ -111,7 +111,8 @@ class ExportedStages(Answering):
             due = [(row, request) for row, request in zip(rows, requests) if sizes[row] == size]
             given = {"inputs": np.stack([request.inputs for _, request in due]).astype(np.float32)}
             if self.units_read_tokens:
-                given["tokens"] = np.stack([request.tokens for _, request in due]).astype(np.int64)
+                written = [request.tokens for _, request in due if request.tokens is not None]
+                given["tokens"] = np.stack(written).astype(np.int64)
             outs = self.units.step([row for row, _ in due], given, size * self.ratio)
             found |= {row: out["scores"].argmax(-1) for (row, _), out in zip(due, outs)}
         return [found[row] for row in rows]

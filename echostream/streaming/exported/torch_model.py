@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from echostream.models.graphs import model_graphs
+
+if TYPE_CHECKING:
+    from echostream.models.echostream_model import EchoStreamModel
 
 
 class TorchModel:
@@ -14,7 +19,7 @@ class TorchModel:
     It shares the model's weights as they are now; some are laid out anew.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: EchoStreamModel):
         weight = model.asr_head.output.weight
         self.device, self.dtype = weight.device, weight.dtype
         with torch.no_grad():

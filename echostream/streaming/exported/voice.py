@@ -10,7 +10,7 @@ import numpy as np
 
 from echostream.errors import UnitError
 from echostream.models.decoders.vocoder_config import VocoderConfig, kept_inputs
-from echostream.streaming.exported.model import ExportedModel, RowStates
+from echostream.streaming.exported.model import Graphs, RowStates
 
 PER_UNIT = ("context.", "duration.")  # caches of the graph of units; all others are of the graph of frames
 
@@ -21,7 +21,7 @@ class ExportedVocoder(RowStates):
     A unit is given to the graphs once those within the look-ahead have come behind it; until then it waits here.
     """
 
-    def __init__(self, config: VocoderConfig, model: ExportedModel, rows: int):
+    def __init__(self, config: VocoderConfig, model: Graphs, rows: int):
         self.config, self.model = config, model
         self.ahead = config.lookahead_units
         self.left = config.past_units
@@ -74,7 +74,8 @@ class ExportedVocoder(RowStates):
             since, until = frame - (end - durations)[unit], end[unit] - 1 - frame
             last = self.config.position_buckets - 1
             feeds |= {"since": np.minimum(since, last)[None], "until": np.minimum(until, last)[None]}
-        return self._run("voice_frames", row, feeds)["samples"][0]
+        samples: np.ndarray = self._run("voice_frames", row, feeds)["samples"][0]
+        return samples
 
     def _run(self, graph: str, row: int, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A graph's outputs; the new caches among them replace the row's."""

@@ -68,14 +68,14 @@ class Draft:
 
 
 class Policy(Protocol):
-    """What the session asks of a policy. ``PolicyBase`` answers for those that only count.
+    """What the session asks of a policy. ``PolicyBase`` answers for those that only count."""
 
-    Attributes:
-        attention_heads: heads of the MT decoder's cross-attention whose mean ``stops`` must see, each (layer, head),
-            the layer negative from the last, the head None for all of the layer; empty if it needs none.
-    """
+    @property
+    def attention_heads(self) -> tuple[tuple[int, int | None], ...]:
+        """Heads of the MT decoder's cross-attention whose mean ``stops`` must see; empty if it needs none.
 
-    attention_heads: tuple[tuple[int, int | None], ...]
+        Each is (layer, head), the layer negative from the last, the head None for all of the layer.
+        """
 
     def initial(self) -> Memory:
         """The memory at the start of a sentence."""
@@ -103,7 +103,10 @@ class PolicyBase:
 
     lagging_k2 = 0
     stride_n2 = 1
-    attention_heads: tuple[tuple[int, int | None], ...] = ()
+
+    @property
+    def attention_heads(self) -> tuple[tuple[int, int | None], ...]:
+        return ()
 
     def initial(self) -> Memory:
         return ()

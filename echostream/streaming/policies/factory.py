@@ -49,4 +49,5 @@ def make_policy(name: str = "ctc", **knobs: Any) -> Policy:
     for knob in knobs:
         if knob not in known:
             raise ConfigError(f"policy {name!r} has no knob {knob!r}; it has: {', '.join(known) or 'none'}")
-    return POLICIES[name](**knobs)
+    policy: Policy = POLICIES[name](**knobs)
+    return policy

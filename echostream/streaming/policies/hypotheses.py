@@ -47,7 +47,7 @@ class LocalAgreementPolicy(PolicyBase):
         return (UNLIMITED if progress.frames > memory[0] else 0), memory
 
     def settle(self, progress: Progress, draft: Draft, memory: Memory) -> tuple[int, Memory]:
-        hypotheses = _unpack(memory[1:]) + [draft.committed + draft.tokens]
+        hypotheses = [*_unpack(memory[1:]), draft.committed + draft.tokens]
         agreed = 0
         if len(hypotheses) == self.agreement_n:
             agreed = min(_common(other, hypotheses[-1]) for other in hypotheses[:-1])
@@ -118,4 +118,5 @@ class AlignAttPolicy(PolicyBase):
         return (UNLIMITED if progress.frames > self.alignatt_frames else 0), memory
 
     def stops(self, progress: Progress, draft: Draft) -> bool:
+        assert draft.attention is not None
         return int(draft.attention.argmax()) >= progress.frames - self.alignatt_frames

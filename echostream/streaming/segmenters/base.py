@@ -39,19 +39,22 @@ class Ending:
     @property
     def place(self) -> int:
         """The sentence's last frame."""
-        return self.closing if self.closing is not None else self.until - 1
+        if self.closing is not None:
+            return self.closing
+        assert self.until is not None
+        return self.until - 1
 
 
 class Segmenter(Protocol):
-    """What the session asks of a segmenter. It is a value shared by all streams; ``SegmenterBase`` is one without ears.
+    """What the session asks of a segmenter, a value shared by all streams; ``SegmenterBase`` is one without ears."""
 
-    Attributes:
-        name: what it is and its settings; a saved session fits segmenters of the same name only.
-        listens: must it be given the sound?
-    """
+    @property
+    def name(self) -> str:
+        """What it is and its settings; a saved session fits segmenters of the same name only."""
 
-    name: str
-    listens: bool
+    @property
+    def listens(self) -> bool:
+        """Must it be given the sound?"""
 
     def init_audio(self) -> AudioMemory:
         """The memory of the sound at the start of a stream."""

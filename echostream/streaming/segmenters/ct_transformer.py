@@ -10,9 +10,10 @@ for speech in real time take two attention masks [1, 1, T, T] more.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -163,7 +164,7 @@ class CTSegmenter(SegmenterBase):
     vocabulary: Vocabulary = field(repr=False)
     side: str = "target"
     lookahead: int = 2
-    results: OrderedDict = field(default_factory=OrderedDict, repr=False, compare=False)
+    results: OrderedDict[tuple[str, ...], list[str]] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.lookahead, bool) or not isinstance(self.lookahead, int) or self.lookahead < 1:
