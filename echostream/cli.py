@@ -66,9 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     translate.set_defaults(run=run_translate)
-    translate.add_argument(
-        "input", help="recording (wav, flac, ogg, mp3 ...; any rate and channels), or - for a pipe"
-    )
+    translate.add_argument("input", help="recording (wav, flac, ogg, mp3 ...; any rate and channels), or - for a pipe")
     out = translate.add_argument_group("output")
     out.add_argument("-o", "--output", metavar="FILE", help="translated speech: .wav, .flac, .ogg, or - for a pipe")
     out.add_argument("--subtitles", type=Path, metavar="FILE", help="translation as .srt or .vtt, timed by the source")

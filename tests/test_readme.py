@@ -328,9 +328,7 @@ def stand_in(folder: Path, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda number: " ".join(COMMANDS[number].split()[:3]))
-def test_case_08_every_command_runs(
-    sandbox: Path, number: int, capsys: pytest.CaptureFixture
-) -> None:
+def test_case_08_every_command_runs(sandbox: Path, number: int, capsys: pytest.CaptureFixture) -> None:
     from simuleval import cli as simuleval
     from simuleval.utils.agent import EVALUATION_SYSTEM_LIST
 
