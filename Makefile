@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help demo test lint bench dist samples clean
 help:
-	@echo "make demo   translate a dozen spoken Spanish sentences while they are spoken; results in demo-output/"
+	@echo "make demo   translate sixteen spoken Spanish sentences while they are spoken; results in demo-output/"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
 	@echo "make bench  measure the speed on this machine (about 5 minutes) and write docs/benchmarks.md with a picture"
@@ -41,6 +41,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Close what else is running: the page tells the load. BENCH_ARGS='--clock cpu' on a machine that is never quiet.

@@ -15,8 +15,7 @@ HAS_WHEEL = (
     " and sys_platform == 'linux' and platform_machine == 'x86_64'"
 )
 LACKS_WHEEL = (
-    "(python_version != '3.11' and python_version != '3.12')"
-    " or sys_platform != 'linux' or platform_machine != 'x86_64'"
+    "(python_version != '3.11' and python_version != '3.12') or sys_platform != 'linux' or platform_machine != 'x86_64'"
 )
 
 TORCH = "torch>=2.6"  # the first to read checkpoints with weights_only=True unless told otherwise
@@ -122,10 +121,15 @@ setup(
     packages=[*find_packages(include=["echostream", "echostream.*"]), *CONFIGS],
     package_dir=CONFIGS,
     package_data={
-        "echostream": ["py.typed", "assets/**/*", "serve/page/*"], **{name: ["**/*.yaml"] for name in CONFIGS},
+        "echostream": ["py.typed", "assets/**/*", "serve/page/*"],
+        **{name: ["**/*.yaml"] for name in CONFIGS},
     },
     install_requires=[
-        "numpy>=1.26", "pyyaml>=6", "sentencepiece>=0.2", "soundfile>=0.12", "tqdm",
+        "numpy>=1.26",
+        "pyyaml>=6",
+        "sentencepiece>=0.2",
+        "soundfile>=0.12",
+        "tqdm",
         "onnxruntime>=1.23",  # runs the shipped model; torch is for training
     ],
     extras_require=EXTRAS,

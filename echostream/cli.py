@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   echostream translate talk.wav -o english.wav
   echostream translate talk.mp3 --subtitles talk.srt --segmenter punctuation+pause
   echostream translate talk.wav -o english.wav --policy alignatt --alignatt-frames 12 --timeline talk.png
-  echostream export echostream/assets/es-en -o es-en-int8 --int8
+  echostream export bundles/es-en -o es-en-int8 --int8
   echostream translate talk.wav -o english.wav --checkpoint-dir es-en-int8
   arecord -f S16_LE -r 16000 | echostream translate - | aplay
   arecord -t raw -f S16_LE -r 48000 | echostream translate - --input-rate 48000 -o - | aplay -t raw -f S16_LE -r 16000
@@ -66,9 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     translate.set_defaults(run=run_translate)
-    translate.add_argument(
-        "input", help="recording (wav, flac, ogg, mp3 ...; any rate and channels), or - for a pipe"
-    )
+    translate.add_argument("input", help="recording (wav, flac, ogg, mp3 ...; any rate and channels), or - for a pipe")
     out = translate.add_argument_group("output")
     out.add_argument("-o", "--output", metavar="FILE", help="translated speech: .wav, .flac, .ogg, or - for a pipe")
     out.add_argument("--subtitles", type=Path, metavar="FILE", help="translation as .srt or .vtt, timed by the source")
@@ -108,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=run_export)
     export.add_argument(
-        "checkpoint", nargs="?", type=Path, help="a checkpoint directory (default: the model shipped with EchoStream)"
+        "checkpoint", type=Path, help="a checkpoint directory, which `echostream export-checkpoint` makes of a training"
     )
     export.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
     export.add_argument("--int8", action="store_true", help="weights of encoder and decoders as int8: faster, inexact")
@@ -177,7 +175,7 @@ def run_export(args: argparse.Namespace) -> int:
     from echostream.checkpoint.layout import checkpoint_directory
     from echostream.export.directory import export_directory
 
-    path = args.checkpoint if args.checkpoint is not None and args.checkpoint.is_file() else None
+    path = args.checkpoint if args.checkpoint.is_file() else None
     directory, differences = export_directory(
         path or checkpoint_directory(args.checkpoint), args.output, int8=args.int8, vocoder=not args.no_vocoder
     )

@@ -157,9 +157,7 @@ class EchoStreamConfig:
             ("unit_decoder_embed_dim", "unit_decoder_heads"),
         ):
             if getattr(self, width) % getattr(self, heads):
-                raise ConfigError(
-                    f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}"
-                )
+                raise ConfigError(f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}")
         if self.full_context and self.shift_context:
             raise ConfigError("full_context has no segments whose context shift_context could shift; choose one")
         if self.encoder_final_norm and not self.encoder_normalize_before:

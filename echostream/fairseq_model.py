@@ -142,9 +142,7 @@ def _symbols(task: Any, name: str) -> int:
     return len(dictionary)
 
 
-def take_over(
-    model: EchoStreamModel, path: str | Path, parts: Sequence[str], heads: Sequence[str] = ()
-) -> list[str]:
+def take_over(model: EchoStreamModel, path: str | Path, parts: Sequence[str], heads: Sequence[str] = ()) -> list[str]:
     """Copy the weights of ``parts`` from a checkpoint, and those of ``heads`` whose dictionaries have the same size.
 
     Returns:

@@ -26,8 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="Whisper model: base, a directory, or OpenAI's .pt file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="corpus directory (echostream prepare), whose "
-        "vocabularies the model reads and writes",
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="corpus directory (echostream prepare), whose vocabularies the model reads and writes",
     )
     parser.add_argument("--decoder-layers", type=int, metavar="N", help="take so many decoder layers (default: all)")
     parser.add_argument(

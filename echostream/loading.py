@@ -348,4 +348,3 @@ def pieces_of(processor: Any) -> list[str]:
     sp = processor
     others = (sp.IsControl, sp.IsUnknown, sp.IsByte, sp.IsUnused)
     return [sp.IdToPiece(i) for i in range(sp.GetPieceSize()) if not any(kind(i) for kind in others)]
-

@@ -126,5 +126,12 @@ def table_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
 
 
 __all__ = [
-    "decode", "iter_lines", "lines_of", "read_json", "read_json_lines", "read_lines", "read_text", "table_rows",
+    "decode",
+    "iter_lines",
+    "lines_of",
+    "read_json",
+    "read_json_lines",
+    "read_lines",
+    "read_text",
+    "table_rows",
 ]

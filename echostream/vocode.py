@@ -38,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_vocoder_arguments(parser: argparse.ArgumentParser) -> None:
     """Which vocoder, and where it computes."""
     parser.add_argument(
-        "--vocoder", type=Path, metavar="PATH", help="checkpoint, or directory with vocoder.pt and vocoder.json "
-        "(default: the voice shipped with EchoStream)",
+        "--vocoder",
+        type=Path,
+        metavar="PATH",
+        help="checkpoint, or directory with vocoder.pt and vocoder.json (default: the voice shipped with EchoStream)",
     )
     parser.add_argument(
         "--config", type=Path, metavar="JSON", help="of the checkpoint (default: .json of its name, or config.json)"

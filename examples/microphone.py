@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Speak into a terminal's microphone, hear and read the translation: echostream.client with sounddevice.
 
-    pip install 'echostream[client]' sounddevice
-    echostream serve &
-    python examples/microphone.py ws://127.0.0.1:8765      # Ctrl-C ends the sentence and the session
+pip install 'echostream[client]' sounddevice
+echostream serve &
+python examples/microphone.py ws://127.0.0.1:8765      # Ctrl-C ends the sentence and the session
 """
 
 from __future__ import annotations

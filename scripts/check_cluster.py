@@ -26,6 +26,7 @@ from echostream.data.corpus.cluster import rows_in
 from echostream.data.corpus.rows import read_table
 from echostream.errors import EchoStreamError, require
 from echostream.files import run_command
+from echostream.text_file import lines_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TONES = 8
@@ -76,7 +77,7 @@ def prepare(log: Path, *words: object) -> subprocess.Popen:
 
 
 def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
+    lines = lines_of(log.read_text(encoding="utf-8", errors="replace"))
     return next((line for line in reversed(lines) if "rror" in line), "no error was told")
 
 

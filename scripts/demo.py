@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Translate a dozen spoken Spanish sentences while they are being spoken (`make demo`).
+"""Translate sixteen spoken Spanish sentences while they are being spoken (`make demo`).
 
 Runs SimulEval with EchoStream's agent over echostream/assets/demo, prints every translation with the time of each word,
 the figures of all sentences together, and leaves translated speech and a timeline picture of each in demo-output/.

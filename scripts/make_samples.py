@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Samples to hear before installing: source, streamed output, timeline (`make samples`), by any model.
 
-    python scripts/make_samples.py                                         # the demo's sentences, into docs/samples
-    python scripts/make_samples.py talk.wav --checkpoint-dir bundles/fr-en --output samples
+python scripts/make_samples.py                                         # the demo's sentences, into docs/samples
+python scripts/make_samples.py talk.wav --checkpoint-dir bundles/fr-en --output samples
 """
 
 from __future__ import annotations

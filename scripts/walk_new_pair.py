@@ -20,7 +20,7 @@ from pathlib import Path
 from echostream.errors import EchoStreamError
 from echostream.evaluation.table import markdown
 from echostream.files import run_command, write_json
-from echostream.text_file import read_json
+from echostream.text_file import lines_of, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "new-pair.md"
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             ).returncode  # fmt: skip
         seconds = time.monotonic() - start
         if status:
-            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+            tail = lines_of(log.read_text(encoding="utf-8", errors="replace"))[-5:]
             raise EchoStreamError(f"status {status} after {seconds:.0f} s, {log}: " + " / ".join(tail))
         times.append({"command": command, "seconds": round(seconds, 1), "load_before": round(load, 1)})
         write_json(noted, {"cores": os.cpu_count(), "commands": times})

@@ -249,7 +249,7 @@ def test_cmvn_errors(tmp_path, arrays, message):
 def test_whisper_features_are_whispers_own_behind_20_ms_of_silence():
     extractor = pytest.importorskip("faster_whisper.feature_extractor").FeatureExtractor()
     samples = speechlike(2.0)
-    samples *= np.float32(10 ** 0.5 / np.abs(samples).max())  # so loud that Whisper's floor lies above ours
+    samples *= np.float32(10**0.5 / np.abs(samples).max())  # so loud that Whisper's floor lies above ours
     theirs = extractor(np.concatenate([np.zeros(320, np.float32), samples]), padding=0)
     theirs = theirs[:80].T[1:]
     ours = FEATURES["whisper"].cmvn.apply(FEATURES["whisper"].extract(samples))

@@ -17,8 +17,22 @@ from tests.training_data import make_corpus
 
 RATE = 16_000
 SINGLE = [
-    "formant", "reverb", "noise=white", "noise=pink", "noise=brown", "noise=babble", "hum", "band=lowpass",
-    "band=highpass", "band=rate", "band=telephone", "codec=mulaw", "codec=alaw", "codec=pcm8", "clip", "gain",
+    "formant",
+    "reverb",
+    "noise=white",
+    "noise=pink",
+    "noise=brown",
+    "noise=babble",
+    "hum",
+    "band=lowpass",
+    "band=highpass",
+    "band=rate",
+    "band=telephone",
+    "codec=mulaw",
+    "codec=alaw",
+    "codec=pcm8",
+    "clip",
+    "gain",
 ]
 
 

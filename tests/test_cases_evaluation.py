@@ -50,8 +50,7 @@ def test_case_05_only_newlines_end_lines(tmp_path: Path, character: str) -> None
     assert read_results(tmp_path / "generate-test.jsonl") == rows
     (tmp_path / "instances.log").write_text(lines, encoding="utf-8", newline="")
     assert read_log(tmp_path) == rows
-    (tmp_path / SEGMENTS).write_text("".join(
-        f"- {{wav: t.wav, offset: {i}.0, duration: 1.0}}\n" for i in range(2)))
+    (tmp_path / SEGMENTS).write_text("".join(f"- {{wav: t.wav, offset: {i}.0, duration: 1.0}}\n" for i in range(2)))
     (tmp_path / REFERENCES).write_text(f"{first}\nThree.\n", encoding="utf-8", newline="")
     write_audio(tmp_path / "t.wav", np.zeros(32000, np.float32))
     assert [s.reference for s in read_talks(tmp_path)[0].segments] == [first, "Three."]
@@ -70,8 +69,10 @@ def test_case_05_only_newlines_end_lines(tmp_path: Path, character: str) -> None
 
 def test_case_05_windows_lines_and_lone_carriage_returns(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"one\r\ntwo\rstill two\r\n\r\nfour")
-    assert read_lines(tmp_path / "list.txt") == ["one", "two\rstill two", "", "four"] == lines_of(
-        read_text(tmp_path / "list.txt")
+    assert (
+        read_lines(tmp_path / "list.txt")
+        == ["one", "two\rstill two", "", "four"]
+        == lines_of(read_text(tmp_path / "list.txt"))
     )
     assert lines_of("") == [] and lines_of("\n") == [""]
 
@@ -281,8 +282,10 @@ def test_case_06_units_of_speech(tmp_path: Path) -> None:
     words = simul_instances.Words()
     words.add([" Good", " mor"], delay=100.0, elapsed=110.0)
     words.add(["ning", "."], delay=300.0, elapsed=330.0)
-    pieces = [SimpleNamespace(piece=p, begin=b, end=e) for p, b, e in [("▁Good", 0, 4), ("▁", 4, 5), ("mor", 5, 8),
-                                                                      ("ning.", 8, 13)]]
+    pieces = [
+        SimpleNamespace(piece=p, begin=b, end=e)
+        for p, b, e in [("▁Good", 0, 4), ("▁", 4, 5), ("mor", 5, 8), ("ning.", 8, 13)]
+    ]
     model = SimpleNamespace(encode=lambda text, out_type: SimpleNamespace(pieces=pieces))
     log = dict(words=words.done, pieces=words.pieces, target_spm_model=model)
     assert words.pieces == [[" Good mor", 100.0, 110.0], ["ning.", 300.0, 330.0]]
@@ -660,9 +663,7 @@ def test_case_12_large_corpora_keep_the_rule() -> None:
 
 @pytest.mark.parametrize("columns", ["id src_audio src_n_frames src_text tgt_text tgt_audio tgt_n_frames",
                                      "id src_audio src_text tgt_text"])  # fmt: skip
-def test_case_20_manifests_without_units_are_translated(
-    tiny_bundle: Path, tmp_path: Path, columns: str
-) -> None:
+def test_case_20_manifests_without_units_are_translated(tiny_bundle: Path, tmp_path: Path, columns: str) -> None:
     pytest.importorskip("simuleval")
     from tests.evaluate_script import evaluate
 

@@ -58,10 +58,11 @@ def test_po(tmp_path: Path) -> None:
         'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n\n#: a.c:1\nmsgctxt "menu"\nmsgid ""\n'
         '"Two "\n"lines.\\n"\nmsgstr "Dos \\"líneas\\"."\n\n#, fuzzy\nmsgid "Guess."\nmsgstr "Quizás."\n'
         'msgid "One."\nmsgid_plural "%d."\nmsgstr[0] "Uno."\nmsgstr[1] "%d."\n\nmsgid "New."\nmsgstr ""\n'
-        '#~ msgid "Old."\n#~ msgstr "Viejo."\n', encoding="utf-8",
+        '#~ msgid "Old."\n#~ msgstr "Viejo."\n',
+        encoding="utf-8",
     )
     assert read_catalogue(path) == [("Two lines.\n", 'Dos "líneas".'), ("One.", "Uno.")]
-    path.write_text("msgid Hello\n\"\n", encoding="utf-8")
+    path.write_text('msgid Hello\n"\n', encoding="utf-8")
     with pytest.raises(ManifestError, match="es.po cannot be read: line 2"):
         read_catalogue(path)
 
@@ -129,17 +130,22 @@ def test_a_sentence_that_is_no_prose_parts_its_neighbours() -> None:
 
 def test_paragraphs_part_where_both_sides_have_them() -> None:
     assert pieces(("It is one.\n\nThe two of us.", "Eso es uno.\n \nNosotros dos."), min_words=2) == [
-        [("It is one.", "Eso es uno.")], [("The two of us.", "Nosotros dos.")]]
+        [("It is one.", "Eso es uno.")],
+        [("The two of us.", "Nosotros dos.")],
+    ]
     assert pieces(("A one.\n\nThe two of us.", "Uno, y nosotros\ndos.")) == [
-        [("A one. The two of us.", "Uno, y nosotros dos.")]]
+        [("A one. The two of us.", "Uno, y nosotros dos.")]
+    ]
 
 
 def layout(root: Path) -> Path:
     write_mo(root / "a/locale/es/LC_MESSAGES/game.mo", [GOLD, ("Where are the ships?", "¿Dónde están los barcos?")])
     write_mo(root / "a/locale/es_MX/LC_MESSAGES/game.mo", [("I am not read.", "No me leen nunca.")])
     write_mo(root / "a/locale/fr/LC_MESSAGES/game.mo", [(GOLD[0], "Il faut plus d'or pour l'armée.")])
-    write_mo(root / "b/es_AR/LC_MESSAGES/tool.mo", [(GOLD[0].upper().capitalize(), GOLD[1]),
-                                                    ("The door is shut.", "La puerta está cerrada.")])
+    write_mo(
+        root / "b/es_AR/LC_MESSAGES/tool.mo",
+        [(GOLD[0].upper().capitalize(), GOLD[1]), ("The door is shut.", "La puerta está cerrada.")],
+    )
     (root / "b" / "levels").mkdir()
     text = 'msgid "Mind the big gap."\nmsgstr "Cuidado con el hueco."\n'
     (root / "b/levels/es.po").write_text(text, encoding="utf-8")
@@ -153,7 +159,9 @@ def test_catalogues_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     step = ["catalogues", str(layout(tmp_path / "x")), *pair, "-o", str(output)]
     assert main([*step, "--exclude", str(held)]) == 0
     assert gzip.decompress(output.read_bytes()).decode("utf-8").splitlines() == [
-        "es\ten\tcatalogue", f"{GOLD[1]}\t{GOLD[0]}\tgame", "¿Dónde están los barcos?\tWhere are the ships?\tgame",
+        "es\ten\tcatalogue",
+        f"{GOLD[1]}\t{GOLD[0]}\tgame",
+        "¿Dónde están los barcos?\tWhere are the ships?\tgame",
         "Cuidado con el hueco.\tMind the big gap.\tlevels/es",
     ]
     assert "3 pairs, 14 words, 2 catalogues; left out: {'held out': 1, 'seen before': 1}" in capsys.readouterr().out
@@ -172,7 +180,9 @@ def test_either_side_may_be_the_messages(tmp_path: Path) -> None:
     root = layout(tmp_path / "x")
     catalogues.write_pairs(tmp_path / "p.tsv", [root / "a"], "en", "fr")
     assert (tmp_path / "p.tsv").read_text(encoding="utf-8").splitlines()[1].split("\t")[:2] == [
-        GOLD[0], "Il faut plus d'or pour l'armée."]
+        GOLD[0],
+        "Il faut plus d'or pour l'armée.",
+    ]
     with pytest.raises(ManifestError, match="messages are 'en' give no pairs fr-es"):
         catalogues.write_pairs(tmp_path / "p.tsv", [root], "fr", "es")
     with pytest.raises(ManifestError, match="no catalogue of 'pl'"):

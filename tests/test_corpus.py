@@ -49,8 +49,13 @@ class Tones:
 
 
 def pairs(count: int = 120) -> list[tuple[str, str]]:
-    return [(f"El {NOUNS[i % 10]} {NOUNS[i // 10 % 10]} número {i} es mío.",
-             f"The {THINGS[i % 10]} {THINGS[i // 10 % 10]} number {i} is mine.") for i in range(count)]
+    return [
+        (
+            f"El {NOUNS[i % 10]} {NOUNS[i // 10 % 10]} número {i} es mío.",
+            f"The {THINGS[i % 10]} {THINGS[i // 10 % 10]} number {i} is mine.",
+        )
+        for i in range(count)
+    ]
 
 
 def text_file(path: Path, lines: list[tuple[str, ...]]) -> Path:
@@ -61,14 +66,17 @@ def text_file(path: Path, lines: list[tuple[str, ...]]) -> Path:
 # --- text --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("«Hola», dijo.", '"Hola", dijo.'),
-    ("“It’s”", '"It\'s"'),
-    ("  dos\u00a0 espacios\t ", "dos espacios"),
-    ("cafe\u0301", "café"),
-    ("in\u200bvisible\ufeff", "invisible"),
-    ("¿Qué? ¡NO! Tom's — 3,5", "¿Qué? ¡NO! Tom's — 3,5"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("«Hola», dijo.", '"Hola", dijo.'),
+        ("“It’s”", '"It\'s"'),
+        ("  dos\u00a0 espacios\t ", "dos espacios"),
+        ("cafe\u0301", "café"),
+        ("in\u200bvisible\ufeff", "invisible"),
+        ("¿Qué? ¡NO! Tom's — 3,5", "¿Qué? ¡NO! Tom's — 3,5"),
+    ],
+)
 def test_normalize(text: str, expected: str) -> None:
     assert normalize_text(text) == expected
     assert normalize_text(expected) == expected
@@ -109,8 +117,13 @@ def test_split_values_are_fixed() -> None:
 
 
 def test_fixed_test_rows_are_four_to_twelve_words_in_file_order() -> None:
-    given_pairs = [("a b c", "a b c d"), ("a b c d", "e f g h"), ("a " * 13, "b " * 5), ("x y z w", "q r s t"),
-                   ("k k k k", "l l l l")]
+    given_pairs = [
+        ("a b c", "a b c d"),
+        ("a b c d", "e f g h"),
+        ("a " * 13, "b " * 5),
+        ("x y z w", "q r s t"),
+        ("k k k k", "l l l l"),
+    ]
     assert fixed_test_rows(given_pairs, ["test", "test", "test", "train", "test"]) == [1, 4]
     assert fixed_test_rows(given_pairs, ["test"] * 5, size=2) == [1, 3]
 
@@ -121,20 +134,29 @@ def test_bad_rows_are_listed(tmp_path: Path) -> None:
     rows = sources.rows_of_text(path, skipped)
     assert [row.row for row in rows] == ["000000"]
     assert [(line[1], line[2]) for line in skipped.lines] == [
-        ("000001", "empty text"), ("000002", "empty text"), ("000003", "too long")]
+        ("000001", "empty text"),
+        ("000002", "empty text"),
+        ("000003", "too long"),
+    ]
 
 
 def test_pairs_of_one_target_share_its_recording_and_rare_words_rank_last(tmp_path: Path) -> None:
     path = text_file(tmp_path / "p.tsv", [("Ve.", "Go."), ("Vete.", "Go."), ("Ve ya.", "Go now.")])
     rows = sources.rows_of_text(path, Skipped(tmp_path, "text"))
     assert [row.target for row in rows] == ["000000", "000000", "000002"]
-    ranks = {row.src_text: row.rank for row in sources.with_ranks([
-        Row(str(i), "train", text, "x", str(i)) for i, text in enumerate(["a", "a", "a b", "a b c"])])}
+    ranks = {
+        row.src_text: row.rank
+        for row in sources.with_ranks(
+            [Row(str(i), "train", text, "x", str(i)) for i, text in enumerate(["a", "a", "a b", "a b c"])]
+        )
+    }
     assert ranks["a"] < ranks["a b"] < ranks["a b c"]
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"only one column\n", "one column"), (b"es\ten\n\xff\xfe\xff\n", "UTF-8"), (None, "does not exist")])
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"only one column\n", "one column"), (b"es\ten\n\xff\xfe\xff\n", "UTF-8"), (None, "does not exist")],
+)
 def test_unusable_text_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "p.tsv"
     if content is not None:
@@ -178,8 +200,10 @@ def test_table_without_a_column(tmp_path: Path) -> None:
 
 
 def rows_for(split: str, count: int) -> list[Row]:
-    return [Row(f"{i:06d}", split, f"frase número {i} aquí", f"sentence number {i} here", f"{i:06d}", i)
-            for i in range(count)]
+    return [
+        Row(f"{i:06d}", split, f"frase número {i} aquí", f"sentence number {i} here", f"{i:06d}", i)
+        for i in range(count)
+    ]
 
 
 def ready_speech(directory: Path, voices: dict[int, str], as_tar: bool = False) -> sources.ReadySpeech:
@@ -267,8 +291,14 @@ def test_recordings_that_fail_are_skipped_and_listed(tmp_path: Path) -> None:
     counts = speech.speech_set(tmp_path, "s", rows, speech.Selection("train"), Tones(), None, max_seconds=2.0)
     assert (counts["recorded"], counts["skipped"]) == (1, 6)
     reasons = {line["row"]: line["reason"] for line in read_table(tmp_path / "skipped" / "speech-s.0-of-1.tsv")}
-    assert reasons == {"text": "unusable audio", "long": "too long", "short": "unusable audio",
-                       "nan": "unusable audio", "gone": "missing audio", "000009": "unusable audio"}
+    assert reasons == {
+        "text": "unusable audio",
+        "long": "too long",
+        "short": "unusable audio",
+        "nan": "unusable audio",
+        "gone": "missing audio",
+        "000009": "unusable audio",
+    }
 
 
 def test_selection() -> None:
@@ -403,25 +433,34 @@ def cvss_layout(root: Path) -> tuple[Path, Path]:
     common_voice, cvss = root / "cv", root / "cvss"
     (common_voice / "clips").mkdir(parents=True)
     clips = {
-        "clip_a": ("Hola, “mundo”.", "mp3", 48000), "clip_b": ("Adiós, mundo cruel.", "wav", 8000),
-        "clip_c": ("", "mp3", 44100), "clip_d": ("Sin sonido aquí.", None, 0), "clip_e": ("Buenos días.", "mp3", 22050),
+        "clip_a": ("Hola, “mundo”.", "mp3", 48000),
+        "clip_b": ("Adiós, mundo cruel.", "wav", 8000),
+        "clip_c": ("", "mp3", 44100),
+        "clip_d": ("Sin sonido aquí.", None, 0),
+        "clip_e": ("Buenos días.", "mp3", 22050),
     }
     for name, (_, suffix, rate) in clips.items():
         if suffix:
             stereo = np.stack([tone(0.8, 300, rate)] * 2, axis=1)
             soundfile.write(common_voice / "clips" / f"{name}.{suffix}", stereo, rate)
     (common_voice / "validated.tsv").write_text(
-        "client_id\tpath\tsentence\n" + "".join(f"x\t{n}.mp3\t{t}\n" for n, (t, _, _) in clips.items()))
+        "client_id\tpath\tsentence\n" + "".join(f"x\t{n}.mp3\t{t}\n" for n, (t, _, _) in clips.items())
+    )
     tables = {
         "train": "clip_a.mp3\tHello, world.\nclip_b.mp3\tGoodbye, cruel world.\nclip_c.mp3\tEmpty.\n"
-                 "clip_d.mp3\tNo sound here.\nclip_x.mp3\tNobody's.\n",
+        "clip_d.mp3\tNo sound here.\nclip_x.mp3\tNobody's.\n",
         "dev": "path\ttranslation\nclip_e.mp3\tGood morning.\n",
     }
     for split, content in tables.items():
         (cvss / split).mkdir(parents=True)
         (cvss / f"{split}.tsv").write_text(content)
-    for split, name in (("train", "clip_a"), ("train", "clip_b"), ("train", "clip_c"), ("train", "clip_d"),
-                        ("dev", "clip_e")):
+    for split, name in (
+        ("train", "clip_a"),
+        ("train", "clip_b"),
+        ("train", "clip_c"),
+        ("train", "clip_d"),
+        ("dev", "clip_e"),
+    ):
         write_audio(cvss / split / f"{name}.mp3.wav", tone(0.7, 250, 24000), 24000)
     return common_voice, cvss
 
@@ -432,7 +471,10 @@ def test_cvss_layout(tmp_path: Path) -> None:
     assert {name: row.split for name, row in rows.items()} == {"clip_a": "train", "clip_b": "train", "clip_e": "dev"}
     assert rows["clip_a"].src_text == 'Hola, "mundo".' and rows["clip_a"].tgt_text == "Hello, world."
     assert {line[1]: line[2] for line in skipped.lines} == {
-        "clip_c": "empty text", "clip_d": "missing audio", "clip_x": "no source text"}
+        "clip_c": "empty text",
+        "clip_d": "missing audio",
+        "clip_x": "no source text",
+    }
 
 
 def test_cvss_without_tables(tmp_path: Path) -> None:
@@ -459,16 +501,41 @@ def ready_corpus(directory: Path, *options: str) -> Path:
     for split, content in lines.items():
         (cvss / f"{split}.tsv").write_text("\n".join(content) + "\n")
     output = directory / "out"
-    assert main(["all", "--output", str(output), "--cvss", str(cvss), "--common-voice", str(common_voice),
-                 "--vocab-size", "40", "--features", "mfcc", "--num-units", "20", "--positions", "0", *options]) == 0
+    assert (
+        main(
+            [
+                "all",
+                "--output",
+                str(output),
+                "--cvss",
+                str(cvss),
+                "--common-voice",
+                str(common_voice),
+                "--vocab-size",
+                "40",
+                "--features",
+                "mfcc",
+                "--num-units",
+                "20",
+                "--positions",
+                "0",
+                *options,
+            ]
+        )
+        == 0
+    )
     return output
 
 
 def test_all_steps_from_ready_recordings(tmp_path: Path) -> None:
     """CVSS layout to manifests; every file that training wants is there and agrees with the others."""
     output = ready_corpus(tmp_path)
-    train = list(read_table(output / "train.tsv", ["id", "src_audio", "src_n_frames", "src_text", "tgt_text",
-                                                   "tgt_audio", "tgt_n_frames", "voice"]))
+    train = list(
+        read_table(
+            output / "train.tsv",
+            ["id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames", "voice"],
+        )
+    )
     assert len(train) == 36 and len(list(read_table(output / "dev.tsv"))) == 4
     for line in train:
         samples = load_audio(output / line["src_audio"])
@@ -503,8 +570,9 @@ def test_manifests_without_units(tmp_path: Path, capsys: pytest.CaptureFixture) 
     output = tmp_path / "c"
     write_rows(output / "rows.tsv", rows_for("train", 3))
     (output / "steps").mkdir()
-    (output / "steps" / "text.json").write_text(json.dumps(
-        {"settings": {"source_lang": "es", "target_lang": "en"}, "pairs": {}}))
+    (output / "steps" / "text.json").write_text(
+        json.dumps({"settings": {"source_lang": "es", "target_lang": "en"}, "pairs": {}})
+    )
     for side in ("src", "tgt"):
         texts = [f"{source} {target}" for source, target in pairs(40)]
         train_subwords(texts, output / f"spm.{side}.model", output / f"dict.{side}.txt", 50)
@@ -539,8 +607,21 @@ def test_respeak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     def respeak(texts: dict[str, str]) -> int:
         generated.write_text("".join(json.dumps({"id": name, "mt": text}) + "\n" for name, text in texts.items()))
-        return main(["respeak", "--output", str(output), "--generated", str(generated), "--manifest", "own",
-                     "--features", "mfcc", "--num-units", "20"])
+        return main(
+            [
+                "respeak",
+                "--output",
+                str(output),
+                "--generated",
+                str(generated),
+                "--manifest",
+                "own",
+                "--features",
+                "mfcc",
+                "--num-units",
+                "20",
+            ]
+        )
 
     assert respeak(texts) == 0
     own = list(read_table(output / "own.tsv"))
@@ -559,12 +640,16 @@ def test_respeak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert f"{dev!r} is no recording of the split train" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["speech", "--set", "s"], "run the step 'text' first"),
-    (["text", "--pairs", "nowhere.tsv"], "nowhere.tsv does not exist"),
-    (["text", "--cvss", "somewhere"], "--cvss needs --common-voice"),
-    (["units", "--features", "mfcc"], "run the step 'text' first"),
-], ids=["no text", "no file", "no clips", "no rows"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["speech", "--set", "s"], "run the step 'text' first"),
+        (["text", "--pairs", "nowhere.tsv"], "nowhere.tsv does not exist"),
+        (["text", "--cvss", "somewhere"], "--cvss needs --common-voice"),
+        (["units", "--features", "mfcc"], "run the step 'text' first"),
+    ],
+    ids=["no text", "no file", "no clips", "no rows"],
+)
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
     assert main([*arguments, "--output", str(tmp_path)]) == 1
     error = capsys.readouterr().err
@@ -573,8 +658,22 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, argu
 
 def test_text_step_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = text_file(tmp_path / "p.tsv", [*pairs(), ("", "No source.")])
-    assert main(["text", "--output", str(tmp_path / "o"), "--pairs", str(path), "--vocab-size", "45",
-                 "--source-vocab-size", "40"]) == 0
+    assert (
+        main(
+            [
+                "text",
+                "--output",
+                str(tmp_path / "o"),
+                "--pairs",
+                str(path),
+                "--vocab-size",
+                "45",
+                "--source-vocab-size",
+                "40",
+            ]
+        )
+        == 0
+    )
     rows = read_rows(tmp_path / "o" / "rows.tsv")
     assert len(rows) == 120 and {row.split for row in rows} >= {"train"}
     dictionary = (tmp_path / "o" / "dict.tgt.txt").read_text(encoding="utf-8").splitlines()

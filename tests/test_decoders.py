@@ -23,10 +23,25 @@ UNIT_INPUTS = ["encoder", "mt", "mt-tokens"]
 
 def config(**changes) -> EchoStreamConfig:
     values = dict(
-        encoder_embed_dim=D, encoder_attention_heads=2, encoder_ffn_embed_dim=24, st_decoder_heads=2, st_vocab_size=11,
-        st_left_context=5, mt_decoder_layers=2, mt_decoder_heads=2, mt_decoder_embed_dim=12, mt_decoder_ffn_dim=20,
-        mt_vocab_size=13, unit_decoder_layers=2, unit_decoder_heads=2, unit_decoder_embed_dim=8,
-        unit_decoder_ffn_dim=20, ctc_upsample_ratio=3, num_units=9, max_sentence_frames=40, max_target_tokens=12,
+        encoder_embed_dim=D,
+        encoder_attention_heads=2,
+        encoder_ffn_embed_dim=24,
+        st_decoder_heads=2,
+        st_vocab_size=11,
+        st_left_context=5,
+        mt_decoder_layers=2,
+        mt_decoder_heads=2,
+        mt_decoder_embed_dim=12,
+        mt_decoder_ffn_dim=20,
+        mt_vocab_size=13,
+        unit_decoder_layers=2,
+        unit_decoder_heads=2,
+        unit_decoder_embed_dim=8,
+        unit_decoder_ffn_dim=20,
+        ctc_upsample_ratio=3,
+        num_units=9,
+        max_sentence_frames=40,
+        max_target_tokens=12,
     )
     return EchoStreamConfig(**{**values, **changes})
 

@@ -18,7 +18,6 @@ import pytest
 from scripts.build_dist import copy_tree, missing_from
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ROOT / "echostream" / "assets" / "es-en-int8"
 LIMIT_MB, LIMIT_S = 300, 40  # of the environment, model included; of CPU time, for this machine may be busy
 TALK = ROOT / "echostream" / "assets" / "demo" / "02.ogg"
 
@@ -31,14 +30,10 @@ def run(*command: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def project(traced_once: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's files, an exported model among them."""
-    from echostream.export.directory import export_directory
-
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's files, the shipped model among them."""
     folder = tmp_path_factory.mktemp("project") / "echostream"
     copy_tree(folder)
-    if not SHIPPED.is_dir():
-        export_directory(tiny_bundle, folder / "echostream" / "assets" / "es-en-int8", int8=True)
     return folder
 
 

@@ -49,7 +49,7 @@ def test_what_the_fuzzer_is_for_is_noticed(tmp_path: Path, monkeypatch: pytest.M
         "    kind = line.split()[0]\n"
         "    time.sleep(9 * (kind == 'hang'))\n"
         "    if kind == 'crash': os._exit(7)\n"
-        "    print('[\"refused\", \"x\"]', flush=True)\n"
+        '    print(\'["refused", "x"]\', flush=True)\n'
     )
     popen = runner.subprocess.Popen
     monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **o: popen([sys.executable, str(fake)], **o))

@@ -110,9 +110,7 @@ def test_alignment_ignores_case_and_marks() -> None:
     [
         pytest.param("The house is big. Hello, my friend. What time is it now?", REFERENCES, id="perfect"),
         # Its own sentence ends, case and marks do not matter, only the words do.
-        pytest.param(
-            "the house. Is big hello my. Friend what time is it now", None, id="other-marks"
-        ),
+        pytest.param("the house. Is big hello my. Friend what time is it now", None, id="other-marks"),
         pytest.param("The house is big. What time is it now?", [REFERENCES[0], "", REFERENCES[2]], id="one-left-out"),
         pytest.param(
             "The house is big. Hello, my dear good friend. What time is it now?",

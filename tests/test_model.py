@@ -85,8 +85,11 @@ def test_design_example():
 def test_count_parameters_prints_and_checks():
     run = [sys.executable, str(ROOT / "scripts" / "count_parameters.py")]
     done = subprocess.run(
-        [*run, "--config", "configs/echostream_config.yaml", "--check"], cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
+        [*run, "--config", "configs/echostream_config.yaml", "--check"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     for number in ("15,592,448", "1,903,616", "855,552", "14,539,776", "789,760", "1,053,440", "34,192,188"):

@@ -75,7 +75,6 @@ INSTEAD = [
     (r"--source-vocab-size \d+", "--source-vocab-size 40"),
     (r"--whisper base --vocab-size \d+", "--whisper base --vocab-size 300"),
     (r"--output data/es-en --cvss", "--output data/cvss --cvss"),  # not over the corpus of the command before
-    (r"^echostream export echostream/assets/es-en", "echostream export bundles/es-en"),
     (r"^(echostream translate (?!.*--checkpoint-dir).*)", r"\1 --checkpoint-dir bundles/es-en"),
     (r"/usr/share/locale( /usr/share/games)?", "locale"),
     (r"--kmeans \S+", ""),
@@ -329,9 +328,7 @@ def stand_in(folder: Path, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda number: " ".join(COMMANDS[number].split()[:3]))
-def test_case_08_every_command_runs(
-    sandbox: Path, number: int, capsys: pytest.CaptureFixture
-) -> None:
+def test_case_08_every_command_runs(sandbox: Path, number: int, capsys: pytest.CaptureFixture) -> None:
     from simuleval import cli as simuleval
     from simuleval.utils.agent import EVALUATION_SYSTEM_LIST
 

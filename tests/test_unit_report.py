@@ -80,7 +80,7 @@ def test_the_command(tmp_path, compare, capsys):
     (tmp_path / "test.tsv").write_text("\n".join(manifest) + "\n")
     more = ["--compare", "4", "--features", "mfcc", "--steps", "2"] if compare else []
     unit_report.main([str(tmp_path), "--json", *more])
-    (name, figures), = json.loads(capsys.readouterr().out).items()
+    ((name, figures),) = json.loads(capsys.readouterr().out).items()
     assert name == ("mfcc 4" if compare else "units.tsv")
     assert figures["recordings"] == 3 and 0 < figures["phone_purity"] <= 1
     if not compare:

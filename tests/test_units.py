@@ -190,8 +190,13 @@ def broken_files() -> dict[str, bytes]:
     buffer = io.BytesIO()
     joblib.dump(sklearn_model(), buffer)
     whole = buffer.getvalue()
-    return {"empty": b"", "text": b"not a k-means file", "cut": whole[: len(whole) // 2],
-            "no centroids": pickle.dumps({"a": 1}), "zip": b"PK\x03\x04 nothing"}
+    return {
+        "empty": b"",
+        "text": b"not a k-means file",
+        "cut": whole[: len(whole) // 2],
+        "no centroids": pickle.dumps({"a": 1}),
+        "zip": b"PK\x03\x04 nothing",
+    }
 
 
 @pytest.mark.parametrize("name", ["empty", "text", "cut", "no centroids", "zip"])
@@ -261,8 +266,15 @@ def tiny_hubert(path: Path) -> None:
     from omegaconf import OmegaConf
 
     model_config = HubertConfig(
-        _name="hubert", label_rate=50, encoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=32,
-        encoder_attention_heads=2, final_dim=8, conv_pos=16, conv_pos_groups=4,
+        _name="hubert",
+        label_rate=50,
+        encoder_layers=2,
+        encoder_embed_dim=16,
+        encoder_ffn_embed_dim=32,
+        encoder_attention_heads=2,
+        final_dim=8,
+        conv_pos=16,
+        conv_pos_groups=4,
         conv_feature_layers="[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
     )
     task_config = HubertPretrainingConfig(
@@ -275,9 +287,15 @@ def tiny_hubert(path: Path) -> None:
     model = HubertModel(model_config, task_config, [labels])
     config = OmegaConf.create({"model": vars(model_config), "task": vars(task_config), "common": {}})
     torch.save(
-        {"args": None, "cfg": config, "model": model.state_dict(), "task_state": {"dictionaries": [labels]},
-         "optimizer_history": [{"num_updates": 1, "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}],
-         "extra_state": {}}, path,
+        {
+            "args": None,
+            "cfg": config,
+            "model": model.state_dict(),
+            "task_state": {"dictionaries": [labels]},
+            "optimizer_history": [{"num_updates": 1, "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}],
+            "extra_state": {},
+        },
+        path,
     )
 
 

@@ -104,9 +104,7 @@ def test_what_does_not_fit_is_refused() -> None:
         cfg = whisper_config(SIZES, mt_decoder_form="vaswani", **SMALL)
         decoder_weights(source, cfg, TokenOrigins(((1,),)), PROMPT)
     with pytest.raises(ConfigError, match="mt_decoder_prompt is 2; Whisper's is 3 long, or 0"):
-        decoder_weights(
-            source, whisper_config(SIZES, mt_decoder_prompt=2, **SMALL), TokenOrigins(((),) * 12), PROMPT
-        )
+        decoder_weights(source, whisper_config(SIZES, mt_decoder_prompt=2, **SMALL), TokenOrigins(((),) * 12), PROMPT)
     with pytest.raises(CheckpointError, match="mt_vocab_size is 12, the dictionary has 5 entries"):
         decoder_weights(source, whisper_config(SIZES, **SMALL), TokenOrigins(((), (), (99,), (), (1,))), PROMPT)
 

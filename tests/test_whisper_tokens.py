@@ -185,8 +185,10 @@ BROKEN = {
     "letters": ({"vocab.json": '{"日": 0, "<|endoftext|>": 1}', "merges.txt": ""}, "no byte-level BPE"),
     "merges": ({"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": "a b c\n"}, "no byte-level BPE"),
     "tiktoken": ({"multilingual.tiktoken": "YQ== 0 1\n"}, "not 'base64 rank' lines"),
-    "tiktoken-order": ({"multilingual.tiktoken": "YQ== 0\nYWE= 1\nYWFhYQ== 2\nYWFhYWFhYQ==  3\nYWFhYWFhYWE= 4\n"
-                       "YmE= 5\n"}, "is no pair"),
+    "tiktoken-order": (
+        {"multilingual.tiktoken": "YQ== 0\nYWE= 1\nYWFhYQ== 2\nYWFhYWFhYQ==  3\nYWFhYWFhYWE= 4\nYmE= 5\n"},
+        "is no pair",
+    ),
     "list": ({"tokenizer.json": '{"added_tokens": [1], "model": {"vocab": ["<|endoftext|>"], "merges": 3}}'}, "is"),
 }
 

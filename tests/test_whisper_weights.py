@@ -72,8 +72,13 @@ def test_quantised_weights_are_right_to_half_a_step(kind: str, steps: int, tmp_p
             step = 1.0 / steps  # queries, keys and values share one
         np.testing.assert_allclose(value, PARAMETERS[name], atol=step / 2 + 1e-6, err_msg=name)
     if kind == "int8":  # a loud row costs the quiet ones nothing: each has its own scale
-        quiet = {**VARIABLES, "encoder/layer_0/self_attention/linear_0/weight":
-                 VARIABLES["encoder/layer_0/self_attention/linear_0/weight"] * np.geomspace(1e-4, 1, 48)[:, None]}
+        quiet = {
+            **VARIABLES,
+            "encoder/layer_0/self_attention/linear_0/weight": VARIABLES[
+                "encoder/layer_0/self_attention/linear_0/weight"
+            ]
+            * np.geomspace(1e-4, 1, 48)[:, None],
+        }
         found = read_whisper(write_ctranslate2(tmp_path, quiet, kind)).parameters["encoder.blocks.0.attn.query.weight"]
         expected = quiet["encoder/layer_0/self_attention/linear_0/weight"][:16]
         assert (np.abs(found - expected) <= np.abs(expected).max(axis=1, keepdims=True) / 253).all()

@@ -52,9 +52,17 @@ def make_corpus(directory: Path, train: int = 12, dev: int = 4, seed: int = 0) -
         words = sorted({word.strip(".").lower() for line in lines for word in line.split()})
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines + words * 5 + [w.capitalize() + "." for w in words]), model_writer=model,
-            vocab_size=40, model_type="unigram", character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
-            bos_id=0, pad_id=1, eos_id=2, unk_id=3,
+            sentence_iterator=iter(lines + words * 5 + [w.capitalize() + "." for w in words]),
+            model_writer=model,
+            vocab_size=40,
+            model_type="unigram",
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
         )
         (directory / f"spm.{side}.model").write_bytes(model.getvalue())
         sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -66,19 +74,47 @@ def make_corpus(directory: Path, train: int = 12, dev: int = 4, seed: int = 0) -
 
 
 TINY_MODEL = dict(
-    conv_channels=8, encoder_embed_dim=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_embed_dim=64,
-    st_decoder_layers=1, st_decoder_heads=2, mt_decoder_layers=1, mt_decoder_heads=2, mt_decoder_embed_dim=32,
-    mt_decoder_ffn_dim=64, unit_decoder_layers=1, unit_decoder_heads=2, unit_decoder_embed_dim=32,
-    unit_decoder_ffn_dim=64, ctc_upsample_ratio=8, unit_decoder_input="mt-tokens",
+    conv_channels=8,
+    encoder_embed_dim=32,
+    encoder_layers=2,
+    encoder_attention_heads=2,
+    encoder_ffn_embed_dim=64,
+    st_decoder_layers=1,
+    st_decoder_heads=2,
+    mt_decoder_layers=1,
+    mt_decoder_heads=2,
+    mt_decoder_embed_dim=32,
+    mt_decoder_ffn_dim=64,
+    unit_decoder_layers=1,
+    unit_decoder_heads=2,
+    unit_decoder_embed_dim=32,
+    unit_decoder_ffn_dim=64,
+    ctc_upsample_ratio=8,
+    unit_decoder_input="mt-tokens",
 )
 
 
 def tiny_flags(data: Path, save_dir: Path, **changes: object) -> list[str]:
     """fairseq-train's arguments for a tiny model on ``data``; ``changes`` as in ``max_update=3`` or ``cpu=True``."""
     flags: dict[str, object] = dict(
-        arch="echostream", task="echostream_s2st", criterion="echostream_multitask", optimizer="adam", lr=0.003,
-        max_tokens=400, max_update=3, save_dir=save_dir, cpu=True, num_workers=0, valid_subset="dev", eval_bleu=True,
-        log_format="simple", log_interval=1, no_progress_bar=True, clip_norm=5.0, no_epoch_checkpoints=True, seed=1,
+        arch="echostream",
+        task="echostream_s2st",
+        criterion="echostream_multitask",
+        optimizer="adam",
+        lr=0.003,
+        max_tokens=400,
+        max_update=3,
+        save_dir=save_dir,
+        cpu=True,
+        num_workers=0,
+        valid_subset="dev",
+        eval_bleu=True,
+        log_format="simple",
+        log_interval=1,
+        no_progress_bar=True,
+        clip_norm=5.0,
+        no_epoch_checkpoints=True,
+        seed=1,
         **TINY_MODEL,
     )
     flags.update(changes)

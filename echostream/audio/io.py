@@ -81,9 +81,7 @@ def decode_audio(data: bytes, name: str, sample_rate: int = SAMPLE_RATE) -> np.n
 
 
 @contextmanager
-def _blocks(
-    path: str | Path, longest_s: float | None = None
-) -> Iterator[tuple[AudioSource, Iterator[np.ndarray]]]:
+def _blocks(path: str | Path, longest_s: float | None = None) -> Iterator[tuple[AudioSource, Iterator[np.ndarray]]]:
     source = open_file(path, block_ms=1000)
     try:
         yield source, _checked(source, longest_s)

@@ -53,8 +53,7 @@ _EXPORTED_RULES = {
 }  # fmt: skip
 COPIED = ("source_spm", "target_spm", "source_dict", "target_dict", "unit_dict", "cmvn")  # from the corpus as they are
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
-# The shipped model: exported, which needs no torch, where that is there; else the checkpoint.
-DEFAULT_BUNDLE = _ASSETS / ("es-en-int8" if (_ASSETS / "es-en-int8").is_dir() else "es-en")
+DEFAULT_BUNDLE = _ASSETS / "es-en"  # the shipped model, exported: it needs no torch
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -300,5 +300,3 @@ def describe(arm: dict[str, Any]) -> str:
     if "steps" in arm:
         words.append("steps " + ", ".join(arm["steps"]))
     return "; ".join(words)
-
-

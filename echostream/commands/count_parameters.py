@@ -1,7 +1,7 @@
 """Print a model's parameters per component.
 
-    echostream count-parameters --arch echostream_small
-    echostream count-parameters --config configs/echostream_config.yaml --vocoder small
+echostream count-parameters --arch echostream_small
+echostream count-parameters --config configs/echostream_config.yaml --vocoder small
 """
 
 from __future__ import annotations

@@ -220,5 +220,3 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=8, help="recordings translated together, and lost together (default: 8)"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: 1)")
-
-

@@ -58,7 +58,11 @@ def offline_tables(args: argparse.Namespace) -> None:
 
 
 def score_offline(
-    rows: list[dict[str, Any]], path: Path, asr: str = "auto", language: str = "en", tokenizer: str = "",
+    rows: list[dict[str, Any]],
+    path: Path,
+    asr: str = "auto",
+    language: str = "en",
+    tokenizer: str = "",
     asr_model: str | None = None,
 ) -> list[tuple[str, str, float]]:
     """(part, measure, value) for every part whose hypotheses and references are there. Rates are in percent.
@@ -171,9 +175,7 @@ def policy_sweep(args: argparse.Namespace) -> None:
 def join_talks(args: argparse.Namespace) -> None:
     rows = read_manifest(args.manifest, need=RECORDING)
     root = args.audio_root or args.manifest.parent
-    talks = make_talks(
-        rows, root, args.output, args.count, args.minutes, args.sentences, tuple(args.pause), args.seed
-    )
+    talks = make_talks(rows, root, args.output, args.count, args.minutes, args.sentences, tuple(args.pause), args.seed)
     minutes = sum(talk.seconds for talk in talks) / 60
     print(f"{len(talks)} talks, {sum(len(t.segments) for t in talks)} sentences, {minutes:.1f} minutes: {args.output}")
 

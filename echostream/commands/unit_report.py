@@ -32,9 +32,16 @@ from echostream.units.report import bit_rate, purity
 from echostream.vocoder.dataset import UnitUtterance, read_units
 
 COLUMNS = {
-    "units": "units", "used": "used", "phone_purity": "phone purity", "cluster_purity": "cluster purity",
-    "pnmi": "PNMI", "runs_per_second": "units/s", "bits_per_second": "bits/s", "bits_per_second_runs": "dedup. bits/s",
-    "bits_per_second_fixed": "log2(K) bits/s", "bits_per_second_runs_fixed": "dedup. log2(K)",
+    "units": "units",
+    "used": "used",
+    "phone_purity": "phone purity",
+    "cluster_purity": "cluster purity",
+    "pnmi": "PNMI",
+    "runs_per_second": "units/s",
+    "bits_per_second": "bits/s",
+    "bits_per_second_runs": "dedup. bits/s",
+    "bits_per_second_fixed": "log2(K) bits/s",
+    "bits_per_second_runs_fixed": "dedup. log2(K)",
 }
 
 
@@ -44,8 +51,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("data", type=Path, help="corpus directory of echostream prepare")
     p.add_argument("--limit", type=int, default=1000, metavar="N", help="recordings, by hash (default: 1000)")
-    p.add_argument("--language", help="espeak-ng's voice for the phones "
-                   "(default: the corpus's target language, en-us where config.yaml does not tell it)")
+    p.add_argument(
+        "--language",
+        help="espeak-ng's voice for the phones "
+        "(default: the corpus's target language, en-us where config.yaml does not tell it)",
+    )
     p.add_argument("--compare", type=int, nargs="+", metavar="K", help="fit so many clusters instead")
     p.add_argument("--features", nargs="+", default=["whisper"], choices=("whisper", "hubert", "mfcc"))
     p.add_argument("--features-model", type=Path, metavar="PATH", help="Whisper directory or HuBERT checkpoint")
@@ -98,7 +108,11 @@ def compared(args: argparse.Namespace, items: list[UnitUtterance], labels: list[
             frames = projection(np.concatenate(vectors))
             for count in args.compare:
                 centroids = fit_kmeans(
-                    frames, count, steps=args.steps, batch=4000, full_steps=1,
+                    frames,
+                    count,
+                    steps=args.steps,
+                    batch=4000,
+                    full_steps=1,
                     progress=lambda steps, name=f"{extractor.name} {count}": tqdm(steps, name),
                 )
                 model = KMeans(centroids, projection, extractor.name)

@@ -384,5 +384,3 @@ class SpeechToSpeechDataset(BucketedDataset):
             "windows": windows,
             "sentence_row": rows,
         }
-
-

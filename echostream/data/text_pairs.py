@@ -69,7 +69,10 @@ class TextPairDataset(BucketedDataset):
         return super().filter_indices_by_size(indices, (None, limit))
 
     def batch_by_size(
-        self, indices: np.ndarray, max_tokens: int | None = None, max_sentences: int | None = None,
+        self,
+        indices: np.ndarray,
+        max_tokens: int | None = None,
+        max_sentences: int | None = None,
         required_batch_size_multiple: int = 1,
     ) -> list[np.ndarray]:
         """Batches of neighbouring ``indices``; sentences with units and those without apart."""

@@ -13,9 +13,7 @@ from echostream.errors import EchoStreamError, require
 TOKENIZER = "13a"  # sacrebleu's default
 _TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}  # as sacrebleu chooses by the language pair
 # Scripts without spaces between words, whose letters are counted in place of them: Thai to Tibetan, Khmer, kana, Han.
-_UNSPACED = re.compile(
-    r"([\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
-)
+_UNSPACED = re.compile(r"([\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
 
 
 def tokenizer_for(language: str) -> str:
@@ -62,9 +60,7 @@ def asr_bleu(
 
 def word_error_rate(hypotheses: Sequence[str], references: Sequence[str], numbers: bool = True) -> float:
     """Word errors in percent of the references' words, both sides through ``spoken_words``; may exceed 100."""
-    return _error_rate(
-        [spoken_words(h, numbers) for h in hypotheses], [spoken_words(r, numbers) for r in references]
-    )
+    return _error_rate([spoken_words(h, numbers) for h in hypotheses], [spoken_words(r, numbers) for r in references])
 
 
 def unit_error_rate(hypotheses: Sequence[str], references: Sequence[str]) -> float:

@@ -103,9 +103,7 @@ def write(
 # ---- quality -------------------------------------------------------------------------------------------------------
 
 
-def figure(
-    measure: Measure, systems: Sequence[System], ids: Sequence[str], options: Options
-) -> list[Result]:
+def figure(measure: Measure, systems: Sequence[System], ids: Sequence[str], options: Options) -> list[Result]:
     """Of ``bootstrap``, for sentences that all ``systems`` have."""
     references = [systems[0].sentences[i][measure.reference] for i in ids]
     for system in systems[1:]:
@@ -160,9 +158,7 @@ def quality(systems: Sequence[System], options: Options) -> str:
     return "\n\n".join(lines)
 
 
-def grouped(
-    title: str, group: str, systems: Sequence[System], groups: Mapping[str, set[str]], options: Options
-) -> str:
+def grouped(title: str, group: str, systems: Sequence[System], groups: Mapping[str, set[str]], options: Options) -> str:
     """A row for every system and every group of sentences that it has."""
     measures, rows = measures_of(systems, options), []
     for system in tqdm(systems, desc=title.lower()):

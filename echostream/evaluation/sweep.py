@@ -120,8 +120,12 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def measure(
-    streamed: Sequence[Streamed], references: Sequence[str], recogniser: Recogniser | None = None,
-    language: str = "en", tokenizer: str = "", unit: str = "word",
+    streamed: Sequence[Streamed],
+    references: Sequence[str],
+    recogniser: Recogniser | None = None,
+    language: str = "en",
+    tokenizer: str = "",
+    unit: str = "word",
 ) -> dict[str, float]:
     """The figures of a point; those of speech are there with a ``recogniser`` to hear it. Latencies are in ms.
 
@@ -144,9 +148,7 @@ def measure(
     return figures
 
 
-def _latencies(
-    streamed: Sequence[Streamed], references: Sequence[str], spoken: bool, unit: str
-) -> dict[str, float]:
+def _latencies(streamed: Sequence[Streamed], references: Sequence[str], spoken: bool, unit: str) -> dict[str, float]:
     rows = []
     for s, reference in zip(streamed, references, strict=True):
         given = s.spoken if spoken else s.written

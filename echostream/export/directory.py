@@ -1,10 +1,10 @@
 """``echostream export``: a checkpoint directory in the form in which models are shipped.
 
-    config.json          the configuration, the policy's defaults, digests
-    model.safetensors    every weight once (``tensor_file``)
-    onnx/<name>.onnx     graphs without weights (``weights``)
-    README.md            the model card
-    spm.*.model, dict.*.txt, gcmvn.npz, vocoder.json, and kmeans.npz where the checkpoint has it
+config.json          the configuration, the policy's defaults, digests
+model.safetensors    every weight once (``tensor_file``)
+onnx/<name>.onnx     graphs without weights (``weights``)
+README.md            the model card
+spm.*.model, dict.*.txt, gcmvn.npz, vocoder.json, and kmeans.npz where the checkpoint has it
 """
 
 from __future__ import annotations

@@ -98,9 +98,7 @@ def _zip(fn: Callable[[list[Tensor]], Tensor], values: list[Any]) -> Any:
         return fn(values)
     if isinstance(first, tuple):
         return tuple(_zip(fn, list(parts)) for parts in zip(*values, strict=True))
-    return type(first)(
-        **{f.name: _zip(fn, [getattr(v, f.name) for v in values]) for f in dataclasses.fields(first)}
-    )
+    return type(first)(**{f.name: _zip(fn, [getattr(v, f.name) for v in values]) for f in dataclasses.fields(first)})
 
 
 def _flatten(name: str, value: Any, out: dict[str, Any]) -> None:

@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     net.add_argument("--port", type=int, default=8765, metavar="N", help="0: any that is free (default: 8765)")
     net.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate chain: HTTPS, which microphones need")
     net.add_argument("--tls-key", type=Path, metavar="PEM", help="its private key")
-    net.add_argument(
-        "--token", metavar="TEXT", help="ask clients for this bearer token (better: set ECHOSTREAM_TOKEN)"
-    )
+    net.add_argument("--token", metavar="TEXT", help="ask clients for this bearer token (better: set ECHOSTREAM_TOKEN)")
     net.add_argument(
         "--allow-origin", action="append", default=[], metavar="URL", help="pages of this host may connect, too; *: all"
     )

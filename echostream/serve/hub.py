@@ -297,5 +297,3 @@ class Hub:
             self.drop(session, "the server is stopped", forget=False)
         await asyncio.get_running_loop().run_in_executor(None, self.engine.stop)
         self._writer.shutdown()
-
-

@@ -41,6 +41,7 @@ class Metrics:
         self.lags: deque[float] = deque(maxlen=WINDOW)
         self.levels: Callable[[], dict[str, float]] = dict  # sessions and the like, asked for when shown
         self.registry.register(self)
+
     def step(self, seconds: float, streams: int, heard: float) -> None:
         """A step of the engine: how long it took, streams in it, seconds of sound in it."""
         self.steps.append((seconds, streams, heard))

@@ -183,9 +183,7 @@ def read(path: str | Path, bundle: Bundle, row: int, engine: Engine) -> tuple[St
     return state, model
 
 
-def _state(
-    values: dict[str, Any], arrays: dict[str, np.ndarray], row: int, engine: Engine, what: str
-) -> StreamState:
+def _state(values: dict[str, Any], arrays: dict[str, np.ndarray], row: int, engine: Engine, what: str) -> StreamState:
     """What the header and the arrays say, all of it checked against the engine.
 
     Raises:

@@ -95,9 +95,7 @@ class AudioClock:
             samples = samples[count:]
             chunk, state = self._process(state)
             yield chunk, state
-        state = replace(
-            state, samples=np.concatenate([state.samples, samples]), due=state.due - 1000 * len(samples)
-        )
+        state = replace(state, samples=np.concatenate([state.samples, samples]), due=state.due - 1000 * len(samples))
         yield None, state
 
     def finish(self, state: ClockState) -> tuple[AudioChunk, ClockState]:

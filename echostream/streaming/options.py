@@ -48,9 +48,7 @@ SEGMENTER_OPTIONS = (
 )  # fmt: skip
 
 
-def add_policy_arguments(
-    parser: ArgumentParser | argparse._ArgumentGroup, chunks: tuple[int, ...] = ()
-) -> None:
+def add_policy_arguments(parser: ArgumentParser | argparse._ArgumentGroup, chunks: tuple[int, ...] = ()) -> None:
     """``--policy``, a flag for each knob of any policy, and ``--chunk-ms``. What is not given stays None.
 
     With ``chunks``, which are then its default, ``--chunk-ms`` takes any number of sizes.

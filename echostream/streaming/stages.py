@@ -163,9 +163,7 @@ class Answering:
         return answers
 
     def _search(self, rows: list[int], requests: list[Search]) -> list[list[Chosen]]:
-        return [
-            beam_search(self._branch(row, r.most + 1), r.token, r.beam, r.most) for row, r in zip(rows, requests)
-        ]
+        return [beam_search(self._branch(row, r.most + 1), r.token, r.beam, r.most) for row, r in zip(rows, requests)]
 
     def _branch(self, row: int, places: int) -> Step:
         """Steps hypotheses of the MT decoder's sentence in ``row``, which stays as it is, by ``places`` at most."""

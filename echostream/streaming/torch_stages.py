@@ -118,9 +118,7 @@ class TorchStages(Answering):
     def _extend(self, rows: list[int], requests: list[Extend]) -> list[None]:
         frames, lengths = self._pad(rows, [r.frames for r in requests])
         mt = self.model.mt_decoder.extend(frames, lengths, self.state.mt, in_place=True)
-        unit = tuple(
-            self.model.unit_decoder.extend(frames, lengths, state, in_place=True) for state in self.state.unit
-        )
+        unit = tuple(self.model.unit_decoder.extend(frames, lengths, state, in_place=True) for state in self.state.unit)
         self._replace(mt=mt, unit=unit)
         return [None] * len(rows)
 

@@ -144,7 +144,9 @@ class EchoStreamTask(FairseqTask):
             memory.keep_freed_memory()
         logger.info(
             "dictionaries: %d source and %d target symbols, %d units",
-            len(task.source_dictionary), len(task.target_dictionary), config.num_units,
+            len(task.source_dictionary),
+            len(task.target_dictionary),
+            config.num_units,
         )
         return task
 
@@ -209,20 +211,32 @@ class EchoStreamTask(FairseqTask):
         if not training and ":" in split:
             raise ConfigError(f"subset {split!r}: only what is trained on is repeated; leave the number out")
         dataset = SpeechToSpeechDataset(
-            [Path(self.cfg.data) / f"{name}.tsv" for name in names], self.config,
-            self.augmentation if training else None, self.cfg.seed, repeats, training and self.speech_alone,
+            [Path(self.cfg.data) / f"{name}.tsv" for name in names],
+            self.config,
+            self.augmentation if training else None,
+            self.cfg.seed,
+            repeats,
+            training and self.speech_alone,
         )
         self.datasets[split] = dataset
         hours = dataset.frames / 360_000
         logger.info(
-            "%s: %d utterances, %.2f h%s", split, len(dataset.utterances), hours.sum(),
+            "%s: %d utterances, %.2f h%s",
+            split,
+            len(dataset.utterances),
+            hours.sum(),
             f", augmented, {(hours * dataset.repeats).sum():.2f} h an epoch" if training else "",
         )
 
     # --- training and validation
 
     def train_step(
-        self, sample: dict, model: nn.Module, criterion: nn.Module, optimizer: Any, update_num: int,
+        self,
+        sample: dict,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: Any,
+        update_num: int,
         ignore_grad: bool = False,
     ) -> tuple[Tensor, float, dict]:
         with self._autocast(sample):
@@ -304,7 +318,11 @@ class EchoStreamTask(FairseqTask):
         return build_generator(self, models, args, **kwargs)
 
     def inference_step(
-        self, generator: Any, models: list, sample: dict, prefix_tokens: Tensor | None = None,
+        self,
+        generator: Any,
+        models: list,
+        sample: dict,
+        prefix_tokens: Tensor | None = None,
         constraints: Tensor | None = None,
     ) -> list[list[dict[str, Tensor]]]:
         with torch.no_grad():

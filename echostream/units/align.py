@@ -26,7 +26,9 @@ def phone_states(phonemes: str) -> tuple[list[str], np.ndarray]:
 
 
 def align(
-    features: Sequence[np.ndarray], states: Sequence[tuple[list[str], np.ndarray]], rounds: int = 8,
+    features: Sequence[np.ndarray],
+    states: Sequence[tuple[list[str], np.ndarray]],
+    rounds: int = 8,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[np.ndarray | None]:
     """The phone of every frame.

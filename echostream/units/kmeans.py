@@ -98,8 +98,12 @@ class KMeans:
 
     def save(self, path: Path) -> None:
         arrays = {
-            "format": np.array(FORMAT), "features": np.array(self.features), "centroids": self.centroids,
-            "mean": self.projection.mean, "scale": self.projection.scale, "remove": self.projection.remove,
+            "format": np.array(FORMAT),
+            "features": np.array(self.features),
+            "centroids": self.centroids,
+            "mean": self.projection.mean,
+            "scale": self.projection.scale,
+            "remove": self.projection.remove,
         }
         _save_npz(path, arrays)
 
@@ -146,8 +150,14 @@ def nearest(frames: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def fit_kmeans(
-    frames: np.ndarray, count: int, seed: int = 1, steps: int = 150, batch: int = 10_000, full_steps: int = 2,
-    state: Path | None = None, progress: Callable = iter,
+    frames: np.ndarray,
+    count: int,
+    seed: int = 1,
+    steps: int = 150,
+    batch: int = 10_000,
+    full_steps: int = 2,
+    state: Path | None = None,
+    progress: Callable = iter,
 ) -> np.ndarray:
     """Centroids float32 [count, D] by mini-batch k-means (Sculley, 2010) from a k-means++ start, ending in Lloyd steps.
 
@@ -177,9 +187,15 @@ def fit_kmeans(
         else:
             centroids = _lloyd(frames, centroids)
         if state is not None and (step % 25 == 24 or step == steps + full_steps - 1):
-            _save_npz(state, {
-                "key": np.array(key), "step": np.array(step + 1), "centroids": centroids, "counts": counts,
-            })
+            _save_npz(
+                state,
+                {
+                    "key": np.array(key),
+                    "step": np.array(step + 1),
+                    "centroids": centroids,
+                    "counts": counts,
+                },
+            )
     return centroids
 
 

@@ -14,8 +14,10 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 SLOPE = 0.1
 Judgement = tuple[list[Tensor], list[list[Tensor]]]  # scores, and the features of every layer, per discriminator
 
+
 def _scaled(channels: int, width: float, groups: int = 1) -> int:
     return max(groups, round(channels * width / groups) * groups, 4)
+
 
 class PeriodDiscriminator(nn.Module):
     """2-d convolutions over the waveform folded to [T / period, period]."""
@@ -41,6 +43,7 @@ class PeriodDiscriminator(nn.Module):
             features.append(x)
         x = self.post(x)
         return x.flatten(1), [*features, x]
+
 
 class ScaleDiscriminator(nn.Module):
     """Strided, grouped 1-d convolutions over a waveform."""
@@ -72,6 +75,7 @@ class ScaleDiscriminator(nn.Module):
         x = self.post(x)
         return x.flatten(1), [*features, x]
 
+
 class Discriminators(nn.Module):
     """Multi-period and multi-scale discriminators together.
 
@@ -99,11 +103,13 @@ class Discriminators(nn.Module):
             features.append(inner)
         return scores, features
 
+
 DISCRIMINATOR_PRESETS = {
     "field": dict(width=1.0),
     "half": dict(width=0.5),
     "tiny": dict(width=1 / 16, scales=1),  # on a CPU a scale costs as much as all periods
 }
+
 
 def build_discriminators(preset: str) -> Discriminators:
     return Discriminators(**DISCRIMINATOR_PRESETS[preset])

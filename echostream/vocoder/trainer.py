@@ -389,4 +389,3 @@ def picture(wav: np.ndarray) -> Tensor:
     spectrum = magnitude(torch.from_numpy(wav).unsqueeze(0), size, 256, torch.hann_window(size))
     mel = (mel_filters(size) @ spectrum).clamp(min=1e-4).log10()[0]
     return ((mel + 4) / 4).clamp(0, 1).flip(0).unsqueeze(0)
-

@@ -137,9 +137,7 @@ class TextDecoder(nn.Module):
         dim = dims.n_text_state
         self.token_embedding = nn.Embedding(dims.n_vocab, dim)
         self.positional_embedding = nn.Parameter(torch.zeros(dims.n_text_ctx, dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, dims.n_text_head, dims.n_audio_state) for _ in range(dims.n_text_layer)
-        )
+        self.blocks = nn.ModuleList(Block(dim, dims.n_text_head, dims.n_audio_state) for _ in range(dims.n_text_layer))
         self.ln = nn.LayerNorm(dim)
 
     def forward(

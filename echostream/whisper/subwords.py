@@ -129,8 +129,10 @@ def write_whisper_subwords(
     room = max_pieces - len(characters) if max_pieces else None
     wanted = [piece for piece in sorted(counts, key=lambda piece: (-counts[piece], piece)) if piece in ranks][:room]
     # Early merges first, then the characters, as SentencePiece's own training writes them.
-    kept = [*sorted(wanted, key=lambda piece: (ranks[piece], piece)),
-            *sorted(characters, key=lambda c: (-characters[c], c))]
+    kept = [
+        *sorted(wanted, key=lambda piece: (ranks[piece], piece)),
+        *sorted(characters, key=lambda c: (-characters[c], c)),
+    ]
     unused = sorted(ranks.keys() - set(wanted), key=lambda piece: (ranks[piece], piece))
     lowest = len(bpe.ranks)
     scores = {piece: -ranks.get(piece, lowest + i) for i, piece in enumerate([*kept, *unused])}

@@ -53,9 +53,7 @@ def add_reverb(samples: np.ndarray, tail: np.ndarray, direct_db: float) -> np.nd
     return (heard * np.float32(np.sqrt(before / after))).astype(np.float32) if after > 0 else samples
 
 
-def random_room(
-    samples: np.ndarray, shortest: float, longest: float, rng: np.random.Generator
-) -> np.ndarray:
+def random_room(samples: np.ndarray, shortest: float, longest: float, rng: np.random.Generator) -> np.ndarray:
     """``samples`` [N] in one of the pool's ``rooms``, from a random distance."""
     pool = rooms(shortest, longest)
     return add_reverb(samples, pool[int(rng.integers(len(pool)))], rng.uniform(*DIRECT_DB))

@@ -86,7 +86,8 @@ def read_catalogue(path: Path) -> list[tuple[str, str]]:
         entries = _read_po(path.read_bytes().decode("utf-8")) if path.suffix == ".po" else _read_mo(path.read_bytes())
         return [
             (message.split("\x04")[-1].split("\0")[0], translation.split("\0")[0])
-            for message, translation in entries if message and translation
+            for message, translation in entries
+            if message and translation
         ]
     except (ValueError, SyntaxError, LookupError, struct.error) as error:
         raise ManifestError(f"catalogue {path} cannot be read: {error}") from None
@@ -140,8 +141,14 @@ def sentence_key(text: str) -> str:
 
 
 def write_pairs(
-    output: Path, directories: list[Path], source_lang: str, target_lang: str, message_lang: str = "en",
-    exclude: Iterable[Path] = (), limits: Limits = Limits(), progress: Callable[[Iterable], Iterable] = iter,
+    output: Path,
+    directories: list[Path],
+    source_lang: str,
+    target_lang: str,
+    message_lang: str = "en",
+    exclude: Iterable[Path] = (),
+    limits: Limits = Limits(),
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> Counter:
     """Write the pairs of all catalogues into a table (gzip by its suffix): source, target, catalogue.
 

@@ -32,8 +32,14 @@ def run_import_streamspeech(args: argparse.Namespace) -> None:
 
 def run_catalogues(args: argparse.Namespace) -> None:
     counts = catalogues.write_pairs(
-        args.output, args.directories, args.source_lang, args.target_lang, args.message_lang, args.exclude,
-        catalogues.Limits(args.min_words, args.max_words, args.fragments), progress_bar("catalogues", unit="file"),
+        args.output,
+        args.directories,
+        args.source_lang,
+        args.target_lang,
+        args.message_lang,
+        args.exclude,
+        catalogues.Limits(args.min_words, args.max_words, args.fragments),
+        progress_bar("catalogues", unit="file"),
     )
     written = {name: counts.pop(name) for name in ("pairs", "words", "catalogues")}
     print(", ".join(f"{count} {name}" for name, count in written.items()) + f"; left out: {dict(counts)}")
@@ -57,11 +63,23 @@ def run_teach(args: argparse.Namespace) -> None:
     written = {}
     counts: Counter[str] = Counter()
     for task in tasks:
-        ledger = Ledger(args.output.parent / "teach", f"{args.output.stem}-{task}", teach.LEDGER_COLUMNS, args.shard,
-                        args.num_shards)
+        ledger = Ledger(
+            args.output.parent / "teach",
+            f"{args.output.stem}-{task}",
+            teach.LEDGER_COLUMNS,
+            args.shard,
+            args.num_shards,
+        )
         counts += teach.write_hypotheses(
-            ledger, whisper, utterances, args.audio_root or config.root, task, args.batch_size, args.shard,
-            args.num_shards, progress_bar(task, unit="batch"),
+            ledger,
+            whisper,
+            utterances,
+            args.audio_root or config.root,
+            task,
+            args.batch_size,
+            args.shard,
+            args.num_shards,
+            progress_bar(task, unit="batch"),
         )
         written[task] = ledger.read()
     rows, tally = teach.add_references(utterances, written)
@@ -79,7 +97,13 @@ def run_recordings(args: argparse.Namespace) -> None:
     path = args.output / f"{args.manifest}.tsv"
     keep_apart({"the manifest": path}, {name: file for name, file in found.items()})
     counts = recordings.cut_recordings(
-        args.output, found, load_silero(args.vad_model), cut, f".{args.audio_format}", args.shard, args.num_shards,
+        args.output,
+        found,
+        load_silero(args.vad_model),
+        cut,
+        f".{args.audio_format}",
+        args.shard,
+        args.num_shards,
         progress_bar("recordings", unit="file"),
     )
     lines = Ledger(args.output / "recordings", "pieces", recordings.LEDGER_COLUMNS).read().values()

@@ -62,9 +62,7 @@ def of_pairs(
     return languages[0], languages[1]
 
 
-def of_cvss(
-    common_voice: Path, cvss: Path, locale: str, source: str | None, target: str | None
-) -> tuple[str, str]:
+def of_cvss(common_voice: Path, cvss: Path, locale: str, source: str | None, target: str | None) -> tuple[str, str]:
     """The same of CVSS over Common Voice: as said, by Common Voice's column ``locale``, or by the directories' names.
 
     CVSS translates into English. The source language is empty where nothing tells it: the recordings are there, and no

@@ -17,14 +17,25 @@ from echostream.errors import require
 from echostream.files import replacing, write_text
 
 MANIFEST_COLUMNS = (
-    "id", "src_audio", "src_n_frames", "src_text", "tgt_text", "tgt_audio", "tgt_n_frames", "voice", "target",
+    "id",
+    "src_audio",
+    "src_n_frames",
+    "src_text",
+    "tgt_text",
+    "tgt_audio",
+    "tgt_n_frames",
+    "voice",
+    "target",
 )
 
 TEXT_COLUMNS = ("id", "src_text", "tgt_text", "tgt_audio")
 
 
 def write_manifest(
-    path: Path, recordings: Iterable[dict[str, str]], rows: dict[str, Row], units: dict[str, dict[str, str]],
+    path: Path,
+    recordings: Iterable[dict[str, str]],
+    rows: dict[str, Row],
+    units: dict[str, dict[str, str]],
     without_units: bool = False,
 ) -> Counter:
     """One manifest, StreamSpeech's columns first (all tab-separated, unquoted, as fairseq reads them).
@@ -51,10 +62,19 @@ def write_manifest(
                 continue
         sequence = line["units"] if line else ""
         samples = int(recording["samples"])
-        lines.append((
-            recording["id"], recording["audio"], 1 + (samples - FRAME_LENGTH) // FRAME_SHIFT, row.src_text,
-            row.tgt_text, sequence, len(sequence.split()), recording["voice"], row.target,
-        ))
+        lines.append(
+            (
+                recording["id"],
+                recording["audio"],
+                1 + (samples - FRAME_LENGTH) // FRAME_SHIFT,
+                row.src_text,
+                row.tgt_text,
+                sequence,
+                len(sequence.split()),
+                recording["voice"],
+                row.target,
+            )
+        )
         counts["written"] += 1
         counts["samples"] += samples
     write_table(path, MANIFEST_COLUMNS, lines)
@@ -78,8 +98,14 @@ def write_text_pairs(path: Path, rows: Iterable[Row], units: dict[str, dict[str,
     return counts
 
 
-def write_cmvn(path: Path, manifest: Path, audio_root: Path, limit: int, seed: int = 1,
-               progress: Callable[[Iterable], Iterable] = iter) -> int:
+def write_cmvn(
+    path: Path,
+    manifest: Path,
+    audio_root: Path,
+    limit: int,
+    seed: int = 1,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> int:
     """Mean and standard deviation of each feature over ``limit`` utterances of a manifest, drawn by hash.
 
     Returns:
@@ -138,9 +164,18 @@ def ctc_figures(manifest: Path, target_model: Path, source_model: Path) -> dict[
 def write_config(path: Path, source_lang: str, target_lang: str, num_units: int, features: str) -> None:
     yaml = require("yaml", "all")
     config = {
-        "audio_root": ".", "sample_rate": SAMPLE_RATE, "source_lang": source_lang, "target_lang": target_lang,
-        "num_units": num_units, "spm_src": "spm.src.model", "spm_tgt": "spm.tgt.model", "dict_src": "dict.src.txt",
-        "dict_tgt": "dict.tgt.txt", "dict_unit": "dict.unit.txt", "gcmvn": "gcmvn.npz", "units": "target/units.tsv",
+        "audio_root": ".",
+        "sample_rate": SAMPLE_RATE,
+        "source_lang": source_lang,
+        "target_lang": target_lang,
+        "num_units": num_units,
+        "spm_src": "spm.src.model",
+        "spm_tgt": "spm.tgt.model",
+        "dict_src": "dict.src.txt",
+        "dict_tgt": "dict.tgt.txt",
+        "dict_unit": "dict.unit.txt",
+        "gcmvn": "gcmvn.npz",
+        "units": "target/units.tsv",
         "features": features,
     }
     write_text(path, yaml.safe_dump(config, sort_keys=False))

@@ -15,7 +15,13 @@ from echostream.files import write_json
 from echostream.text_file import read_json
 
 PACKAGES = (
-    "echostream", "numpy", "sentencepiece", "soundfile", "onnxruntime", "ctranslate2", "py-nanotts",
+    "echostream",
+    "numpy",
+    "sentencepiece",
+    "soundfile",
+    "onnxruntime",
+    "ctranslate2",
+    "py-nanotts",
 )
 
 

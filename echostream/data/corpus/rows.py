@@ -187,6 +187,13 @@ def _cell(value: object) -> str:
 
 
 __all__ = [
-    "Ledger", "Row", "Skipped", "hash_int", "read_rows", "read_table", "take_shard", "write_rows",
+    "Ledger",
+    "Row",
+    "Skipped",
+    "hash_int",
+    "read_rows",
+    "read_table",
+    "take_shard",
+    "write_rows",
     "write_table",
 ]

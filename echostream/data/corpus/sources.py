@@ -18,8 +18,15 @@ from echostream.loading import inside
 from echostream.text_file import decode, iter_lines, lines_of, table_rows
 
 
-def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: int | None = None,
-                 columns: tuple[str, str] | None = None, train_only: bool = False, least: bool = False) -> list[Row]:
+def rows_of_text(
+    path: Path,
+    skipped: Skipped,
+    max_words: int = 40,
+    test_size: int | None = None,
+    columns: tuple[str, str] | None = None,
+    train_only: bool = False,
+    least: bool = False,
+) -> list[Row]:
     """Sentence pairs of a parallel text file (tab-separated, gzip by the suffix ``.gz``, one header line).
 
     Args:
@@ -36,8 +43,10 @@ def rows_of_text(path: Path, skipped: Skipped, max_words: int = 40, test_size: i
     splits = ["train"] * len(pairs) if train_only else split_pairs(pairs)
     test = set(fixed_test_rows(pairs, splits, TEST_SIZE if test_size is None else test_size))
     if least and not train_only:
-        usable = [min(counts) > 0 and max(counts) <= max_words
-                  for counts in (tuple(count_words(normalize_text(side)) for side in pair) for pair in pairs)]
+        usable = [
+            min(counts) > 0 and max(counts) <= max_words
+            for counts in (tuple(count_words(normalize_text(side)) for side in pair) for pair in pairs)
+        ]
         try:
             splits, test = least_sets(pairs, splits, test, usable, test_size)
         except ManifestError as error:
@@ -99,8 +108,10 @@ def rows_of_cvss(common_voice: Path, cvss: Path, skipped: Skipped, max_words: in
                 skipped.add(name, "missing audio", "source" if clip_path is None else "target")
             elif name in names:
                 skipped.add(name, "clip appears twice", f"once more in {split}.tsv")
-            elif other := next((taken[side] for side in (("source", source), ("target", target))
-                                if taken.get(side, split) != split), None):
+            elif other := next(
+                (taken[side] for side in (("source", source), ("target", target)) if taken.get(side, split) != split),
+                None,
+            ):
                 skipped.add(name, "sentence of another split", f"{split} shares it with {other}")
             else:
                 names.add(name)
@@ -131,10 +142,19 @@ def with_ranks(rows: list[Row]) -> list[Row]:
         ranks.append({word: i for i, word in enumerate(order, 1)})
     unseen = max(map(len, ranks), default=0) + 1
     return [
-        Row(**{**vars(row), "rank": max(
-            (rank.get(w, unseen) for text, rank in zip((row.src_text, row.tgt_text), ranks) for w in words_of(text)),
-            default=unseen,
-        )})
+        Row(
+            **{
+                **vars(row),
+                "rank": max(
+                    (
+                        rank.get(w, unseen)
+                        for text, rank in zip((row.src_text, row.tgt_text), ranks)
+                        for w in words_of(text)
+                    ),
+                    default=unseen,
+                ),
+            }
+        )
         for row in rows
     ]
 

@@ -46,8 +46,10 @@ class Selection:
     def choose(self, rows: Iterable[Row], first: Callable[[Row], bool] | None = None) -> list[Row]:
         """The pairs, in order; those for which ``first`` holds come before all others."""
         chosen = [
-            row for row in rows
-            if row.split == self.split and row.row not in self.exclude
+            row
+            for row in rows
+            if row.split == self.split
+            and row.row not in self.exclude
             and (not self.max_rank or row.rank <= self.max_rank)
             and all(self.min_words <= count_words(t) <= self.max_words for t in (row.src_text, row.tgt_text))
         ]
@@ -63,9 +65,19 @@ class Selection:
 
 
 def speech_set(
-    output: Path, name: str, rows: list[Row], selection: Selection, engine: Engine | None, ready: ReadySpeech | None,
-    seed: int = 1, max_seconds: float = 30.0, suffix: str = ".wav", shard: int = 0, num_shards: int = 1,
-    test_only: Iterable[str] = TEST_ONLY_VOICES, progress: Callable[[Iterable], Iterable] = iter,
+    output: Path,
+    name: str,
+    rows: list[Row],
+    selection: Selection,
+    engine: Engine | None,
+    ready: ReadySpeech | None,
+    seed: int = 1,
+    max_seconds: float = 30.0,
+    suffix: str = ".wav",
+    shard: int = 0,
+    num_shards: int = 1,
+    test_only: Iterable[str] = TEST_ONLY_VOICES,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> Counter:
     """Record a set of source sentences into ``speech/<name>/``, listed in ``speech/<name>.<shard>.tsv``.
 
@@ -82,8 +94,10 @@ def speech_set(
     test_only = set(test_only)
 
     def covered(row: Row) -> bool:
-        return ready is not None and row.row in ready.entries and (
-            selection.split == "test" or not _speakers(ready.entries[row.row]["voice"]) & test_only
+        return (
+            ready is not None
+            and row.row in ready.entries
+            and (selection.split == "test" or not _speakers(ready.entries[row.row]["voice"]) & test_only)
         )
 
     if engine is not None and selection.split != "test":
@@ -122,8 +136,15 @@ def speech_set(
 
 
 def target_speech(
-    output: Path, rows: list[Row], engine: Engine | None, seed: int = 1, max_seconds: float = 30.0,
-    suffix: str = ".wav", shard: int = 0, num_shards: int = 1, progress: Callable[[Iterable], Iterable] = iter,
+    output: Path,
+    rows: list[Row],
+    engine: Engine | None,
+    seed: int = 1,
+    max_seconds: float = 30.0,
+    suffix: str = ".wav",
+    shard: int = 0,
+    num_shards: int = 1,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> Counter:
     """Record the target text of ``rows``, each text once and in their order, into ``target/<target>.wav``.
 

@@ -68,14 +68,18 @@ def fixed_test_rows(pairs: Sequence[tuple[str, str]], splits: Iterable[str], siz
     """Indices of the test set proper: the first ``size`` test pairs with both sides 4 to 12 words long."""
     low, high = TEST_WORDS
     rows = (
-        i for i, (pair, split) in enumerate(zip(pairs, splits))
+        i
+        for i, (pair, split) in enumerate(zip(pairs, splits))
         if split == "test" and all(low <= count_words(side) <= high for side in pair)
     )
     return [i for i, _ in zip(rows, range(size))]
 
 
 def least_sets(
-    pairs: Sequence[tuple[str, str]], splits: Sequence[str], test: set[int], usable: Sequence[bool],
+    pairs: Sequence[tuple[str, str]],
+    splits: Sequence[str],
+    test: set[int],
+    usable: Sequence[bool],
     test_size: int | None = None,
 ) -> tuple[list[str], set[int]]:
     """Splits and test rows with a least test and dev set, for corpora too small for the rule.

@@ -51,11 +51,15 @@ def run_text(args: argparse.Namespace) -> None:
         else:
             rows = sources.rows_of_cvss(args.common_voice, args.cvss, skipped, args.max_words)
     write_rows(args.output / "rows.tsv", rows)
-    train = [r for r in rows if r.split == "train"
-             and max(count_words(r.src_text), count_words(r.tgt_text)) <= args.vocab_max_words]
+    train = [
+        r
+        for r in rows
+        if r.split == "train" and max(count_words(r.src_text), count_words(r.tgt_text)) <= args.vocab_max_words
+    ]
     pieces = {}
     for side, name, size in (
-        ("src_text", "src", args.source_vocab_size or args.vocab_size), ("tgt_text", "tgt", args.vocab_size)
+        ("src_text", "src", args.source_vocab_size or args.vocab_size),
+        ("tgt_text", "tgt", args.vocab_size),
     ):
         texts = list(dict.fromkeys(getattr(row, side) for row in train))
         model, dictionary = args.output / f"spm.{name}.model", args.output / f"dict.{name}.txt"
@@ -138,8 +142,15 @@ def record_target(args: argparse.Namespace) -> cluster.Outcome:
         language = noted_language(args.output, "target")
         engine = voices.target_engine(args.target_engine, language, args.target_voice, args.kokoro_voices)
     counts = speech.target_speech(
-        args.output, wanted, engine, args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
-        args.num_shards, progress=progress_bar("target"),
+        args.output,
+        wanted,
+        engine,
+        args.seed,
+        args.max_seconds,
+        f".{args.audio_format}",
+        args.shard,
+        args.num_shards,
+        progress=progress_bar("target"),
     )
     return "target", {"counts": dict(counts), "engine_version": getattr(engine, "version", None)}
 
@@ -180,8 +191,11 @@ def run_units(args: argparse.Namespace) -> None:
 def assign_units(args: argparse.Namespace) -> cluster.Outcome:
     """One shard of the units. Returns as ``record_speech``."""
     features, model, recordings = fit_units(args)
-    facts = {"features": features.name, "num_units": len(model),
-             "ledger": target_units.units_ledger(args.output, model).name}
+    facts = {
+        "features": features.name,
+        "num_units": len(model),
+        "ledger": target_units.units_ledger(args.output, model).name,
+    }
     note_step(args, "units", **facts)  # already here: manifests can be written while units are being made
     counts = target_units.assign_units(
         args.output, features, model, list(recordings), args.shard, args.num_shards, progress_bar("units")
@@ -208,7 +222,13 @@ def fit_units(args: argparse.Namespace) -> tuple[UnitFeatures, KMeans, dict[str,
         train = {row.target for row in rows if row.split == "train"}
         paths = [args.output / "target" / line["audio"] for name, line in recordings.items() if name in train]
         model = target_units.fit_units(
-            args.output, features, paths, args.num_units, args.fit_frames, args.positions, args.seed,
+            args.output,
+            features,
+            paths,
+            args.num_units,
+            args.fit_frames,
+            args.positions,
+            args.seed,
             progress_bar("k-means", unit="it"),
         )
         print(f"units: k-means fitted, {len(model)} units of {features.name}", flush=True)
@@ -242,7 +262,9 @@ def run_manifests(args: argparse.Namespace) -> None:
         path = args.output / f"{name}.tsv"
         tally = manifests.write_manifest(path, lines, rows, units, args.without_units)
         counts[name] = {
-            "sets": sets, "utterances": tally["written"], "without_units": tally["no units"],
+            "sets": sets,
+            "utterances": tally["written"],
+            "without_units": tally["no units"],
             "source_hours": round(tally["samples"] / SAMPLE_RATE / 3600, 3),
             "voices": dict(Counter(_speaker(line["voice"]) for line in read_table(path)).most_common()),
         }
@@ -262,30 +284,45 @@ def run_manifests(args: argparse.Namespace) -> None:
     if fixed is not None:
         fixed.save(args.output / "gcmvn.npz")
     elif args.cmvn_utterances and train:
-        frames = manifests.write_cmvn(args.output / "gcmvn.npz", args.output / f"{train}.tsv", args.output,
-                                      args.cmvn_utterances, args.seed, progress_bar("cmvn"))
+        frames = manifests.write_cmvn(
+            args.output / "gcmvn.npz",
+            args.output / f"{train}.tsv",
+            args.output,
+            args.cmvn_utterances,
+            args.seed,
+            progress_bar("cmvn"),
+        )
     pair = text["settings"]["source_lang"], text["settings"]["target_lang"]
     manifests.write_config(args.output / "config.yaml", *pair, units_note["num_units"], features)
-    skipped = [list(line.values()) for path in sorted((args.output / "skipped").glob("*.tsv"))
-               for line in read_table(path, Skipped.COLUMNS)]
+    skipped = [
+        list(line.values())
+        for path in sorted((args.output / "skipped").glob("*.tsv"))
+        for line in read_table(path, Skipped.COLUMNS)
+    ]
     write_table(args.output / "skipped.tsv", Skipped.COLUMNS, skipped)
     targets = Ledger(args.output / "target", "speech", speech.TARGET_COLUMNS).read()
     note_step(args, "manifests", cmvn_frames=frames)
     corpus = {
-        "languages": pair, "pairs": text["pairs"], "manifests": counts, "text_pairs": pairs,
+        "languages": pair,
+        "pairs": text["pairs"],
+        "manifests": counts,
+        "text_pairs": pairs,
         "target": {
-            "recordings": len(targets), "with_units": len(units), "num_units": units_note["num_units"],
+            "recordings": len(targets),
+            "with_units": len(units),
+            "num_units": units_note["num_units"],
             "hours": round(sum(int(line["samples"]) for line in targets.values()) / SAMPLE_RATE / 3600, 3),
         },
         "ctc": ctc,
         "skipped": dict(Counter(f"{step}: {reason}" for step, _, reason, _ in skipped)),
-        "steps": {path.stem: read_json(path)
-                  for path in sorted((args.output / "steps").glob("*.json"))},
+        "steps": {path.stem: read_json(path) for path in sorted((args.output / "steps").glob("*.json"))},
     }
     write_json(args.output / "corpus.json", corpus, ensure_ascii=False)
     for name, facts in counts.items():
-        print(f"{name}: {facts['utterances']} utterances, {facts['source_hours']} h, "
-              f"{facts['without_units']} without units")
+        print(
+            f"{name}: {facts['utterances']} utterances, {facts['source_hours']} h, "
+            f"{facts['without_units']} without units"
+        )
     print(f"skipped: {len(skipped)} (skipped.tsv)")
 
 
@@ -309,12 +346,21 @@ def run_respeak(args: argparse.Namespace) -> None:
                 own[recording["id"]] = replace(rows[recording["row"]], tgt_text=text, target=name, tgt_audio="")
     settings = target_settings(args.output)
     engine = voices.target_engine(
-        settings.get("target_engine", "hibari"), noted_language(args.output, "target"), settings.get("target_voice"),
+        settings.get("target_engine", "hibari"),
+        noted_language(args.output, "target"),
+        settings.get("target_voice"),
         args.kokoro_voices,
     )
     counts = speech.target_speech(
-        args.output, list(own.values()), engine, args.seed, args.max_seconds, f".{args.audio_format}", args.shard,
-        args.num_shards, progress=progress_bar("respeak"),
+        args.output,
+        list(own.values()),
+        engine,
+        args.seed,
+        args.max_seconds,
+        f".{args.audio_format}",
+        args.shard,
+        args.num_shards,
+        progress=progress_bar("respeak"),
     )
     print(f"respeak: {dict(counts)}")
     run_units(_of_step(args, "units"))

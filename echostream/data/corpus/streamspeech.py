@@ -197,9 +197,7 @@ def _features(settings: dict[str, Any], places: Places, output: Path, found: Imp
     found.unused += [f"{key}: not known here" for key in settings if key not in known]
 
 
-def _vocabulary(
-    side: str, tasks: dict[str, Any], where: str, places: Places, output: Path
-) -> dict[str, Path]:
+def _vocabulary(side: str, tasks: dict[str, Any], where: str, places: Places, output: Path) -> dict[str, Path]:
     """Copy a side's SentencePiece model and dictionary; returns its tables of texts by manifest, if there are any."""
     name = next((name for name in TASKS if TASKS[name][0] == side and name in tasks), None)
     if name is None or not isinstance(tasks[name], dict) or "dict" not in tasks[name]:

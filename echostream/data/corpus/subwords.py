@@ -12,8 +12,9 @@ from echostream.errors import ManifestError, require
 from echostream.files import replacing, write_text
 
 
-def train_subwords(texts: Sequence[str], model: Path, dictionary: Path, vocab_size: int, seed: int = 1,
-                   coverage: float = 0.9999) -> int:
+def train_subwords(
+    texts: Sequence[str], model: Path, dictionary: Path, vocab_size: int, seed: int = 1, coverage: float = 0.9999
+) -> int:
     """Train a unigram model on ``texts`` and write it with its dictionary; returns the number of pieces.
 
     The text is taken as it is (``normalize_text`` has been over it), case and punctuation included.
@@ -26,9 +27,18 @@ def train_subwords(texts: Sequence[str], model: Path, dictionary: Path, vocab_si
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=buffer, model_type="unigram", vocab_size=vocab_size,
-            character_coverage=coverage, normalization_rule_name="identity", num_threads=1,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+            sentence_iterator=iter(texts),
+            model_writer=buffer,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            character_coverage=coverage,
+            normalization_rule_name="identity",
+            num_threads=1,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
         limit = re.search(r"value <= (\d+)", str(error))
@@ -42,8 +52,11 @@ def train_subwords(texts: Sequence[str], model: Path, dictionary: Path, vocab_si
     with replacing(model) as file:
         file.write(buffer.getvalue())
     # Pieces keep the model's order, so that the file says the same whatever the counts are.
-    lines = [f"{piece} {counts[piece]}\n" for i, piece in enumerate(pieces)
-             if not (processor.is_unknown(i) or processor.is_control(i))]
+    lines = [
+        f"{piece} {counts[piece]}\n"
+        for i, piece in enumerate(pieces)
+        if not (processor.is_unknown(i) or processor.is_control(i))
+    ]
     write_text(dictionary, "".join(lines))
     return len(lines)
 

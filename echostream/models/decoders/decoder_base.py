@@ -52,8 +52,19 @@ class TransformerDecoder(nn.Module):
     """
 
     def __init__(
-        self, dim: int, memory_dim: int, heads: int, ffn: int, layers: int, dropout: float, attention_dropout: float,
-        activation_dropout: float, max_positions: int, max_frames: int, position_limit: str, form: str = "vaswani",
+        self,
+        dim: int,
+        memory_dim: int,
+        heads: int,
+        ffn: int,
+        layers: int,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        max_positions: int,
+        max_frames: int,
+        position_limit: str,
+        form: str = "vaswani",
         prompt: int = 0,
     ):
         super().__init__()
@@ -89,8 +100,12 @@ class TransformerDecoder(nn.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
     def init_state(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-        max_positions: int | None = None, max_frames: int | None = None,
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_positions: int | None = None,
+        max_frames: int | None = None,
     ) -> DecoderState:
         """An empty state. Buffers have their full size from the start; sizes other than the config's may be asked."""
         like = self.layers[0].self_norm.weight.detach().to(device=device, dtype=dtype)
@@ -119,7 +134,11 @@ class TransformerDecoder(nn.Module):
         return DecoderState(state.own, memory, state.positions, state.frames + lengths)
 
     def advance(
-        self, x: Tensor, lengths: Tensor, state: DecoderState, in_place: bool = False,
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        state: DecoderState,
+        in_place: bool = False,
         probe: AttentionProbe | None = None,
     ) -> tuple[Tensor, DecoderState]:
         """New positions x [B, N, D] (without position vectors), which see all earlier ones and all frames so far.

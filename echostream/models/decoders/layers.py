@@ -92,7 +92,12 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """q [B, N, D] over k and v [B, K, D] or [B, H, K, d]; the mask ([B, 1, N, K]; None: everything)
@@ -267,8 +272,17 @@ class DecoderLayer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, memory_dim: int, heads: int, ffn: int, dropout: float, attention_dropout: float,
-        act_dropout: float, residual_gain: float = 1.0, form: str = "vaswani", prompt: int = 0,
+        self,
+        dim: int,
+        memory_dim: int,
+        heads: int,
+        ffn: int,
+        dropout: float,
+        attention_dropout: float,
+        act_dropout: float,
+        residual_gain: float = 1.0,
+        form: str = "vaswani",
+        prompt: int = 0,
     ):
         super().__init__()
         self.pre_norm = form == "whisper"
@@ -311,8 +325,15 @@ class DecoderLayer(nn.Module):
         return self._finish(x, attended, *self.cross_attention.project_memory(memory), visible)
 
     def step(
-        self, x: Tensor, append: Append, own: KeyValues, memory: KeyValues, mask: Tensor | None, visible: Visible,
-        in_place: bool, probe: Probe | None = None,
+        self,
+        x: Tensor,
+        append: Append,
+        own: KeyValues,
+        memory: KeyValues,
+        mask: Tensor | None,
+        visible: Visible,
+        in_place: bool,
+        probe: Probe | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """New positions x [B, N, D] behind those cached in ``own``; ``memory`` holds the frames that may be seen."""
         q, k, v = self._project(x)
@@ -321,7 +342,12 @@ class DecoderLayer(nn.Module):
         return self._finish(x, attended, memory.keys, memory.values, visible, probe), own
 
     def attend_past(
-        self, x: Tensor, mask: Tensor, own: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor], memory_mask: Tensor,
+        self,
+        x: Tensor,
+        mask: Tensor,
+        own: tuple[Tensor, Tensor],
+        memory: tuple[Tensor, Tensor],
+        memory_mask: Tensor,
         probe: Probe | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """New positions x [B, N, D], without a state: the twin of ``step`` for exported graphs.

@@ -25,10 +25,19 @@ class MTDecoder(TransformerDecoder):
     def __init__(self, cfg: EchoStreamConfig):
         dim = cfg.mt_decoder_embed_dim
         super().__init__(
-            dim, cfg.encoder_embed_dim, cfg.mt_decoder_heads, cfg.mt_decoder_ffn_dim, cfg.mt_decoder_layers,
-            cfg.dropout, cfg.attention_dropout, cfg.activation_dropout,
-            max_positions=cfg.max_target_tokens, max_frames=cfg.max_sentence_frames, position_limit="max_target_tokens",
-            form=cfg.mt_decoder_form, prompt=cfg.mt_decoder_prompt,
+            dim,
+            cfg.encoder_embed_dim,
+            cfg.mt_decoder_heads,
+            cfg.mt_decoder_ffn_dim,
+            cfg.mt_decoder_layers,
+            cfg.dropout,
+            cfg.attention_dropout,
+            cfg.activation_dropout,
+            max_positions=cfg.max_target_tokens,
+            max_frames=cfg.max_sentence_frames,
+            position_limit="max_target_tokens",
+            form=cfg.mt_decoder_form,
+            prompt=cfg.mt_decoder_prompt,
         )
         self.embedding = nn.Embedding(cfg.mt_vocab_size, dim, padding_idx=PAD)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
@@ -73,7 +82,11 @@ class MTDecoder(TransformerDecoder):
         return self.scores(hidden), hidden
 
     def step(
-        self, tokens: Tensor, active: Tensor | None, state: DecoderState, in_place: bool = False,
+        self,
+        tokens: Tensor,
+        active: Tensor | None,
+        state: DecoderState,
+        in_place: bool = False,
         probe: AttentionProbe | None = None,
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """The next position (or several) of each sentence; it sees every frame given to ``extend`` so far.

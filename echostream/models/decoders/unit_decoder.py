@@ -29,9 +29,16 @@ class UnitDecoder(TransformerDecoder):
         from_text = cfg.units_read_text
         inputs = cfg.max_target_tokens if from_text else cfg.max_sentence_frames
         super().__init__(
-            cfg.unit_decoder_embed_dim, cfg.encoder_embed_dim, cfg.unit_decoder_heads, cfg.unit_decoder_ffn_dim,
-            cfg.unit_decoder_layers, cfg.dropout, cfg.attention_dropout, cfg.activation_dropout,
-            max_positions=inputs * cfg.ctc_upsample_ratio, max_frames=cfg.max_sentence_frames,
+            cfg.unit_decoder_embed_dim,
+            cfg.encoder_embed_dim,
+            cfg.unit_decoder_heads,
+            cfg.unit_decoder_ffn_dim,
+            cfg.unit_decoder_layers,
+            cfg.dropout,
+            cfg.attention_dropout,
+            cfg.activation_dropout,
+            max_positions=inputs * cfg.ctc_upsample_ratio,
+            max_frames=cfg.max_sentence_frames,
             position_limit="max_target_tokens" if from_text else "max_sentence_frames",
         )
         self.ratio = cfg.ctc_upsample_ratio
@@ -70,8 +77,13 @@ class UnitDecoder(TransformerDecoder):
         return x.unsqueeze(2).expand(-1, -1, self.ratio, -1).flatten(1, 2)
 
     def forward(
-        self, inputs: Tensor, input_lengths: Tensor, encoder_out: Tensor, encoder_lengths: Tensor,
-        visible: Tensor | None = None, tokens: Tensor | None = None,
+        self,
+        inputs: Tensor,
+        input_lengths: Tensor,
+        encoder_out: Tensor,
+        encoder_lengths: Tensor,
+        visible: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """All positions at once.
 

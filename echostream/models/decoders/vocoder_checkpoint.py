@@ -140,9 +140,7 @@ def check_weights(model: CodeHiFiGAN, state: Mapping[str, Tensor], name: str, co
         raise CheckpointError(f"{name} has a weight {unknown[0]!r} that {config} does not know")
 
 
-def save_vocoder(
-    model: CodeHiFiGAN, checkpoint_path: str | Path, config_path: str | Path, half: bool = False
-) -> None:
+def save_vocoder(model: CodeHiFiGAN, checkpoint_path: str | Path, config_path: str | Path, half: bool = False) -> None:
     """Write ``{"generator": ...}`` in the field's layout and the config.json beside it.
 
     Args:

@@ -140,5 +140,3 @@ class PolicyBase:
                 raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {bound}")
             if value > MOST.get(name, MOST_KNOB):
                 raise ConfigError(f"{name} is {shown(value)}; it must be at most {MOST.get(name, MOST_KNOB)}")
-
-

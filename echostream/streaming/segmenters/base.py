@@ -122,9 +122,7 @@ class CombinedSegmenter:
         return self._join([part.init_audio() for part in self.parts])
 
     def hear(self, samples: np.ndarray, memory: AudioMemory) -> AudioMemory:
-        return self._join(
-            [part.hear(samples, self._part(i, memory)) for i, part in enumerate(self.parts)]
-        )
+        return self._join([part.hear(samples, self._part(i, memory)) for i, part in enumerate(self.parts)])
 
     def find(
         self, source: tuple[CTCToken, ...], target: tuple[CTCToken, ...], frames: int, memory: AudioMemory
