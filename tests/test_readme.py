@@ -298,7 +298,7 @@ def run_pipeline(line: str, folder: Path) -> None:
 def check_install(words: list[str]) -> None:
     """What pip would install is what setup.py and the Makefile name."""
     setup, make = ((ROOT / name).read_text(encoding="utf-8") for name in ("setup.py", "Makefile"))
-    extras = set(re.findall(r'^    "(\w+)": \[', setup, re.MULTILINE)) | {"demo", "all"}
+    extras = set(re.findall(r'^    "(\w+)": ', setup, re.MULTILINE)) | {"all"}
     for word in words[1:]:
         if word.startswith("torch=="):
             assert word in make

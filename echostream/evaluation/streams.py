@@ -130,7 +130,7 @@ def stream_live(
         progress: told of every second of source heard.
 
     Returns:
-        By the audio clock, and computation-aware; the second's ``ends`` and waves are the first's.
+        By the audio clock, and computation-aware; the second's ``ends`` are the first's.
     """
     session = StreamingSession(bundle, **options)
     plain, aware = (Streamed.of(bundle, samples, session.settings.speech) for _ in range(2))
@@ -146,5 +146,5 @@ def stream_live(
             aware.take(replace(event, source_time_s=now))
         if progress is not None:
             progress.update(len(part) / SAMPLE_RATE)
-    aware.ends, aware.waves = plain.ends, plain.waves
+    aware.ends = plain.ends
     return plain, aware

@@ -143,9 +143,16 @@ def measure(
     if recogniser is not None:
         heard = [recogniser.transcribe(sound(s)) for s in streamed]
         figures["ASR_BLEU"] = quality.asr_bleu(heard, references, tokenizer, language.partition("-")[0] == "en")
-        figures |= {f"{name}_speech": value for name, value in _latencies(streamed, references, True, unit).items()}
-        figures |= {f"{name}_speech": value for name, value in _playing(streamed).items()}
+        figures |= {f"{name}_speech": value for name, value in speech_latencies(streamed, references, unit).items()}
     return figures
+
+
+def speech_latencies(streamed: Sequence[Streamed], references: Sequence[str], unit: str = "word") -> dict[str, float]:
+    """AL, LAAL, StartOffset, ATD and EndOffset (ms) of speech, a word counting when its speech is handed out.
+
+    ``silent`` are the recordings that nothing was said of; they are in no mean.
+    """
+    return _latencies(streamed, references, True, unit) | _playing(streamed)
 
 
 def _latencies(streamed: Sequence[Streamed], references: Sequence[str], spoken: bool, unit: str) -> dict[str, float]:
