@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import echostream
+from echostream.audio.io import load_audio
+from echostream.checkpoint import load_bundle
 from echostream.constants import EOS
+from echostream.data.augmentation.noise import coloured_noise, scale_noise
 from echostream.errors import ConfigError
 from echostream.models.decoders.layers import AttentionProbe
 from echostream.streaming import (
@@ -33,6 +38,7 @@ POLICIES = {
     "alignatt": AlignAttPolicy(6),
 }
 SAMPLES = speech(6.0, seed=9)
+DEMO = Path(echostream.__file__).parent / "assets" / "demo"
 
 
 def first_g(events: list) -> list[float]:
@@ -155,6 +161,35 @@ def test_alignatt_reads_attention():
         assert policy.stops(seen, Draft((), (5,), 1, np.eye(10)[place])) == stops
 
 
+def test_alignatt_is_not_misled_by_a_sink_at_the_start():
+    """Most weight on the first frames, as in noise: where else the decoder looks decides."""
+    seen, attention = progress(1, 1, frames=10), np.full(10, 0.02)
+    attention[[0, 3]] = 0.5, 0.25
+    for place, stops in ((4, False), (6, False), (7, True)):
+        attention[4:] = 0.02
+        attention[place] = 0.11
+        assert AlignAttPolicy(3).stops(seen, Draft((), (5,), 1, attention)) == stops
+        assert not AlignAttPolicy(3, alignatt_skip=0).stops(seen, Draft((), (5,), 1, attention))
+    short = progress(1, 1, frames=2)  # all of it at the start: the newest frame is left
+    assert AlignAttPolicy(1).stops(short, Draft((), (5,), 1, np.array([0.9, 0.1])))
+    assert not AlignAttPolicy(0).stops(short, Draft((), (5,), 1, np.array([0.9, 0.1])))
+
+
+@pytest.mark.parametrize("name", ["05", "07"])
+def test_noise_does_not_make_the_shipped_model_hasty(name):
+    """Of half a recording it writes as much in noise as without; misled by a sink, most of an invented sentence."""
+    bundle, clean = load_bundle(), load_audio(DEMO / f"{name}.ogg")
+    noise = coloured_noise(len(clean), "pink", np.random.default_rng(1))
+
+    def words(samples):
+        session = StreamingSession(bundle, speech=False, policy="alignatt")
+        events = session.push(samples[: len(samples) // 2])
+        return len("".join(event.text for event in events if isinstance(event, TargetText)).split())
+
+    heard = clean + scale_noise(noise, clean, 10.0)
+    assert words(heard) <= words(clean) + 1
+
+
 def test_speech_follows_the_text_of_every_policy():
     for policy in (*POLICIES.values(), CTCCountPolicy(lagging_k2=1, stride_n2=2)):
         policy = type(policy)(**{**vars(policy), "lagging_k2": 1, "stride_n2": 2})
@@ -171,6 +206,7 @@ def test_speech_follows_the_text_of_every_policy():
         (lambda: WaitKPolicy(wait_unit="hours"), "wait_unit is 'hours'"),
         (lambda: LocalAgreementPolicy(1), "agreement_n is 1"),
         (lambda: AlignAttPolicy(-1), "alignatt_frames is -1"),
+        (lambda: AlignAttPolicy(alignatt_skip=-1), "alignatt_skip is -1"),
         (lambda: make_policy("alignatt", wait_k=1), "no knob 'wait_k'"),
         (lambda: StreamingSession(BUNDLES["mt"], policy=AlignAttPolicy(alignatt_layer=2)), "layer 2, but .* 2 layers"),
         (lambda: AlignAttPolicy(alignatt_heads="3-1"), "alignatt_heads is '3-1'"),

@@ -38,6 +38,7 @@ KNOB_OPTIONS = {
     "alignatt_frames": Knob("alignatt: newest encoder frames (40 ms) that a written subword must not look at"),
     "alignatt_layer": Knob("alignatt: MT decoder layer whose attention is read, negative from the last"),
     "alignatt_heads": Knob("alignatt: single heads instead, as layer.head,layer.head", str),
+    "alignatt_skip": Knob("alignatt: encoder frames at a sentence's start that no subword is aligned with"),
     "lagging_k2": Knob("subwords that the speech stays behind the text"),
     "stride_n2": Knob("subwords from one writing of speech to the next"),
 }

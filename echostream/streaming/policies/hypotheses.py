@@ -82,11 +82,16 @@ class AlignAttPolicy(PolicyBase):
     the cross-attention that predicted it gives the most weight (mean of the heads asked for). If that is one of the
     last ``alignatt_frames`` visible frames, more of the source is needed: this subword and all after it wait.
 
+    A decoder that looks at nothing in particular rests on the sentence's first frame, an attention sink (Xiao et al.,
+    2023, arXiv 2309.17453, of the first token): in noise often with more weight than on any word. No subword is aligned
+    with the first ``alignatt_skip`` frames, or it would be taken for one that was heard long ago.
+
     Attributes:
         alignatt_frames: encoder frames (40 ms), the f of the paper: more of them, more delay. 0 never waits.
         alignatt_layer: the MT decoder layer that is asked, counted from 0, or from the last one down with -1, -2, ...
         alignatt_heads: single heads instead, as ``layer.head`` separated by commas (``3.1,4.2``): in a decoder from
             Whisper a few follow the sound, and the others blur what these say.
+        alignatt_skip: frames at the sentence's start that do not count.
         lagging_k2: MT subwords that the speech stays behind the text.
         stride_n2: MT subwords from one writing of units to the next.
 
@@ -97,11 +102,12 @@ class AlignAttPolicy(PolicyBase):
     alignatt_frames: int = 8
     alignatt_layer: int = -1
     alignatt_heads: str = ""
+    alignatt_skip: int = 4
     lagging_k2: int = 0
     stride_n2: int = 1
 
     def __post_init__(self) -> None:
-        self._check(alignatt_frames=0, lagging_k2=0, stride_n2=1)
+        self._check(alignatt_frames=0, alignatt_skip=0, lagging_k2=0, stride_n2=1)
         if isinstance(self.alignatt_layer, bool) or not isinstance(self.alignatt_layer, int):
             raise ConfigError(f"alignatt_layer is {shown(self.alignatt_layer)}; it must be a whole number")
         if not isinstance(self.alignatt_heads, str) or not _HEADS.fullmatch(self.alignatt_heads):
@@ -119,4 +125,5 @@ class AlignAttPolicy(PolicyBase):
 
     def stops(self, progress: Progress, draft: Draft) -> bool:
         assert draft.attention is not None
-        return int(draft.attention.argmax()) >= progress.frames - self.alignatt_frames
+        first = min(self.alignatt_skip, len(draft.attention) - 1)
+        return first + int(draft.attention[first:].argmax()) >= progress.frames - self.alignatt_frames
