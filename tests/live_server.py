@@ -13,14 +13,14 @@ from echostream.serve.command import listen, make_uvicorn
 
 
 class LiveServer:
-    """Attributes: ``port``, ``server`` (``app.Server``), ``uvicorn``."""
+    """Attributes: ``port``, ``server`` (``app.Server``), ``uvicorn``. ``tls``: uvicorn's options for HTTPS."""
 
-    def __init__(self, server: Server):
+    def __init__(self, server: Server, tls: dict[str, Any] | None = None):
         self.server = server
         self.listener = listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.started = threading.Event()
-        self.uvicorn = make_uvicorn(server, self.started.set)
+        self.uvicorn = make_uvicorn(server, self.started.set, tls)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve([self.listener])), daemon=True)
         self.thread.start()
         assert self.started.wait(20)
@@ -46,8 +46,8 @@ class LiveServer:
 
 
 @contextmanager
-def serving(bundle: Any, *args: Any, **options: Any) -> Iterator[LiveServer]:
-    live = LiveServer(Server(bundle, *args, **options))
+def serving(bundle: Any, *args: Any, tls: dict[str, Any] | None = None, **options: Any) -> Iterator[LiveServer]:
+    live = LiveServer(Server(bundle, *args, **options), tls)
     try:
         yield live
     finally:

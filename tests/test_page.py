@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,13 @@ WAIT_S = 90.0  # on a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[LiveServer]:
-    with serving(load_bundle(threads=1), Limits(sessions=2)) as server:
+def bundle() -> Any:
+    return load_bundle(threads=1)
+
+
+@pytest.fixture(scope="module")
+def live(bundle: Any) -> Iterator[LiveServer]:
+    with serving(bundle, Limits(sessions=2)) as server:
         yield server
 
 
@@ -57,16 +64,22 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def browser(recording: Path, tmp_path: Path) -> Iterator[Any]:
+    with chromium(recording, tmp_path) as driver:
+        yield driver
+
+
+@contextmanager
+def chromium(recording: Path, downloads: Path, *flags: str) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
     for flag in (
         "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1000,900",
         "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
         f"--use-file-for-fake-audio-capture={recording}%noloop", "--autoplay-policy=no-user-gesture-required",
-        "--disable-background-networking", "--no-first-run",
+        "--disable-background-networking", "--no-first-run", *flags,
     ):  # fmt: skip
         options.add_argument(flag)
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
@@ -163,3 +176,73 @@ def test_a_recording_on_a_phone(live, browser, recording):
     assert wide <= 375, "nothing reaches beyond a phone's edge"
     picture(browser, "page-phone")
     no_errors(browser)
+
+
+def test_the_sound_of_a_tab(live, recording, tmp_path):
+    """One tab plays a recording, the page in another listens to it by ``getDisplayMedia``."""
+    (tmp_path / "talk.html").write_text(
+        f"<title>The talk</title><audio id=talk controls loop src='{recording.as_uri()}'></audio>", encoding="utf-8"
+    )
+    with chromium(recording, tmp_path, "--auto-select-tab-capture-source-by-title=The talk") as browser:
+        browser.get((tmp_path / "talk.html").as_uri())
+        browser.execute_script("talk.play()")
+        browser.switch_to.new_window("tab")
+        browser.get(live.http)
+        until(lambda: "es → en" in text(browser, "pair"), "the page's languages")
+        # The microphone's stand-in must not be what is heard.
+        browser.execute_script("navigator.mediaDevices.getUserMedia = null; source.value = 'tab'")
+        browser.find_element(By.ID, "start").click()
+        until(lambda: len(text(browser, "targetText").split()) > 4 or text(browser, "hint"), "a translation")
+        assert len(text(browser, "targetText").split()) > 4, text(browser, "hint")
+        browser.find_element(By.ID, "stop").click()
+        until(lambda: browser.find_element(By.ID, "start").is_enabled(), "the end")
+        no_errors(browser)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """uvicorn's options for HTTPS with a certificate that nobody trusts."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs a certificate: apt-get install openssl")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", "/CN=talk.test", "-addext", "subjectAltName=DNS:talk.test"]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return {"ssl_certfile": cert, "ssl_keyfile": key}
+
+
+ELSEWHERE = "--host-resolver-rules=MAP talk.test 127.0.0.1"  # a name that is not localhost
+
+
+def test_a_microphone_elsewhere_by_https(bundle, certificate, recording, tmp_path):
+    """A secure page off localhost: sound goes by wss, and the microphone is there."""
+    with (
+        serving(bundle, Limits(sessions=1), tls=certificate) as secure,
+        chromium(recording, tmp_path, ELSEWHERE, "--ignore-certificate-errors") as browser,
+    ):
+        browser.get(f"https://talk.test:{secure.port}/")
+        until(lambda: "es → en" in text(browser, "pair"), "the page's languages")
+        assert not browser.find_element(By.ID, "secure").is_displayed()
+        browser.find_element(By.ID, "start").click()
+        until(lambda: len(text(browser, "targetText").split()) > 4, "a translation")
+        assert len(secure.server.hub.sessions) == 1
+        no_errors(browser)
+
+
+def test_a_recording_elsewhere_by_http(live, recording, tmp_path):
+    """Browsers give such a page no microphone, and no worklet that plays: it says so, and plays all the same."""
+    with chromium(recording, tmp_path, ELSEWHERE) as browser:
+        browser.get(f"http://talk.test:{live.port}/")
+        until(lambda: "es → en" in text(browser, "pair"), "the page's languages")
+        assert "--tls-cert" in text(browser, "secure")
+        assert browser.execute_script("return source.value") == "file"
+        browser.find_element(By.ID, "file").send_keys(str(recording))
+        browser.find_element(By.ID, "start").click()
+        until(lambda: text(browser, "hint") or text(browser, "targetText"), "a translation")
+        played = lambda: int(browser.find_element(By.ID, "drop").get_attribute("data-played") or 0)  # noqa: E731
+        until(lambda: text(browser, "hint") or played() > 8000, "sound")
+        until(lambda: browser.find_element(By.ID, "start").is_enabled(), "the end")
+        assert "sister" in text(browser, "targetText").lower() and not text(browser, "hint")
+        no_errors(browser)

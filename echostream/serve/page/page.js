@@ -139,6 +139,30 @@ class Record {
   }
 }
 
+// What the worklet's player does, where browsers give a page none: by http:// off localhost. A recording can be played there.
+class ScheduledPlayer {
+  constructor(context) { Object.assign(this, { context, port: this, at: 0, played: 0 }); }
+
+  connect(destination) { this.destination = destination; }
+
+  postMessage(samples) {
+    const buffer = this.context.createBuffer(1, samples.length, this.context.sampleRate);
+    buffer.copyToChannel(samples, 0);
+    const node = new AudioBufferSourceNode(this.context, { buffer });
+    node.connect(this.destination);
+    this.at = Math.max(this.at, this.context.currentTime);
+    node.start(this.at);
+    setTimeout(() => this.tell(1), 1000 * (this.at - this.context.currentTime)); // it begins
+    this.at += buffer.duration;
+    node.onended = () => this.tell(samples.length - 1);
+  }
+
+  tell(more) {
+    this.played += more;
+    this.onmessage({ data: { played: this.played, time: this.context.currentTime } });
+  }
+}
+
 let config, stream, record, audio, capture, player, playedSamples = 0, queuedSamples = 0, idle = true;
 
 async function setUp() {
@@ -194,9 +218,11 @@ async function start(file) {
   try {
     audio = new AudioContext(); // at the device's own rate
     await audio.resume();
-    await audio.audioWorklet.addModule("worklet.js");
+    if (audio.audioWorklet) await audio.audioWorklet.addModule("worklet.js");
     record = new Record(audio.sampleRate);
-    player = new AudioWorkletNode(audio, "player", { numberOfInputs: 0, outputChannelCount: [2] });
+    player = audio.audioWorklet
+      ? new AudioWorkletNode(audio, "player", { numberOfInputs: 0, outputChannelCount: [2] })
+      : new ScheduledPlayer(audio);
     player.connect(audio.destination);
     playedSamples = queuedSamples = 0;
     player.port.onmessage = ({ data }) => {
