@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 # Processes that share the tests; a file's tests stay together.
 JOBS ?= 2
 BENCH_ARGS ?=
+LOAD_ARGS ?= --clients 4 8 12 --seconds 30
 SAMPLES_ARGS ?=
 
 # Two threads fight over two cores; idle workers that spin make it worse.
@@ -18,7 +19,7 @@ help:
 	@echo "make demo   translate sixteen spoken Spanish sentences while they are spoken; results in demo-output/"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
-	@echo "make bench  measure the speed on this machine (about 5 minutes) and write docs/benchmarks.md with a picture"
+	@echo "make bench  measure the speed on this machine (about 8 minutes): docs/benchmarks.md with a picture, and the server under load"
 	@echo "make samples  translate the demo's sentences into docs/samples: Opus files, pictures, a page"
 	@echo "make dist   build wheel and source archive into dist/"
 	@echo "make clean  remove .venv and demo-output"
@@ -58,6 +59,7 @@ lint: $(VENV)/.installed
 # Close what else is running: the page tells the load. BENCH_ARGS='--clock cpu' on a machine that is never quiet.
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/benchmark.py all --report docs/benchmarks.md $(BENCH_ARGS)
+	$(BIN)/python scripts/load_test.py $(LOAD_ARGS)
 
 samples: $(VENV)/.installed
 	$(BIN)/python scripts/make_samples.py $(SAMPLES_ARGS)

@@ -102,6 +102,17 @@ def test_scripts_without_spaces() -> None:
     assert quality.spoken_words("iPhone 手机。", numbers=False) == "iphone 手 机"
 
 
+def test_bleu_of_japanese_counts_mecabs_words() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    for module in ("MeCab", "ipadic"):
+        pytest.importorskip(module, reason="needs sacrebleu[ja]: pip install mecab-python3 ipadic")
+    said, true = ["今日は雨が降るでしょう。"], ["今日は雨が降ると思う。"]
+    words = ["今日 は 雨 が 降る でしょ う 。"], ["今日 は 雨 が 降る と 思う 。"]
+    by_hand = sacrebleu.corpus_bleu(words[0], [words[1]], tokenize="none").score
+    assert quality.bleu(said, true, quality.tokenizer_for("ja")) == pytest.approx(by_hand) and 30 < by_hand < 70
+    assert quality.bleu(said, true) < 1  # one word a sentence
+
+
 simul = pytest.importorskip("echostream.evaluation.simul", reason="needs the extra simuleval")
 simul_latency = pytest.importorskip("echostream.evaluation.simul_latency")
 RATE = 8000

@@ -94,7 +94,7 @@ TINY_MODEL = dict(
 )
 
 
-def tiny_flags(data: Path, save_dir: Path, **changes: object) -> list[str]:
+def tiny_flags(data: Path, save_dir: Path | None, **changes: object) -> list[str]:
     """fairseq-train's arguments for a tiny model on ``data``; ``changes`` as in ``max_update=3`` or ``cpu=True``."""
     flags: dict[str, object] = dict(
         arch="echostream",
