@@ -25,8 +25,8 @@ from echostream.errors import EchoStreamError, require
 from echostream.files import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-# torchrun's store stays over a restart; when the nodes' ranks change, the new workers do not find each other in it: they fail,
-# or wait for ever (torch 2.13). Workers get a store of their own, new each time.
+# torchrun's store stays over a restart; when the nodes' ranks change, the new workers do not find each other in it:
+# they fail, or wait for ever (torch 2.13). Workers get a store of their own, new each time.
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 PATIENCE_S = 600  # until something has happened that must happen
 
