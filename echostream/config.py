@@ -26,7 +26,7 @@ LIMITS: dict[str, int] = {
     "input_feat_per_channel": 1024, "input_channels": 16, "conv_channels": 8192,
     "encoder_embed_dim": 8192, "encoder_layers": 128, "encoder_attention_heads": 256, "encoder_ffn_embed_dim": 65536,
     "segment_length": 512, "left_context_length": 4096, "right_context_length": 512, "memory_size": 1024,
-    "st_decoder_layers": 64, "st_decoder_heads": 256, "st_left_context": 8192,
+    "asr_decoder_layers": 64, "st_decoder_layers": 64, "st_decoder_heads": 256, "st_left_context": 8192,
     "mt_decoder_layers": 64, "mt_decoder_heads": 256, "mt_decoder_embed_dim": 8192, "mt_decoder_ffn_dim": 65536,
     "unit_decoder_layers": 64, "unit_decoder_heads": 256, "unit_decoder_embed_dim": 8192, "unit_decoder_ffn_dim": 65536,
     "encoder_position_period": 1_000_000, "encoder_conv_kernel": 1024, "st_decoder_embed_dim": 8192,
@@ -92,6 +92,9 @@ class EchoStreamConfig:
     )
     # Source-text CTC head
     asr_vocab_size: int = _option(6000, "source dictionary size")
+    asr_decoder_layers: int = _option(
+        0, "causal transformer layers of the ASR CTC head, of the same shape as the ST CTC head's"
+    )
     # Target-text CTC head
     st_decoder_layers: int = _option(2, "causal transformer layers of the ST CTC head")
     st_decoder_heads: int = _option(4, "attention heads of the ST CTC head")
@@ -199,6 +202,11 @@ class EchoStreamConfig:
         return self.st_decoder_embed_dim or self.encoder_embed_dim
 
     @property
+    def ctc_layers(self) -> int:
+        """Causal layers of both CTC heads."""
+        return self.asr_decoder_layers + self.st_decoder_layers
+
+    @property
     def units_read_text(self) -> bool:
         """Does the unit decoder read MT decoder states, and not encoder frames?"""
         return self.unit_decoder_input != "encoder"
@@ -216,7 +224,7 @@ class EchoStreamConfig:
         inputs = self.max_target_tokens if self.units_read_text else self.max_sentence_frames
         places = (
             self.encoder_layers * self.encoder_embed_dim * (self.memory_size + left)
-            + self.st_decoder_layers * self.st_dim * self.st_left_context
+            + self.ctc_layers * self.st_dim * self.st_left_context
             + self.mt_decoder_layers * self.mt_decoder_embed_dim * (self.max_target_tokens + frames)
             + self.unit_decoder_layers * self.unit_decoder_embed_dim * (inputs * self.ctc_upsample_ratio + frames)
         )
@@ -282,8 +290,8 @@ class EchoStreamConfig:
 
 # Lengths and counts that may be left at nothing.
 _MAY_BE_ZERO = frozenset({
-    "right_context_length", "left_context_length", "memory_size", "st_decoder_layers", "encoder_position_period",
-    "encoder_conv_kernel", "st_decoder_embed_dim", "st_decoder_ffn_dim", "mt_decoder_prompt",
+    "right_context_length", "left_context_length", "memory_size", "asr_decoder_layers", "st_decoder_layers",
+    "encoder_position_period", "encoder_conv_kernel", "st_decoder_embed_dim", "st_decoder_ffn_dim", "mt_decoder_prompt",
 })  # fmt: skip
 
 SMALL: dict[str, Any] = dict(

@@ -484,7 +484,7 @@ def load_digest(directory: Path) -> str:
 @pytest.mark.parametrize("changes", [
     {}, {"right_context_length": 2}, {"unit_decoder_input": "mt-tokens"}, {"unit_decoder_input": "encoder"},
     {"st_decoder_layers": 0, "memory_size": 0}, {"encoder_stem": "whisper", "encoder_position_period": 50},
-    {"encoder_conv_kernel": 3, "encoder_relative_bias": True},
+    {"encoder_conv_kernel": 3, "encoder_relative_bias": True}, {"asr_decoder_layers": 2, "st_decoder_layers": 0},
 ], ids=str)  # fmt: skip
 def test_16_names_of_graphs_are_those_that_are_written(changes: dict) -> None:
     """The table of names and the export say the same, so that neither changes alone."""

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from echostream.config import EchoStreamConfig
 from echostream.constants import EOS, PAD
 from echostream.errors import EchoStreamError
-from echostream.models.decoders.ctc_decoder import STDecoder
+from echostream.models.decoders.ctc_decoder import ASRHead, STDecoder
 from echostream.models.decoders.layers import CausalLayer, DecoderLayer, attend, sinusoidal_positions, visible_frames
 from echostream.models.decoders.transformer_decoder import MTDecoder
 from echostream.models.decoders.unit_decoder import UnitDecoder, greedy_units
@@ -203,6 +203,23 @@ def test_narrow_st_layers_stream(frames):
         logits, _, state = decoder.step(x[:, at : at + size], torch.tensor([size, size]), state)
         parts.append(logits)
     torch.testing.assert_close(torch.cat([random(2, 0, 11), *parts], dim=1), decoder(x), **EXACT)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_the_asr_head_streams_with_and_without_layers(layers):
+    decoder = make(ASRHead, asr_decoder_layers=layers, st_decoder_embed_dim=8)
+    names = {name.split(".")[0] for name in decoder.state_dict()}
+    assert names == ({"input", "layers", "output"} if layers else {"output"})
+    x, state, parts = random(2, 23, D), decoder.init_state(2), []
+    for size in splits(23, torch.Generator().manual_seed(1)):
+        at = sum(part.shape[1] for part in parts)
+        logits, _, state = decoder.step(x[:, at : at + size], torch.tensor([size, size]), state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), decoder(x), **EXACT)
+    changed = x.clone()
+    changed[:, 11] += 1  # no later frame has a say in an earlier one's score
+    differs = (decoder(changed) - decoder(x)).abs().amax((0, 2)) > 1e-12
+    assert differs.nonzero()[:, 0].tolist() == list(range(11, 12 + layers * (decoder.window - 1)))
 
 
 def test_st_without_layers_is_a_linear_head():

@@ -84,7 +84,7 @@ class Comparison:
         """Features in pieces of all sizes; stream 1 begins later, stream 0 ends on the way and begins anew."""
         model, cfg = self.model, self.model.config
         bins = cfg.input_feat_per_channel * cfg.input_channels
-        encoder, st = model.encoder.init_state(ROWS), model.st_decoder.init_state(ROWS)
+        encoder, asr, st = (part.init_state(ROWS) for part in (model.encoder, model.asr_head, model.st_decoder))
         whole = 4 * cfg.segment_length
         # pieces of a stream's features; the memory bank and the left context fill up and wrap around
         sizes = [[whole * 2 + 3, 0], [5, whole + 1], [whole * 9, whole], [7, 7], [1, whole * 11 + 2], [whole, whole]]
@@ -97,9 +97,9 @@ class Comparison:
                 padded[row, : len(part)] = part
             finished = torch.tensor(ends)
             x, counts, encoder = model.encoder.step(torch.from_numpy(padded), torch.tensor(lengths), encoder, finished)
-            source = model.asr_head(x)
+            source, _, asr = model.asr_head.step(x, counts, asr)
             target, _, st = model.st_decoder.step(x, counts, st)
-            st = st.restart(finished)
+            asr, st = asr.restart(finished), st.restart(finished)
             answers = self.stages.run(list(enumerate(Encode(part, end) for part, end in zip(parts, ends))))
             for row, answer in enumerate(answers):
                 n = int(counts[row])

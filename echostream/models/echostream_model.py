@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from echostream.config import EchoStreamConfig
 from echostream.constants import BLANK, EOS, NUM_SPECIALS, PAD
 from echostream.errors import CheckpointError, ConfigError, EchoStreamError
-from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder, STState
+from echostream.models.decoders.ctc_decoder import ASRHead, CausalState, STDecoder
 from echostream.models.decoders.decoder_base import DecoderState
 from echostream.models.decoders.transformer_decoder import MTDecoder
 from echostream.models.decoders.unit_decoder import UnitDecoder, greedy_units
@@ -60,7 +60,8 @@ class ModelState(State):
     """State of the streaming loop, per row. Parts that this model does not stream are empty tuples."""
 
     encoder: State
-    st: STState
+    asr: CausalState
+    st: CausalState
     units: tuple[DecoderState, ...]
     last_unit: Tensor  # [B] long, the unit decoder's last raw symbol
     vocoder: tuple[State, ...]
@@ -86,7 +87,7 @@ class EchoStreamModel(nn.Module):
             )
         self.config = cfg
         self.encoder = EchoStreamEncoder(cfg)
-        self.asr_head = CTCHead(cfg.encoder_embed_dim, cfg.asr_vocab_size)
+        self.asr_head = ASRHead(cfg)
         self.st_decoder = STDecoder(cfg)
         self.mt_decoder = MTDecoder(cfg)
         self.unit_decoder = UnitDecoder(cfg)
@@ -251,7 +252,7 @@ class EchoStreamModel(nn.Module):
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state of ``batch_size`` streams before their first chunk, on the model's device and in its dtype."""
-        weight = self.asr_head.output.weight
+        weight = self.asr_head.weight
         units: tuple[DecoderState, ...] = ()
         vocoder: tuple[State, ...] = ()
         if not self.config.units_read_text:
@@ -260,6 +261,7 @@ class EchoStreamModel(nn.Module):
                 vocoder = (self.vocoder.init_state(batch_size),)
         return ModelState(
             self.encoder.init_state(batch_size, device=weight.device, dtype=weight.dtype),
+            self.asr_head.init_state(batch_size),
             self.st_decoder.init_state(batch_size),
             units,
             torch.full((batch_size,), BLANK, device=weight.device),
@@ -289,7 +291,7 @@ class EchoStreamModel(nn.Module):
         """
         x, counts, encoder = self.encoder.step(chunk, lengths, state.encoder, finished)
         out = self._encoder_out(x, counts)
-        out["asr_logits"] = self.asr_head(x)
+        out["asr_logits"], _, asr = self.asr_head.step(x, counts, state.asr)
         out["st_logits"], _, st = self.st_decoder.step(x, counts, state.st)
         last, units, vocoder = state.last_unit, state.units, state.vocoder
         if units:
@@ -301,10 +303,10 @@ class EchoStreamModel(nn.Module):
                 vocoder = (vocoder_state,)
                 out.update(units=new_units, units_lengths=new_counts, waveform=waveform, waveform_lengths=wave_lengths)
         if finished is not None:  # the encoder and the vocoder start finished rows anew by themselves
-            st = st.restart(finished)
+            asr, st = asr.restart(finished), st.restart(finished)
             units = tuple(part.restart(finished) for part in units)
             last = last.masked_fill(finished, BLANK)
-        return out, ModelState(encoder, st, units, last, vocoder)
+        return out, ModelState(encoder, asr, st, units, last, vocoder)
 
     def _step_units(self, x: Tensor, counts: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, DecoderState]:
         segment, limit = self.config.segment_length, self.config.max_sentence_frames

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echostream.models.decoders.ctc_decoder import CTCHead, STDecoder
+from echostream.models.decoders.ctc_decoder import ASRHead, STDecoder
 from echostream.models.decoders.decoder_base import TransformerDecoder
 from echostream.models.decoders.transformer_decoder import MTDecoder
 from echostream.models.decoders.unit_decoder import UnitDecoder
@@ -140,30 +140,34 @@ class EncoderGraph(StepGraph):
 class HeadsGraph(StepGraph):
     """Both CTC heads over N new encoder frames.
 
-    Inputs: ``frames`` [B, N, encoder width]; with ST layers ``mask`` [B, 1, N, window - 1 + N] and per layer
-    ``keys.i``, ``values.i`` [B, H, window - 1, d], rings like the encoder's.
+    Inputs: ``frames`` [B, N, encoder width]; with layers ``mask`` [B, 1, N, window - 1 + N] and per layer, those of the
+    ASR head first, ``keys.i``, ``values.i`` [B, H, window - 1, d], rings like the encoder's.
 
-    Outputs: ``source`` and ``target`` [B, N, vocabulary], the scores; with ST layers ``kept`` [B, N, 2 layers * D].
+    Outputs: ``source`` and ``target`` [B, N, vocabulary], the scores; with layers ``kept`` [B, N, 2 layers * D].
     """
 
-    def __init__(self, asr: CTCHead, st: STDecoder):
+    def __init__(self, asr: ASRHead, st: STDecoder, width: int):
         super().__init__()
         self.asr, self.st = asr, st
-        self.inputs = {"frames": ("B", "N", asr.output.in_features)}
+        layers = [*asr.layers, *st.layers]
+        self.inputs = {"frames": ("B", "N", width)}
         self.examples = {"B": 2, "N": 3, "K": st.window + 2}
-        if len(st.layers):
+        if layers:
             self.inputs["mask"] = "B", 1, "N", "K"
-        for i, layer in enumerate(st.layers):
+        for i, layer in enumerate(layers):
             heads, dim = layer.self_attention.heads, layer.self_norm.normalized_shape[0]
             self.inputs |= {f"{name}.{i}": ("B", heads, st.window - 1, dim // heads) for name in ("keys", "values")}
 
     def forward(self, given: Arrays) -> Arrays:
-        out = {"source": self.asr(given["frames"])}
-        x, kept = self.st.enter(given["frames"]), []
-        for i, layer in enumerate(self.st.layers):
-            x, *new = layer.attend_past(x, given["mask"], given[f"keys.{i}"], given[f"values.{i}"])
-            kept += new
-        out["target"] = self.st.head(x)
+        out: Arrays = {}
+        kept: list[Tensor] = []
+        for name, part in (("source", self.asr), ("target", self.st)):
+            x = part.enter(given["frames"])
+            for layer in part.layers:
+                i = len(kept) // 2
+                x, *new = layer.attend_past(x, given["mask"], given[f"keys.{i}"], given[f"values.{i}"])
+                kept += new
+            out[name] = part.classify(x)
         return {**out, "kept": torch.cat(kept, dim=2)} if kept else out
 
 
@@ -251,7 +255,7 @@ def model_graphs(model: EchoStreamModel) -> dict[str, StepGraph]:
     """All graphs of an ``EchoStreamModel``, by name."""
     return {
         "encoder": EncoderGraph(model.encoder),
-        "heads": HeadsGraph(model.asr_head, model.st_decoder),
+        "heads": HeadsGraph(model.asr_head, model.st_decoder, model.config.encoder_embed_dim),
         "mt_memory": MemoryGraph(model.mt_decoder),
         "mt": MTGraph(model.mt_decoder),
         "unit_memory": MemoryGraph(model.unit_decoder),

@@ -35,7 +35,7 @@ from echostream.streaming.stages import (
 
 if TYPE_CHECKING:
     from echostream.checkpoint import Bundle
-    from echostream.models.decoders.ctc_decoder import STState
+    from echostream.models.decoders.ctc_decoder import CausalState
     from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderState, WindowState
     from echostream.models.echostream_encoder import EncoderState
     from echostream.models.echostream_model import EchoStreamModel
@@ -46,7 +46,8 @@ class StagesState(State):
     """All stages' states, each with the stream as its first dimension. ``vocoder`` is empty where there is none."""
 
     encoder: EncoderState
-    st: STState
+    asr: CausalState
+    st: CausalState
     mt: DecoderState
     unit: tuple[DecoderState, ...]
     vocoder: tuple[VocoderState | WindowState, ...]
@@ -65,7 +66,7 @@ class TorchStages(Answering):
         self.model = cast("EchoStreamModel", bundle.model)  # ``backend_of`` has seen that it is
         self.vocoder = cast("CodeHiFiGAN | None", bundle.vocoder) if speech else None
         self.speech = speech
-        weight = self.model.asr_head.output.weight
+        weight = self.model.asr_head.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.state = self.init_state(rows)
 
@@ -74,6 +75,7 @@ class TorchStages(Answering):
         model = self.model
         return StagesState(
             encoder=model.encoder.init_state(rows),
+            asr=model.asr_head.init_state(rows),
             st=model.st_decoder.init_state(rows),
             mt=model.mt_decoder.init_state(rows),
             unit=(model.unit_decoder.init_state(rows),) if self.speech else (),
@@ -96,16 +98,17 @@ class TorchStages(Answering):
         finished = self._flags(rows, [r.finished for r in requests])
         state = self.state
         frames, counts, encoder = self.model.encoder.step(features, lengths, state.encoder, finished)
-        st = state.st
+        asr, st = state.asr, state.st
         if frames.shape[1]:
-            source = self.model.asr_head(frames).argmax(-1)
+            scores, _, asr = self.model.asr_head.step(frames, counts, asr)
+            source = scores.argmax(-1)
             scores, _, st = self.model.st_decoder.step(frames, counts, st)
             target = scores.argmax(-1)
         else:
             source = target = counts.new_zeros(len(counts), 0)
         if bool(finished.any()):
-            st = st.restart(finished)
-        self._replace(encoder=encoder, st=st)
+            asr, st = asr.restart(finished), st.restart(finished)
+        self._replace(encoder=encoder, asr=asr, st=st)
         given = [_numpy(t) for t in (frames, source, target)]
         sizes = _numpy(counts)
         return [EncoderOutput(*(array[r, : sizes[r]] for array in given)) for r in rows]
@@ -198,6 +201,7 @@ class TorchStages(Answering):
         fresh = () if self.vocoder is None else (self.vocoder.init_state(rows),)
         self.state = StagesState(
             encoder=self.model.encoder.init_state(rows).where(chosen, old.encoder),
+            asr=old.asr.restart(chosen),
             st=old.st.restart(chosen),
             mt=old.mt.restart(chosen),
             unit=tuple(state.restart(chosen) for state in old.unit),
@@ -254,6 +258,7 @@ class TorchStages(Answering):
         before = self.state
         self.state = StagesState(
             encoder=put(state.encoder, before.encoder),
+            asr=put(state.asr, before.asr),
             st=put(state.st, before.st),
             mt=put_decoder(state.mt, before.mt),
             unit=tuple(put_decoder(*pair) for pair in zip(state.unit, before.unit)),

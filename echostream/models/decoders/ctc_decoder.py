@@ -1,4 +1,4 @@
-"""CTC heads (Graves et al., 2006): the source-text head, and the target-text head with its causal layers."""
+"""CTC heads (Graves et al., 2006) of the source and of the target text, with their causal layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from echostream.models.state import State
 
 
 class CTCHead(nn.Module):
-    """One Linear from encoder frames to dictionary symbols; blank is ``<s>`` (index 0)."""
+    """One Linear from hidden frames to dictionary symbols; blank is ``<s>`` (index 0)."""
 
     def __init__(self, dim: int, vocab: int):
         super().__init__()
@@ -25,32 +25,37 @@ class CTCHead(nn.Module):
 
 
 @dataclass(frozen=True)
-class STState(State):
+class CausalState(State):
     """The last ``st_left_context - 1`` frames of every layer, right-aligned, and how many of them are real."""
 
     layers: tuple[KeyValues, ...]  # [B, st_left_context - 1, D] each
     seen: Tensor  # [B] long, at most st_left_context - 1
 
-    def restart(self, rows: Tensor) -> STState:
+    def restart(self, rows: Tensor) -> CausalState:
         """``rows`` [B] bool as before their first frame."""
-        return STState(self.layers, self.seen.masked_fill(rows, 0))
+        return CausalState(self.layers, self.seen.masked_fill(rows, 0))
 
 
-class STDecoder(nn.Module):
-    """Preliminary translation: windowed causal transformer layers and a CTC head.
+class CausalDecoder(nn.Module):
+    """Windowed causal transformer layers with a CTC head; base of the two.
 
     A layer's frame sees itself and the ``st_left_context - 1`` frames before it. There are no absolute positions, so
     that the stream may go on for ever at constant cost.
+
+    Args:
+        cfg: ``st_decoder_*`` say the shape of the layers.
+        layers: how many.
+        dim: their width.
     """
 
-    def __init__(self, cfg: EchoStreamConfig):
+    def __init__(self, cfg: EchoStreamConfig, layers: int, dim: int):
         super().__init__()
         self.window = cfg.st_left_context
-        narrow = cfg.st_dim != cfg.encoder_embed_dim
-        self.input = init_linear(nn.Linear(cfg.encoder_embed_dim, cfg.st_dim)) if narrow else None
+        narrow = dim != cfg.encoder_embed_dim
+        self.input = init_linear(nn.Linear(cfg.encoder_embed_dim, dim)) if narrow else None
         self.layers = nn.ModuleList(
             CausalLayer(
-                cfg.st_dim,
+                dim,
                 cfg.st_decoder_heads,
                 cfg.st_decoder_ffn_dim or cfg.encoder_ffn_embed_dim,
                 cfg.st_left_context,
@@ -58,9 +63,17 @@ class STDecoder(nn.Module):
                 cfg.attention_dropout,
                 cfg.activation_dropout,
             )
-            for _ in range(cfg.st_decoder_layers)
+            for _ in range(layers)
         )
-        self.head = CTCHead(cfg.st_dim, cfg.st_vocab_size)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """What the last layer gives [B, T, D] -> scores [B, T, vocab]."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the output: tells device and dtype."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Encoder frames x [B, T, D] -> scores [B, T, vocab].
@@ -70,7 +83,7 @@ class STDecoder(nn.Module):
         x = self.enter(x)
         for layer in self.layers:
             x = layer(x)
-        return self.head(x)
+        return self.classify(x)
 
     def enter(self, x: Tensor) -> Tensor:
         """Encoder frames [B, T, D] in the layers' width."""
@@ -78,13 +91,13 @@ class STDecoder(nn.Module):
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> STState:
+    ) -> CausalState:
         """The state before the first frame."""
-        like = self.head.output.weight[0].detach().to(device=device, dtype=dtype)
+        like = self.weight[0].detach().to(device=device, dtype=dtype)
         caches = tuple(KeyValues.empty(batch_size, self.window - 1, like) for _ in self.layers)
-        return STState(caches, torch.zeros(batch_size, dtype=torch.long, device=like.device))
+        return CausalState(caches, torch.zeros(batch_size, dtype=torch.long, device=like.device))
 
-    def step(self, x: Tensor, lengths: Tensor, state: STState) -> tuple[Tensor, Tensor, STState]:
+    def step(self, x: Tensor, lengths: Tensor, state: CausalState) -> tuple[Tensor, Tensor, CausalState]:
         """New frames x [B, N, D], of row b the first ``lengths[b]`` -> (scores [B, N, vocab], lengths, state)."""
         outputs = []
         x = self.enter(x)
@@ -94,9 +107,9 @@ class STDecoder(nn.Module):
             y, state = self._step(part, (lengths - start).clamp(0, part.shape[1]), state)
             outputs.append(y)
         hidden = torch.cat(outputs, dim=1) if outputs else x
-        return self.head(hidden), lengths, state
+        return self.classify(hidden), lengths, state
 
-    def _step(self, x: Tensor, lengths: Tensor, state: STState) -> tuple[Tensor, STState]:
+    def _step(self, x: Tensor, lengths: Tensor, state: CausalState) -> tuple[Tensor, CausalState]:
         cached, new = self.window - 1, x.shape[1]
         key = torch.arange(cached + new, device=x.device)
         query = torch.arange(new, device=x.device)[:, None]
@@ -107,4 +120,35 @@ class STDecoder(nn.Module):
         for layer, cache in zip(self.layers, state.layers):
             x, cache = layer.step(x, lengths, cache, mask)
             caches.append(cache)
-        return x, STState(tuple(caches), (state.seen + lengths).clamp(max=cached))
+        return x, CausalState(tuple(caches), (state.seen + lengths).clamp(max=cached))
+
+
+class ASRHead(CausalDecoder):
+    """Source text: ``asr_decoder_layers`` causal layers, by default none, and one Linear."""
+
+    def __init__(self, cfg: EchoStreamConfig):
+        dim = cfg.st_dim if cfg.asr_decoder_layers else cfg.encoder_embed_dim
+        super().__init__(cfg, cfg.asr_decoder_layers, dim)
+        self.output = init_linear(nn.Linear(dim, cfg.asr_vocab_size))
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.output(x)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.output.weight
+
+
+class STDecoder(CausalDecoder):
+    """Preliminary translation: ``st_decoder_layers`` causal layers and a CTC head."""
+
+    def __init__(self, cfg: EchoStreamConfig):
+        super().__init__(cfg, cfg.st_decoder_layers, cfg.st_dim)
+        self.head = CTCHead(cfg.st_dim, cfg.st_vocab_size)
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.head.output.weight

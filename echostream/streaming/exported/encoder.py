@@ -44,7 +44,7 @@ class ExportedEncoder(RowStates):
         self.features = zeros(rows, waiting, bins)  # SUBSAMPLING_CONTEXT frames that were used, then those that wait
         self.waiting, self.segments, self.frames = (zeros(rows, dtype=np.int64) for _ in range(3))
         self.ring = zeros(2 * config.encoder_layers, rows, heads, places, dim // heads)
-        self.st_ring = zeros(2 * config.st_decoder_layers, rows, st_heads, self.window, config.st_dim // st_heads)
+        self.ctc_ring = zeros(2 * config.ctc_layers, rows, st_heads, self.window, config.st_dim // st_heads)
         kept = max(0, config.encoder_conv_kernel - 1)  # what the convolutions last saw
         self.conv = zeros(config.encoder_layers if config.encoder_conv_kernel else 0, rows, kept, dim)
         self.arrays = {
@@ -53,7 +53,7 @@ class ExportedEncoder(RowStates):
             "segments": (self.segments, 0),
             "frames": (self.frames, 0),
             "ring": (self.ring, 1),
-            "st_ring": (self.st_ring, 1),
+            "st_ring": (self.ctc_ring, 1),  # its name in archives since the ASR head had no layers
             "conv": (self.conv, 1),
         }
         self.most = {"waiting": waiting - SUBSAMPLING_CONTEXT}
@@ -163,18 +163,18 @@ class ExportedEncoder(RowStates):
     def _heads(self, rows: list[int], frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The best symbol of each frame [B, N] for the ASR and the ST CTC head."""
         feeds = {"frames": frames}
-        if len(self.st_ring):
+        if len(self.ctc_ring):
             query = np.arange(frames.shape[1])
             age = self.frames[rows]
             place = ring_ages(age, self.window)
             past = (place[:, None] >= query[:, None] - self.window) & (place >= -age[:, None])[:, None]
             new = (query <= query[:, None]) & (query >= query[:, None] - self.window)
             mask = np.concatenate([past, np.broadcast_to(new, (len(rows), *new.shape))], axis=2)
-            feeds |= {"mask": additive(mask)[:, None], **layers(("keys", "values"), pick(self.st_ring, rows))}
+            feeds |= {"mask": additive(mask)[:, None], **layers(("keys", "values"), pick(self.ctc_ring, rows))}
         out = self.model.run("heads", feeds)
-        if len(self.st_ring):
+        if len(self.ctc_ring):
             for i, row in enumerate(rows):
-                write_ring(self.st_ring[:, row], unstack(out["kept"][i], len(self.st_ring)), int(self.frames[row]))
+                write_ring(self.ctc_ring[:, row], unstack(out["kept"][i], len(self.ctc_ring)), int(self.frames[row]))
         self.frames[rows] += frames.shape[1]
         return out["source"].argmax(-1), out["target"].argmax(-1)
 

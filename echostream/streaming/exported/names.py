@@ -27,7 +27,7 @@ def graph_names(config: EchoStreamConfig, voice: VocoderConfig | None = None) ->
         return Names(frozenset([*inputs.split(), *more]), frozenset(outputs.split()))
 
     own, both = ("keys", "values"), ("keys", "values", "memory_keys", "memory_values")
-    st = config.st_decoder_layers
+    ctc = config.ctc_layers
     conv = config.encoder_layers if config.encoder_conv_kernel else 0
     stem = "features inside" if config.encoder_stem == "whisper" else "windows patches"
     options = {"positions": config.encoder_position_period, "distance": config.encoder_relative_bias}
@@ -42,7 +42,7 @@ def graph_names(config: EchoStreamConfig, voice: VocoderConfig | None = None) ->
             encoder.inputs.union(f"conv.{i}" for i in range(conv)),
             encoder.outputs.union(f"new.conv.{i}" for i in range(conv)),
         ),
-        "heads": of("frames mask" if st else "frames", "source target kept" if st else "source target", st, *own),
+        "heads": of("frames mask" if ctc else "frames", "source target kept" if ctc else "source target", ctc, *own),
         "mt_memory": of("frames", "memory"),
         "mt": of(f"tokens {step}", "scores hidden attention kept", config.mt_decoder_layers, *both),
         "unit_memory": of("frames", "memory"),

@@ -20,7 +20,7 @@ class TorchModel:
     """
 
     def __init__(self, model: EchoStreamModel):
-        weight = model.asr_head.output.weight
+        weight = model.asr_head.weight
         self.device, self.dtype = weight.device, weight.dtype
         with torch.no_grad():
             self.graphs = model_graphs(model)
