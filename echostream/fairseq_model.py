@@ -17,6 +17,7 @@ from echostream.checkpoint.fairseq import read_fairseq_checkpoint
 from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_SPECIALS
 from echostream.errors import CheckpointError, ConfigError, ManifestError, require
+from echostream.frozen import FrozenOutputs
 from echostream.models.echostream_model import EchoStreamModel
 from echostream.models.text_encoder import TextEncoder
 from echostream.models.whisper_init import decoder_weights, encoder_weights, whisper_config
@@ -117,7 +118,33 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
                 weight.requires_grad_(False)
         if not any(weight.requires_grad for weight in model.parameters()):
             raise ConfigError("--freeze names every part; there is nothing left to train")
+        model.keep_frozen(float(getattr(getattr(task, "cfg", None), "keep_frozen", 0.0)))
         return model
+
+    _frozen: FrozenOutputs | None = None
+
+    def keep_frozen(self, gigabytes: float) -> None:
+        """Compute what the frozen encoder, and an MT decoder frozen with it, give once for every batch of a training.
+
+        Raises:
+            ConfigError: the encoder learns, or hears every batch in another context.
+        """
+        if not gigabytes:
+            return
+        if any(weight.requires_grad for weight in self.encoder.parameters()):
+            raise ConfigError("--keep-frozen keeps what a frozen encoder gives; say --freeze encoder, too")
+        if len(set(self.config.contexts)) > 1:
+            raise ConfigError(f"--keep-frozen keeps one context; --train-contexts has {self.config.train_contexts}")
+        decoder_is = not any(weight.requires_grad for weight in self.mt_decoder.parameters())
+        self._frozen = FrozenOutputs(gigabytes, decoder_is and self.config.units_read_text)
+
+    def forward(self, *inputs: Any, items: Tensor | None = None, **named: Any) -> dict[str, Any]:
+        """As ``EchoStreamModel.forward``; ``items`` [B] are the batch's numbers in a training's plan, by which its
+        frames are found again with ``--keep-frozen``."""
+        if items is None or self._frozen is None or "frames" in named["parts"] or named.get("visible") is not None:
+            return super().forward(*inputs, **named)
+        of = (named[name] for name in ("src_tokens", "src_lengths", "prev_output_tokens", "windows"))
+        return super().forward(*inputs, **named, encoded=self._frozen(self, items, *of))
 
     def get_normalized_probs(
         self, net_output: dict[str, Any] | tuple[Any, ...] | Tensor, log_probs: bool, sample: dict | None = None

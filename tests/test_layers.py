@@ -14,7 +14,7 @@ FLOORS = (
     "models units whisper vocoder",
     "streaming",
     "checkpoint data",
-    "fairseq_model criterions tasks generator plugin hub info import_whisper vocode export output"
+    "frozen fairseq_model criterions tasks generator plugin hub info import_whisper vocode export output"
     " evaluation benchmarks",
     "commands data.corpus.cli data.corpus.steps data.corpus.further agent serve client translate cli __main__",
 )

@@ -28,6 +28,7 @@ plugin.register_with_fairseq()
 
 from echostream.criterions.multitask_criterion import MultitaskCriterion  # noqa: E402
 from echostream.criterions.visibility import expected_counts, heard_when_due  # noqa: E402
+from echostream.models.echostream_encoder import EchoStreamEncoder  # noqa: E402
 from echostream.models.echostream_model import EchoStreamConfig, SentenceWindows, build_echostream_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -274,6 +275,37 @@ def test_decoders_learn_from_text_alone_and_go_on_with_speech(corpus, tmp_path, 
     (data / "text_train.tsv").write_text("src_text\ttgt_text\ttgt_audio\nuno.\t\t\n")
     with pytest.raises(ManifestError, match="line 2: tgt_text is empty"):
         fairseq_train(data, tmp_path / "bad", max_update=1, **text)
+
+
+def test_frozen_parts_are_computed_once(corpus, tmp_path, monkeypatch):
+    """With memory for nothing every batch is computed each time, and training comes to the same weights."""
+    calls = []
+    forward = EchoStreamEncoder.forward
+    monkeypatch.setattr(EchoStreamEncoder, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
+    still = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, disable_validation=True, max_update=12)
+    units = dict(freeze="encoder,asr_head,st_decoder,mt_decoder", asr_weight=0.0, st_weight=0.0, mt_weight=0.0,
+                 unit_weight=1.0, speed_perturb="0.9,1.1", max_tokens=1000, **still)  # fmt: skip
+    found, count = {}, {}
+    for name, gigabytes in (("kept", 1.0), ("anew", 1e-9)):
+        calls.clear()
+        fairseq_train(corpus, tmp_path / name, keep_frozen=gigabytes, **units)
+        found[name], count[name] = weights(tmp_path / name / "checkpoint_last.pt"), len(calls)
+    assert count["kept"] <= 6 and count["anew"] == 12
+    moved = [key for key in found["kept"] if key.startswith("unit_decoder.")]
+    for key, value in found["kept"].items():
+        torch.testing.assert_close(value, found["anew"][key], atol=3e-3 if key in moved else 0.0, rtol=0.0)
+    start = tmp_path / "kept/checkpoint_last.pt"
+    calls.clear()
+    heads = dict(units, freeze="encoder,mt_decoder,unit_decoder", asr_weight=1.0, unit_weight=0.0, st_weight=0.5)
+    fairseq_train(corpus, tmp_path / "heads", finetune_from_model=start, keep_frozen=1.0, **heads)
+    assert len(calls) <= 6
+    after = weights(tmp_path / "heads/checkpoint_last.pt")
+    assert not torch.equal(after["asr_head.output.weight"], found["kept"]["asr_head.output.weight"])
+    assert torch.equal(after["encoder.layers.0.fc1.weight"], found["kept"]["encoder.layers.0.fc1.weight"])
+    with pytest.raises(ConfigError, match="say --freeze encoder, too"):
+        fairseq_train(corpus, tmp_path / "bad", keep_frozen=1.0, max_update=1)
+    with pytest.raises(ConfigError, match="--keep-frozen keeps one context; --train-contexts has 4:0,8:0"):
+        fairseq_train(corpus, tmp_path / "bad", keep_frozen=1.0, train_contexts="4:0,8:0", **units)
 
 
 def test_encoder_init_finetuning_and_wrong_dictionary(corpus, tmp_path):

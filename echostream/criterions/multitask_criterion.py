@@ -132,6 +132,7 @@ class MultitaskCriterion(FairseqCriterion):
         if self.mt_visible == "ctc" and not st_weight:
             raise ConfigError("--mt-visible ctc follows the ST CTC; give it a --st-weight above 0")
         self.sentence_avg = sentence_avg
+        self.keeps_frozen = bool(getattr(getattr(task, "cfg", None), "keep_frozen", 0.0))
         self._too_long: deque[tuple[int, int]] = deque()
 
     @property
@@ -168,7 +169,8 @@ class MultitaskCriterion(FairseqCriterion):
         visible = None
         if self.training and self.mt_visible == "ctc" and parts & {"mt", "unit"}:
             visible = partial(heard_when_due, sample=sample, windows=windows, chunk=draw_chunk())
-        out = model(**sample["net_input"], windows=windows, visible=visible, parts=parts)
+        kept = {"items": sample["id"]} if self.keeps_frozen and self.training else {}
+        out = model(**sample["net_input"], windows=windows, visible=visible, parts=parts, **kept)
         source_frames = sample["net_input"]["src_lengths"]
         frames = -(-source_frames // SUBSAMPLING)
         row_of, rows = sample["sentence_row"], len(frames)

@@ -122,6 +122,7 @@ class SpeechToSpeechDataset(BucketedDataset):
         repeats: how often an epoch of training has the utterances of each manifest (default: once each). Of 2.3 every
             utterance comes twice, and three of ten, others in every epoch, a third time.
         speech_alone: rows may lack their texts.
+        one_plan: every epoch has the items of the first one, disguised as there.
 
     Raises:
         ManifestError: a row cannot be used, or a unit is beyond the unit dictionary.
@@ -135,6 +136,7 @@ class SpeechToSpeechDataset(BucketedDataset):
         seed: int = 1,
         repeats: Sequence[float] | None = None,
         speech_alone: bool = False,
+        one_plan: bool = False,
     ):
         paths = [manifests] if isinstance(manifests, (str, Path)) else list(manifests)
         self.name = ", ".join(map(str, paths))
@@ -147,6 +149,7 @@ class SpeechToSpeechDataset(BucketedDataset):
         self.further_frames = self.extractor.num_frames(FRAME_LENGTH) - 1
         self.augmentation = augmentation
         self.seed = seed
+        self.one_plan = one_plan
         self.frames = np.array([u.n_frames for u in self.utterances], dtype=np.int64)
         self.fixed_speed = np.array([is_features(u.audio) for u in self.utterances])
         if self.fixed_speed.any() and self.extractor.name != "kaldi":
@@ -186,6 +189,7 @@ class SpeechToSpeechDataset(BucketedDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Plan the items of ``epoch``."""
+        epoch = 1 if self.one_plan else epoch
         if epoch == self.epoch:
             return
         self.epoch = epoch
@@ -228,7 +232,7 @@ class SpeechToSpeechDataset(BucketedDataset):
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
-        return self.augmentation is None
+        return self.augmentation is None or self.one_plan
 
     def __len__(self) -> int:
         return len(self.items)

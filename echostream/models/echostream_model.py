@@ -107,6 +107,7 @@ class EchoStreamModel(nn.Module):
         unit_visible: Tensor | None = None,
         finished: bool | Tensor = False,
         parts: Collection[str] = PARTS,
+        encoded: tuple[Tensor, Tensor, Tensor | None] | None = None,
     ) -> dict[str, Any]:
         """Whole utterances; or, after ``reset_cache()``, the next chunk of each stream.
 
@@ -121,6 +122,8 @@ class EchoStreamModel(nn.Module):
             parts: offline only; which of ``asr``, ``st``, ``mt`` and ``unit`` to compute, for training some alone.
                 Units read from MT states bring the MT decoder with them. ``frames`` hands out the encoder's inner
                 frames too.
+            encoded: offline only; encoder frames [B, T', D], their lengths [B] and the MT decoder's states [S, U, D]
+                (or None) where they are known: what gives them is left out. Not with ``frames`` in ``parts``.
             finished: streaming only; True (or [B] bool) flushes what the encoder still holds.
 
         Returns:
@@ -139,8 +142,10 @@ class EchoStreamModel(nn.Module):
         """
         if self._streaming:
             return self._stream(src_tokens, src_lengths, finished)
-        inner = None
-        if "frames" in parts:
+        inner, hidden = None, None
+        if encoded is not None:
+            x, lengths, hidden = encoded
+        elif "frames" in parts:
             inner = self.encoder.inner_frames(src_tokens, src_lengths)
             x, lengths = self.encoder.merge_frames(*inner)
         else:
@@ -157,7 +162,10 @@ class EchoStreamModel(nn.Module):
         if callable(visible):
             visible = visible(out["st_logits"])
         if prev_output_tokens is not None and ("mt" in parts or ("unit" in parts and self.config.units_read_text)):
-            out["mt_logits"], out["mt_hidden"] = self.mt_decoder(prev_output_tokens, x, lengths, visible)
+            if hidden is not None and "mt" not in parts:
+                out["mt_hidden"] = hidden
+            else:
+                out["mt_logits"], out["mt_hidden"] = self.mt_decoder(prev_output_tokens, x, lengths, visible)
         if "unit" in parts:
             out.update(self._units(x, lengths, prev_output_tokens, out.get("mt_hidden"), visible, unit_visible))
         if "unit" in parts and self.vocoder is not None and not self.training:

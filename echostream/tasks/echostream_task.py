@@ -86,6 +86,13 @@ class EchoStreamTaskConfig(FairseqDataclass):
     distill_clean: bool = field(
         default=False, metadata={"help": "let --distill-teacher hear training speech before augmentation disguises it"}
     )
+    keep_frozen: float = field(
+        default=0.0,
+        metadata={
+            "help": "gigabytes of memory for what frozen parts give: with --freeze encoder every batch is computed "
+            "once, and every epoch has the first one's items and disguises"
+        },
+    )
     autocast: ChoiceEnum(["none", "bfloat16", "float16"]) = field(
         default="none", metadata={"help": "mixed precision in training that works without a GPU too (bfloat16)"}
     )
@@ -217,6 +224,7 @@ class EchoStreamTask(FairseqTask):
             self.cfg.seed,
             repeats,
             training and self.speech_alone,
+            training and self.cfg.keep_frozen > 0,
         )
         self.datasets[split] = dataset
         hours = dataset.frames / 360_000
