@@ -144,7 +144,7 @@ class FairseqEchoStreamModel(EchoStreamModel, BaseFairseqModel):
         if items is None or self._frozen is None or "frames" in named["parts"] or named.get("visible") is not None:
             return super().forward(*inputs, **named)
         of = (named[name] for name in ("src_tokens", "src_lengths", "prev_output_tokens", "windows"))
-        return super().forward(*inputs, **named, encoded=self._frozen(self, items, *of))
+        return super().forward(*inputs, **named, encoded=self._frozen(self, items, *of, units="unit" in named["parts"]))
 
     def get_normalized_probs(
         self, net_output: dict[str, Any] | tuple[Any, ...] | Tensor, log_probs: bool, sample: dict | None = None

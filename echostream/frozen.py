@@ -36,7 +36,7 @@ class FrozenOutputs:
 
     Args:
         gigabytes: batches beyond so much are computed every time.
-        with_hidden: keep the MT decoder's states, too.
+        with_hidden: the MT decoder is frozen, too, and its states are what units are made from.
     """
 
     def __init__(self, gigabytes: float, with_hidden: bool):
@@ -53,8 +53,13 @@ class FrozenOutputs:
         src_lengths: Tensor,
         prev_output_tokens: Tensor | None,
         windows: SentenceWindows | None,
+        units: bool,
     ) -> Encoded:
-        """The batch of ``items`` [B], computed in eval mode where it is not known yet."""
+        """The batch of ``items`` [B], computed in eval mode where it is not known yet.
+
+        Args:
+            units: are units wanted of it? Without, the MT decoder is not asked.
+        """
         key = tuple(items.tolist())
         if key in self._known:
             kept = self._known[key]
@@ -67,7 +72,7 @@ class FrozenOutputs:
             part.eval()
         frames, lengths = model.encoder(src_tokens, src_lengths)
         hidden = None
-        if self.with_hidden and prev_output_tokens is not None:
+        if units and self.with_hidden and prev_output_tokens is not None:
             sentences = (frames, lengths) if windows is None else windows.gather(frames, lengths)
             hidden = model.mt_decoder(prev_output_tokens, *sentences, None)[1]
         for part, mode in zip(parts, modes):
