@@ -140,6 +140,8 @@ class EchoStreamConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             choices = f.metadata.get("choices")
+            if f.type == "str" and not isinstance(value, str):
+                raise ConfigError(f"{f.name} is {shown(value)}; it must be a text")
             if choices and value not in choices:
                 raise ConfigError(f"{f.name} is {shown(value)}; it must be one of {', '.join(choices)}")
             if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):

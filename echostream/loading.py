@@ -291,7 +291,8 @@ def read_npz(
         raise error(f"{what} {path} is damaged or not a npz archive ({reason(problem)})") from None
     for name in names:
         if name not in arrays:
-            raise error(f"{what} {path} lacks the array {name!r}; it has: {', '.join(map(shown, arrays)) or 'none'}")
+            some = [*map(shown, list(arrays)[:6]), *(["..."] if len(arrays) > 6 else [])]
+            raise error(f"{what} {path} lacks the array {name!r}; it has: {', '.join(some) or 'none'}")
     return arrays
 
 

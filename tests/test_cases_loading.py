@@ -311,6 +311,8 @@ def test_15_ready_speech_stays_inside(tmp_path: Path) -> None:
         pytest.param(lambda v: v["model"].update(encoder_layers=None), "model: encoder_layers is None", id="null"),
         pytest.param(lambda v: v["model"].update(encoder_layers=True), "model: encoder_layers is True", id="true"),
         pytest.param(lambda v: v["model"].update(unit_decoder_input=["mt"]), "model: unit_decoder_input", id="choice"),
+        pytest.param(lambda v: v["model"].update(train_contexts=[8]), "model: train_contexts is [8]", id="text"),
+        pytest.param(lambda v: v["model"].update(input_feat_per_channel=82), "features have 80 bins", id="bins"),
         pytest.param(lambda v: v.update(digests={"model.pt": "0" * 64}), "model.pt is not the file", id="digest"),
         pytest.param(lambda v: v.update(digests={"../x": "0" * 64}), "leads out of", id="digest-path"),
         pytest.param(lambda v: v.update(digests={"model.pt": 7}), "digests.model.pt is 7", id="digest-kind"),
@@ -582,6 +584,9 @@ def saved_with(path: Path, header: Callable[[dict], object] | None = None, **arr
         pytest.param(dict(header=lambda v: v.update(seconds={})), id="seconds"),
         pytest.param(dict(header=lambda v: v.update(elapsed_s="long")), id="elapsed"),
         pytest.param(dict(header=lambda v: v["stream"]["sentence"].update(memory=[-1] * 3)), id="memory"),
+        pytest.param(
+            dict(header=lambda v: v["stream"]["sentence"].update(memory=[9], begun=True)), id="part-of-a-memory"
+        ),
         pytest.param(dict(header=lambda v: v["stream"].update(source_symbol=10**6)), id="symbol"),
         pytest.param(dict(header=lambda v: v["stream"]["sentence"].update(start=10**6)), id="start"),
         pytest.param(dict(header=lambda v: v["stream"]["sentence"].pop("index")), id="index"),
@@ -606,6 +611,16 @@ def test_16_saved_sessions(tiny_bundle: Path, exported: Path, tmp_path: Path, ba
     assert str(path) in refusal(SessionError, lambda: session.restore(path))
     session.push(noise(0.5))
     session.finish()
+
+
+def test_16_a_missing_array_is_told_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A saved session has sixty arrays, whose names are not all told."""
+    session = StreamingSession(load_bundle(tiny_bundle))
+    session.save(tmp_path / "saved.npz")
+    arrays = dict(np.load(tmp_path / "saved.npz"))
+    np.savez(tmp_path / "saved.npz", **{f"{name}x": array for name, array in arrays.items()})
+    message = refusal(SessionError, lambda: session.restore(tmp_path / "saved.npz"))
+    assert "lacks the array 'header'; it has: " in message and len(message) < 300 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnx"])

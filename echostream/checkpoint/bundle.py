@@ -23,7 +23,7 @@ from echostream.checkpoint.layout import (
     sha256,
 )
 from echostream.config import EchoStreamConfig
-from echostream.constants import NUM_SPECIALS
+from echostream.constants import NUM_MEL_BINS, NUM_SPECIALS
 from echostream.errors import CheckpointError, ConfigError, require
 from echostream.loading import inside, shown
 from echostream.streaming.exported.model import GRAPHS_FOLDER, SPEECH_GRAPHS, TEXT_GRAPHS, ExportedModel, ExportedVoice
@@ -107,6 +107,11 @@ def load_bundle(
         raise ConfigError(
             f"{where}: model: a stream of this model would take {size / 1e6:,.0f} MB, at most "
             f"{MAX_STREAM_BYTES / 1e6:.0f} are allowed; lower max_sentence_frames, max_target_tokens or the contexts"
+        )
+    bins = config.input_feat_per_channel * config.input_channels
+    if bins != NUM_MEL_BINS:
+        raise ConfigError(
+            f"{where}: model: input_feat_per_channel times input_channels is {bins}; features have {NUM_MEL_BINS} bins"
         )
     paths = files_of(directory, values)
 

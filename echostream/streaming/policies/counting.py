@@ -44,7 +44,8 @@ class CTCCountPolicy(PolicyBase):
 
     def text(self, progress: Progress, memory: Memory) -> tuple[int, Memory]:
         source, target = progress.source_tokens, progress.target_tokens
-        if source < memory[0] + self.stride_n1 or target < memory[1] + self.stride_n1:
+        source_before, target_before = memory
+        if source < source_before + self.stride_n1 or target < target_before + self.stride_n1:
             return 0, memory
         return max(0, (target - self.lagging_k1) // self.stride_n1 * self.stride_n1), (source, target)
 
