@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from echostream.constants import EOS, PAD, WHISPER_SILENCE
 from echostream.errors import CheckpointError, ConfigError
@@ -114,27 +115,29 @@ class WhisperTeacher:
         """
         longest = self.model.dims.n_text_ctx
         read: list[list[int]] = []
-        places = torch.zeros(target.shape, dtype=torch.long)
-        known = torch.zeros(target.shape, dtype=torch.bool)
-        for s, sentence in enumerate(target.tolist()):
-            ids = list(self.prompt)
-            for u, entry in enumerate(sentence):
+        places: list[list[int]] = []  # of each sentence: where the teacher foretells its tokens
+        for sentence in target.tolist():
+            ids, found = list(self.prompt), []
+            for entry in sentence:
                 if entry == PAD or len(ids) > longest:
                     break
-                places[s, u], known[s, u] = len(ids) - 1, True
+                found.append(len(ids) - 1)
                 if entry == EOS or not self.origins.tokens[entry]:
                     break
                 ids += self.origins.tokens[entry]
             read.append(ids[:longest])
-        device = lesson.frames.device
-        prompted = torch.zeros(len(read), max(map(len, read)), dtype=torch.long)
-        for s, ids in enumerate(read):
-            prompted[s, : len(ids)] = torch.tensor(ids)
+            places.append(found)
+        device, size = lesson.frames.device, target.shape[1]
+        prompted = pad_sequence([torch.tensor(ids) for ids in read], batch_first=True)
+        index = torch.tensor([found + [0] * (size - len(found)) for found in places], device=device)
+        known = (
+            torch.arange(size, device=device) < torch.tensor([len(found) for found in places], device=device)[:, None]
+        )
         logits = self.model.decode(
             prompted.to(device), lesson.frames[row], lesson.mask[row], self.tokens.to(device)
         ).float()
-        index = places.to(device)[:, :, None].expand(-1, -1, logits.shape[2])
-        return logits.gather(1, index).log_softmax(-1), known.to(device)
+        index = index[:, :, None].expand(-1, -1, logits.shape[2])
+        return logits.gather(1, index).log_softmax(-1), known
 
 
 def frame_loss(lesson: Lesson, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
