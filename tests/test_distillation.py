@@ -102,6 +102,16 @@ def teacher(source: Path, targets: str = "both", **options: int) -> WhisperTeach
     return WhisperTeacher(str(source), targets, task(), **options)
 
 
+def test_the_packaged_whisper_teaches(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the recipe's --distill-teacher whisper:base names a model that comes as packages, not a path
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("echostream.units.features.packaged_whisper", lambda: source)
+    expected = teacher(source, "both").model.state_dict()
+    found = WhisperTeacher("base", "both", task())
+    assert found.prompt == teacher(source, "both").prompt
+    assert all(torch.equal(value, expected[name]) for name, value in found.model.state_dict().items())
+
+
 def test_a_student_that_is_the_teacher_loses_nothing(source: Path) -> None:
     model = student(full_context=True)
     whisper = WhisperReference.load(source)

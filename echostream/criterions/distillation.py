@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from echostream.constants import EOS, PAD, WHISPER_SILENCE
 from echostream.errors import CheckpointError, ConfigError
 from echostream.whisper.reference import WhisperReference
+from echostream.whisper.source import whisper_source
 from echostream.whisper.subwords import TokenOrigins, piece_origins
 from echostream.whisper.tokens import WhisperBPE, prompt
 
@@ -51,7 +52,7 @@ class WhisperTeacher:
     an item longer than its window (30 s) it hears the beginning.
 
     Args:
-        source: see ``read_whisper``; a directory with its tokenizer where distributions are wanted.
+        source: see ``whisper_source``; a directory with its tokenizer where distributions are wanted.
         targets: ``frames``, ``tokens`` or ``both``.
         task: whose dictionary and languages count.
         silence: feature frames (10 ms) behind an item that are computed one by one.
@@ -67,13 +68,14 @@ class WhisperTeacher:
             raise ConfigError("--distill-weight: a teacher hears speech, but --source is text")
         if config.features != "whisper":
             raise ConfigError(f"--distill-teacher hears whisper features, but the data's are {config.features}")
-        self.model = WhisperReference.load(source)
+        path = whisper_source(source)
+        self.model = WhisperReference.load(path)
         self.source, self.silence, self.stride = source, silence, stride
         self.prompt: tuple[int, ...] = ()
         if targets != "frames":
             if config.target_lang not in ("", "en"):
                 raise ConfigError(f"--distill-target {targets}: Whisper writes English, not {config.target_lang!r}")
-            bpe, n_vocab = WhisperBPE.load(source), self.model.dims.n_vocab
+            bpe, n_vocab = WhisperBPE.load(path), self.model.dims.n_vocab
             self.prompt = prompt(n_vocab, bpe.end_of_text, config.source_lang, "translate")
             self.origins: TokenOrigins = piece_origins(bpe, config.target.vocabulary)
             single = torch.from_numpy(self.origins.single)
