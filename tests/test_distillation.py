@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("fairseq")
 torch = pytest.importorskip("torch")
 
+from fairseq.logging import metrics  # noqa: E402
+
 from echostream import plugin  # noqa: E402
 from echostream.constants import EOS, NUM_SPECIALS, PAD, UNK  # noqa: E402
 from echostream.data.collate import collate_targets, pad  # noqa: E402
@@ -214,7 +216,7 @@ def test_joined_items_teach_frames_alone(source: Path) -> None:
     _, _, log = loss(model, joined)
     assert log["_distill_frames"] == 2 * (18 + 8) and log["_distill_tokens"] == 2
     _, _, log = loss(model, batch([70], [[THE, A], [INN]], rows=[0, 0]))
-    assert "_distill_tokens" not in log and log["_distill_frames"] == 36
+    assert log["_distill_tokens"] == 0 and log["_distill_frames"] == 36
 
 
 def silent_about(sample: dict, rows: list[int], columns: tuple[str, ...] = ("src_text", "tgt_text")) -> dict:
@@ -254,12 +256,36 @@ def test_speech_without_text_is_taught_frames_alone(source: Path, options: dict)
     sizes = (2.0, 2.0) if options.get("sentence_avg") else (4.0 + 2.0, 3.0 + 1.2)
     assert (labelled[1], unlabelled[1]) == pytest.approx(sizes) and both[1] == pytest.approx(sum(sizes))
     for key in ("_asr_nll", "_st_nll", "_mt_nll", "_mt_tokens", "_mt_correct", "_unit_nll", "_unit_targets"):
-        assert float(both[2][key]) == pytest.approx(float(labelled[2][key]), rel=1e-4) and key not in unlabelled[2]
+        assert float(both[2][key]) == pytest.approx(float(labelled[2][key]), rel=1e-4) and not unlabelled[2][key]
     model.zero_grad(set_to_none=True)
     unlabelled[0].backward()
     with_gradient = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert with_gradient == {"encoder"}
     assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+def kinds(log: dict) -> list[tuple[str, bool]]:
+    return [(key, isinstance(value, torch.Tensor)) for key, value in log.items()]
+
+
+@pytest.mark.parametrize("options", [{}, {"distill_target": "both"}, {"unit_loss": "ce"}])
+def test_workers_log_the_same_keys_whatever_their_batches_have(source: Path, options: dict) -> None:
+    """fairseq adds up several workers' logs by the order of their keys, and tensors apart from numbers."""
+    model = student(ctc_upsample_ratio=4)
+    loss = criterion(source, asr_weight=0.3, st_weight=0.2, mt_weight=0.3, unit_weight=0.2, **options)
+    labelled, recordings = batch([60, 33], [[THE, A, N], [INN]]), batch([90, 36], [[THE], [A]])
+    labelled, recordings = silent_about(labelled, []), silent_about(recordings, [0, 1])
+    logs = [loss(model, sample)[2] for sample in (labelled, recordings)]
+    assert kinds(logs[0]) == kinds(logs[1])
+    with metrics.aggregate(new_root=True) as both:
+        MultitaskCriterion.reduce_metrics(logs)
+    expected = float(logs[0]["_asr_nll"]) / logs[0]["_asr_tokens"] / np.log(2)
+    assert both.get_smoothed_values()["asr_loss"] == pytest.approx(expected, abs=1e-3)
+    clean = {**labelled["net_input"], "src_tokens": labelled["net_input"]["src_tokens"].nan_to_num()}
+    silent = {**recordings["net_input"], "src_tokens": recordings["net_input"]["src_tokens"].nan_to_num()}
+    loss.eval()
+    logs = [loss(model.eval(), {**x, "net_input": y})[2] for x, y in ((labelled, clean), (recordings, silent))]
+    assert kinds(logs[0]) == kinds(logs[1])
 
 
 def test_speech_with_its_source_text_alone(source: Path) -> None:
@@ -269,7 +295,7 @@ def test_speech_with_its_source_text_alone(source: Path) -> None:
     value, size, log = loss(model, sample)
     expected = criterion(source, asr_weight=0.3)(model, sample)[0]
     assert value.item() == pytest.approx(expected.item(), rel=1e-5) and size == 2.0
-    assert "_asr_nll" in log and not {"_st_nll", "_mt_nll", "_unit_nll", "_distill_kl"} & set(log)
+    assert log["_asr_nll"] and not any(log[key] for key in ("_st_nll", "_mt_nll", "_unit_nll", "_distill_kl"))
     value.backward()
     with_gradient = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert with_gradient == {"encoder", "asr_head"}

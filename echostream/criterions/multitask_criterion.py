@@ -13,7 +13,6 @@ tokens, so that a teacher's frames count as much for it as for any other, and it
 
 # No postponed annotations here: fairseq reads the types of the dataclass's fields.
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.logging import metrics
 from omegaconf import II
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
 from echostream.constants import BLANK, NUM_SPECIALS, PAD, SUBSAMPLING
 from echostream.criterions.distillation import TARGETS, WhisperTeacher, frame_loss, token_loss
+from echostream.criterions.log import empty_log, report
 from echostream.criterions.visibility import draw_chunk, heard_when_due
 from echostream.errors import ConfigError, ManifestError
 from echostream.fairseq_model import WHISPER
@@ -195,10 +194,13 @@ class MultitaskCriterion(FairseqCriterion):
             targets = sample["units"], sample["unit_lengths"]
             outputs = out["unit_logits"], out["unit_lengths"]
             losses["unit"] = self._unit_loss(*_of(known["unit"], *outputs, *targets, sentence), log)
-        loss = sum(self.weights[part] * value for part, value in losses.items())
+        loss = sum((self.weights[part] * value for part, value in losses.items()), row.new_zeros(()))
         if self.distills:
             loss = loss + self.distill_weight * self._distill(out, sample, row, sentence, known["mt"], log)
         sample_size = float(row.sum())
+        ce = self.unit_loss == "ce"
+        targets = self.distill_target if self.distills else ""
+        log = {**empty_log([part for part in PARTS if self.weights[part]], self.training, ce, targets, row), **log}
         log.update(
             loss=loss.detach(),
             sample_size=sample_size,
@@ -355,29 +357,7 @@ class MultitaskCriterion(FairseqCriterion):
         for log in logging_outputs:
             for key, value in log.items():
                 total[key] = total.get(key, 0) + (value.item() if isinstance(value, Tensor) else value)
-        size = total["sample_size"]
-        metrics.log_scalar("loss", total["loss"] / size / math.log(2), size, round=3)
-        metrics.log_speed("audio_s_per_s", total.get("source_frames", 0) / 100, priority=91, round=1)
-        for i, part in enumerate(PARTS):
-            tokens = total.get(f"_{part}_tokens", 0)
-            if not tokens:
-                continue
-            metrics.log_scalar(f"{part}_loss", total[f"_{part}_nll"] / tokens / math.log(2), tokens, 10 + i, round=3)
-            if f"_{part}_errors" in total:
-                references = total.get(f"_{part}_references", tokens)
-                name = "uer" if part == "unit" else f"{part}_ter"
-                metrics.log_scalar(name, 100 * total[f"_{part}_errors"] / references, references, 20 + i, round=2)
-            if total.get(f"_{part}_too_long"):
-                metrics.log_scalar_sum(f"{part}_too_long", total[f"_{part}_too_long"], 30 + i)
-        if total.get("_distill_frames"):
-            frames = total["_distill_frames"]
-            metrics.log_scalar("distill_error", total["_distill_error"] / frames, frames, 40, round=3)
-        if total.get("_distill_tokens"):
-            tokens = total["_distill_tokens"]
-            metrics.log_scalar("distill_kl", total["_distill_kl"] / tokens / math.log(2), tokens, 41, round=3)
-        if total.get("_mt_tokens"):
-            share = 100 * total["_mt_correct"] / total["_mt_tokens"]
-            metrics.log_scalar("mt_acc", share, total["_mt_tokens"], 25, round=2)
+        report(total, PARTS)
 
 
 def _known(sample: dict[str, Any]) -> dict[str, Tensor]:
