@@ -68,6 +68,7 @@ BEHIND = {
     "echostream evaluate (sweep|longform) ": "--checkpoint-dir bundles/es-en",
     "echostream evaluate sweep .*--output runs/sweep": "--grid lagging_k1=1 wait_k=2 agreement_n=2 alignatt_frames=12",
     "echostream evaluate cascade ": "--limit 2",
+    "echostream evaluate rerun ": "--limit 2",
     "echostream evaluate report ": "--samples 20",
 }
 INSTEAD = [

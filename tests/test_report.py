@@ -20,6 +20,8 @@ from echostream.data.manifest import Utterance, read_manifest, write_manifest
 from echostream.errors import EchoStreamError
 from echostream.evaluation import quality, sweep
 from echostream.evaluation.cascade import run_cascade
+from echostream.evaluation.rerun import figures as rerun_figures
+from echostream.evaluation.rerun import run_again, translate_growing
 from echostream.evaluation.significance import MEASURES, bootstrap
 from tests.evaluate_script import evaluate
 
@@ -332,6 +334,41 @@ def test_cascade_writes_what_generate_writes_and_goes_on(results: Path) -> None:
     assert row["sentences"] == "3"
     with pytest.raises(EchoStreamError, match="is by 'Translator [+] Speaker 1', not 'Translator'"):
         run_cascade(rows, results, path, translator, None)
+
+
+def test_words_are_given_out_when_translations_agree() -> None:
+    heard = []
+    said = ["It", "It rains", "It rains today", "It rains again", "Snow falls here now"]
+
+    def translate(samples: np.ndarray) -> str:
+        heard.append(len(samples))
+        return said[len(heard) - 1]
+
+    made = translate_growing(translate, np.zeros(4 * 5120 + 10, dtype=np.float32), 320, 2)
+    assert heard == [5120, 10240, 15360, 20480, 20490]  # ever more, and at last all of it
+    # A word comes with the second translation that begins with it, the rest with the last one; nothing is taken back.
+    assert made.words == ["It", "rains", "here", "now"] and made.seconds == 20490 / 16000
+    assert made.delays == [640, 960, 20490 / 16, 20490 / 16]
+    assert translate_growing(lambda samples: "a b", np.zeros(5120), 320, 1).words == ["a", "b"]
+    assert translate_growing(lambda samples: "a", np.zeros(0), 320, 2).words == []
+
+
+def test_rerun_goes_on_and_sums_up(results: Path) -> None:
+    rows = read_manifest(results / "test.tsv")[:3]
+    for row in rows:
+        write_audio(results / row.audio, np.zeros(8000, dtype=np.float32))
+    path, translator = results / "again/rerun-test.jsonl", Translator()
+    run_again(rows[:2], results, path, translator, 320, 2)
+    assert translator.calls == 4  # 320 ms of each, and all 500
+    found = run_again(rows, results, path, translator, 320, 2)
+    assert translator.calls == 6 and found["silent"] == 0 and found["BLEU"] == 0 and found["RTF"] > 0
+    assert [json.loads(line)["mt"] for line in path.read_text().splitlines()] == ["8000 samples"] * 3
+    assert rerun_figures([{"mt": "", "mt_ref": "a b", "delays": [], "seconds": 1.0, "computing": 0.5}])["silent"] == 1
+    # two words at the end of one second, where an ideal interpreter would be done with the first at 0 s
+    line = {"mt": "a b", "mt_ref": "a b", "delays": [1000.0, 1000.0], "seconds": 1.0, "computing": 0.5}
+    assert rerun_figures([line])["AL"] == 1000 and rerun_figures([line])["RTF"] == 0.5
+    with pytest.raises(EchoStreamError, match="agreement of 2', not 'Translator, every 320 ms, agreement of 3'"):
+        run_again(rows, results, path, translator, 320, 3)
 
 
 def test_cascade_without_its_model_says_so(results: Path) -> None:

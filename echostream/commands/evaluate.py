@@ -9,6 +9,7 @@ Resynthesis judges the voice alone.
     echostream evaluate talks --manifest data/es-en/test.tsv --count 10 --minutes 5 --output data/es-en/talks
     echostream evaluate longform --talks data/es-en/talks --output runs/es-en/longform
     echostream evaluate cascade --manifest data/es-en/test.tsv --output runs/cascade
+    echostream evaluate rerun --manifest data/es-en/test.tsv --output runs/rerun
     echostream evaluate report --system offline=runs/es-en/generate-test.jsonl --system ctc=runs/es-en/simul \
         --sweep runs/es-en/sweep --longform runs/es-en/longform --manifest data/es-en/test.tsv --output report.md
     echostream evaluate resynthesis data/es-en --vocoder runs/vocoder
@@ -125,17 +126,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     cascading = commands.add_parser("cascade", help="Whisper's translation, spoken by the target voice: a baseline")
-    cascading.add_argument("--manifest", type=Path, required=True)
-    cascading.add_argument("--audio-root", type=Path, help="of src_audio (default: the manifest's folder)")
-    cascading.add_argument("--limit", type=int, help="only the first N recordings")
-    cascading.add_argument(
-        "--whisper", type=Path, metavar="DIR",
-        help="multilingual Whisper for CTranslate2 (default: Whisper base of the extra corpus)",
-    )  # fmt: skip
-    cascading.add_argument("--source-lang", help="as Whisper calls it (default: that of config.yaml by the manifest)")
-    cascading.add_argument("--beam", type=int, default=5, help="of Whisper (default: %(default)s)")
+    add_whisper(cascading)
     cascading.add_argument("--no-voice", action="store_true", help="text alone")
     cascading.add_argument("--output", type=Path, required=True, help="folder for generate-<manifest>.jsonl and wav/")
+
+    again = commands.add_parser("rerun", help="Whisper translating anew after every chunk: another baseline")
+    add_whisper(again)
+    again.add_argument("--chunk-ms", type=int, default=320, help="translate whenever so much came in (default: 320)")
+    again.add_argument(
+        "--agreement", type=int, default=2, metavar="N",
+        help="give out what N translations in a row begin with (default: %(default)s)",
+    )  # fmt: skip
+    again.add_argument("--output", type=Path, required=True, help="folder for rerun-<manifest>.jsonl")
 
     reporting = commands.add_parser("report", help="tables, pictures and tests of several systems in one Markdown file")
     reporting.add_argument(
@@ -200,6 +202,18 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
         "--sacrebleu-tokenizer", default="", metavar="NAME",
         help="of BLEU: zh, ja-mecab, char ... (default: the target language's, as sacrebleu chooses, or 13a)",
     )  # fmt: skip
+
+
+def add_whisper(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--audio-root", type=Path, help="of src_audio (default: the manifest's folder)")
+    parser.add_argument("--limit", type=int, help="only the first N recordings")
+    parser.add_argument(
+        "--whisper", type=Path, metavar="DIR",
+        help="multilingual Whisper for CTranslate2 (default: Whisper base of the extra corpus)",
+    )  # fmt: skip
+    parser.add_argument("--source-lang", help="as Whisper calls it (default: that of config.yaml by the manifest)")
+    parser.add_argument("--beam", type=int, default=5, help="of Whisper (default: %(default)s)")
 
 
 def add_asr_model(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from echostream.audio.io import load_audio
 from echostream.checkpoint import Bundle, load_bundle
 from echostream.checkpoint.layout import config_path
-from echostream.data.manifest import RECORDING, read_manifest
+from echostream.data.manifest import RECORDING, Utterance, read_manifest
 from echostream.errors import EchoStreamError, MissingExtraError, require
 from echostream.evaluation import longform, no_speech, quality, run, sweep
 from echostream.evaluation.asr import Recogniser, load_recogniser
@@ -257,8 +257,31 @@ def milliseconds(words: WordTimes | None) -> list[float] | None:
 
 def cascade_results(args: argparse.Namespace) -> None:
     from echostream.data.corpus.tts import Hibari
-    from echostream.evaluation.asr import Whisper
     from echostream.evaluation.cascade import run_cascade
+
+    rows, translator = whisper_baseline(args)
+    voice = None if args.no_voice else Hibari()
+    results = args.output / f"generate-{args.manifest.stem}.jsonl"
+    print(run_cascade(rows, args.audio_root or args.manifest.parent, results, translator, voice))
+
+
+def rerun_table(args: argparse.Namespace) -> None:
+    from echostream.evaluation.rerun import run_again
+
+    for name in ("chunk_ms", "agreement"):
+        if getattr(args, name) < 1:
+            raise EchoStreamError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    rows, translator = whisper_baseline(args)
+    results = args.output / f"rerun-{args.manifest.stem}.jsonl"
+    found = run_again(rows, args.audio_root or args.manifest.parent, results, translator, args.chunk_ms, args.agreement)
+    row = [f"{found['BLEU']:.1f}", f"{found['AL']:.0f}", f"{found['LAAL']:.0f}", f"{found['silent']:.0f}"]
+    print(markdown(["BLEU", "AL ms", "LAAL ms", "silent", "CPU s a second"], [[*row, f"{found['RTF']:.2f}"]]))
+    print(results)
+
+
+def whisper_baseline(args: argparse.Namespace) -> tuple[list[Utterance], Recogniser]:
+    """What is to be translated, and the Whisper that does it."""
+    from echostream.evaluation.asr import Whisper
     from echostream.units.features import packaged_whisper
 
     require("faster_whisper", "simuleval")
@@ -266,13 +289,11 @@ def cascade_results(args: argparse.Namespace) -> None:
     source = args.source_lang or language_of(args.manifest.parent, "source")
     target = language_of(args.manifest.parent, "target") or "en"
     if target != "en":
-        raise EchoStreamError(f"the cascade translates into English only (Whisper does), not into {target!r}")
+        raise EchoStreamError(f"Whisper translates into English only, not into {target!r}")
     translator = Whisper(args.whisper or packaged_whisper(), source or "en", "translate", args.beam)
     if not source:
         raise EchoStreamError(f"{args.manifest.parent} has no config.yaml that tells the language; say --source-lang")
-    voice = None if args.no_voice else Hibari()
-    results = args.output / f"generate-{args.manifest.stem}.jsonl"
-    print(run_cascade(rows, args.audio_root or args.manifest.parent, results, translator, voice))
+    return rows, translator
 
 
 def write_report(args: argparse.Namespace) -> None:
@@ -365,6 +386,7 @@ COMMANDS = {
     "talks": join_talks,
     "longform": longform_table,
     "cascade": cascade_results,
+    "rerun": rerun_table,
     "report": write_report,
     "resynthesis": resynthesis_table,
     "nospeech": no_speech_table,
