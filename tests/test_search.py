@@ -12,7 +12,7 @@ from echostream.benchmarks import parity
 from echostream.constants import BOS, EOS, PAD
 from echostream.errors import ConfigError
 from echostream.streaming import SentenceEnd, StreamingSession
-from echostream.streaming.search import beam_search, log_softmax
+from echostream.streaming.search import beam_search, highest, log_softmax
 from tests.test_streaming import BUNDLES, TRIED, assert_same, cut, of, speech, translate
 
 SIZE = 8
@@ -60,6 +60,15 @@ def test_width_and_length_are_kept(beam):
         assert toy.widest <= beam and len(tokens) <= 7
         assert tokens[-1] == EOS and not {BOS, PAD, EOS} & set(tokens[:-1])
     assert [c.token for c in beam_search(Toy(0).step, EOS, beam, 0)] == [EOS]
+
+
+@pytest.mark.parametrize("count", [1, 10, 59, 60, 99])
+def test_the_highest_are_those_of_a_stable_sort(count):
+    rng = np.random.default_rng(count)
+    values = rng.integers(-4, 4, (5, 12)).astype(np.float64)  # most of them several times
+    values[rng.random(values.shape) < 0.3] = -np.inf
+    assert highest(values, count) == np.argsort(-values, axis=None, kind="stable")[:count].tolist()
+    assert highest(np.full((2, 3), -np.inf), 4) == [0, 1, 2, 3]
 
 
 def test_a_beam_of_one_is_greedy():

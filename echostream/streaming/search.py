@@ -76,9 +76,8 @@ def searching(first: int, beam: int, most: int) -> Searching:
         if length > most:
             likely[:, np.arange(likely.shape[1]) != EOS] = -np.inf
         sums = totals[:, None] + likely
-        order = np.argsort(-sums, axis=None, kind="stable")[: 2 * beam]
         alive = []
-        for rank, place in enumerate(order.tolist()):
+        for rank, place in enumerate(highest(sums, 2 * beam)):
             row, token = divmod(place, sums.shape[1])
             if sums[row, token] == -np.inf:
                 break
@@ -93,6 +92,18 @@ def searching(first: int, beam: int, most: int) -> Searching:
         parents, tokens = np.array([row for row, _, _, _ in kept]), np.array([token for _, token, _, _ in kept])
         totals, paths = np.array([total for _, _, total, _ in kept]), [path for _, _, _, path in kept]
     return list(max(ended, key=lambda one: one[0])[1])
+
+
+def highest(values: np.ndarray, count: int) -> list[int]:
+    """Where the ``count`` highest of ``values``, any shape, lie when flattened: the highest first, of equal ones the
+    first. Sorting all of a vocabulary's scores would take a third of the time of the step that gave them."""
+    flat = values.ravel()
+    places = np.arange(len(flat))
+    if count < len(flat):
+        least = np.partition(flat, len(flat) - count)[len(flat) - count]
+        places = np.flatnonzero(flat >= least)
+    order = np.argsort(-flat[places], kind="stable")[:count]
+    return [int(place) for place in places[order]]
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
