@@ -95,6 +95,9 @@ class EchoStreamConfig:
     asr_decoder_layers: int = _option(
         0, "causal transformer layers of the ASR CTC head, of the same shape as the ST CTC head's"
     )
+    asr_condition_every: int = _option(
+        0, "after every so many of these layers the ASR head's prediction so far is added to what it reads; 0: never"
+    )
     # Target-text CTC head
     st_decoder_layers: int = _option(2, "causal transformer layers of the ST CTC head")
     st_decoder_heads: int = _option(4, "attention heads of the ST CTC head")
@@ -163,6 +166,9 @@ class EchoStreamConfig:
         ):
             if getattr(self, width) % getattr(self, heads):
                 raise ConfigError(f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}")
+        if self.asr_condition_every and self.asr_condition_every >= self.asr_decoder_layers:
+            every, layers = self.asr_condition_every, self.asr_decoder_layers
+            raise ConfigError(f"asr_condition_every is {every}; of asr_decoder_layers, {layers}, none come behind it")
         if self.full_context and self.shift_context:
             raise ConfigError("full_context has no segments whose context shift_context could shift; choose one")
         if self.encoder_final_norm and not self.encoder_normalize_before:
@@ -292,8 +298,9 @@ class EchoStreamConfig:
 
 # Lengths and counts that may be left at nothing.
 _MAY_BE_ZERO = frozenset({
-    "right_context_length", "left_context_length", "memory_size", "asr_decoder_layers", "st_decoder_layers",
-    "encoder_position_period", "encoder_conv_kernel", "st_decoder_embed_dim", "st_decoder_ffn_dim", "mt_decoder_prompt",
+    "right_context_length", "left_context_length", "memory_size", "asr_decoder_layers", "asr_condition_every",
+    "st_decoder_layers", "encoder_position_period", "encoder_conv_kernel", "st_decoder_embed_dim",
+    "st_decoder_ffn_dim", "mt_decoder_prompt",
 })  # fmt: skip
 
 SMALL: dict[str, Any] = dict(

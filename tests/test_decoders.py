@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from echostream.config import EchoStreamConfig
 from echostream.constants import EOS, PAD
-from echostream.errors import EchoStreamError
+from echostream.errors import ConfigError, EchoStreamError
 from echostream.models.decoders.ctc_decoder import ASRHead, STDecoder
 from echostream.models.decoders.layers import CausalLayer, DecoderLayer, attend, sinusoidal_positions, visible_frames
 from echostream.models.decoders.transformer_decoder import MTDecoder
@@ -205,11 +205,11 @@ def test_narrow_st_layers_stream(frames):
     torch.testing.assert_close(torch.cat([random(2, 0, 11), *parts], dim=1), decoder(x), **EXACT)
 
 
-@pytest.mark.parametrize("layers", [0, 2])
-def test_the_asr_head_streams_with_and_without_layers(layers):
-    decoder = make(ASRHead, asr_decoder_layers=layers, st_decoder_embed_dim=8)
+@pytest.mark.parametrize(("layers", "every"), [(0, 0), (2, 0), (3, 1), (3, 2)])
+def test_the_asr_head_streams_with_and_without_layers(layers, every):
+    decoder = make(ASRHead, asr_decoder_layers=layers, st_decoder_embed_dim=8, asr_condition_every=every)
     names = {name.split(".")[0] for name in decoder.state_dict()}
-    assert names == ({"input", "layers", "output"} if layers else {"output"})
+    assert names == ({"input", "layers", "output"} if layers else {"output"}) | ({"condition"} if every else set())
     x, state, parts = random(2, 23, D), decoder.init_state(2), []
     for size in splits(23, torch.Generator().manual_seed(1)):
         at = sum(part.shape[1] for part in parts)
@@ -219,7 +219,27 @@ def test_the_asr_head_streams_with_and_without_layers(layers):
     changed = x.clone()
     changed[:, 11] += 1  # no later frame has a say in an earlier one's score
     differs = (decoder(changed) - decoder(x)).abs().amax((0, 2)) > 1e-12
-    assert differs.nonzero()[:, 0].tolist() == list(range(11, 12 + layers * (decoder.window - 1)))
+    assert differs.nonzero()[:, 0].tolist() == list(range(11, min(23, 12 + layers * (decoder.window - 1))))
+
+
+def test_the_asr_head_reads_its_own_predictions():
+    decoder = make(ASRHead, asr_decoder_layers=3, st_decoder_embed_dim=8, asr_condition_every=1)
+    x = random(2, 9, D)
+    first, second, final = decoder.predictions(x)
+    torch.testing.assert_close(final, decoder(x), **EXACT)
+    assert first.shape == second.shape == final.shape
+    # the first is a head's of one layer; what is said twice has a say in the rest, and learns from it
+    one = make(ASRHead, asr_decoder_layers=1, st_decoder_embed_dim=8)
+    one.load_state_dict({name: value for name, value in decoder.state_dict().items() if name in one.state_dict()})
+    torch.testing.assert_close(first, one(x), **EXACT)
+    with torch.enable_grad():
+        decoder(x).square().sum().backward()
+    assert all(bool(parameter.grad.any()) for parameter in decoder.condition.parameters())
+    with torch.no_grad():
+        decoder.condition.weight += 1
+    assert not torch.allclose(decoder(x), final)
+    with pytest.raises(ConfigError, match="asr_condition_every is 3; of asr_decoder_layers, 3, none come"):
+        make(ASRHead, asr_decoder_layers=3, st_decoder_embed_dim=8, asr_condition_every=3)
 
 
 def test_st_without_layers_is_a_linear_head():

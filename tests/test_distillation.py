@@ -288,6 +288,22 @@ def test_workers_log_the_same_keys_whatever_their_batches_have(source: Path, opt
     assert kinds(logs[0]) == kinds(logs[1])
 
 
+def test_what_the_asr_head_feeds_back_learns_too(source: Path) -> None:
+    model = student(asr_decoder_layers=3, asr_condition_every=1)
+    loss = MultitaskCriterion(task(), asr_weight=1.0, st_weight=0.0, mt_weight=0.0, unit_weight=0.0)
+    sample = silent_about(batch([60, 33], [[THE, A, N], [INN]]), [])
+    sample["net_input"]["src_tokens"] = sample["net_input"]["src_tokens"].nan_to_num()
+    final = loss.eval()(model, sample)[0]
+    taught, _, log = loss.train()(model, sample)
+    each = []
+    for scores in model(**sample["net_input"], parts=["asr"])["asr_between"]:
+        lengths = -(-sample["net_input"]["src_lengths"] // 4)
+        targets, weight = (sample["src_text"], sample["src_text_lengths"]), sample["target_lengths"].float()
+        each.append(loss._ctc("asr", scores, lengths, *targets, weight, {}))
+    assert len(each) == 2 and taught.item() == pytest.approx((final + 0.5 * sum(each)).item(), rel=1e-5)
+    assert log["_asr_nll"] > 0 and log["_asr_targets"] == 2  # of the final prediction alone
+
+
 def test_speech_with_its_source_text_alone(source: Path) -> None:
     model = student()
     loss = criterion(source, asr_weight=0.3, st_weight=0.2, mt_weight=0.3, unit_weight=0.2, distill_target="both")

@@ -125,6 +125,7 @@ FAMILY = {
     "relative-bias": dict(encoder_relative_bias=True, right_context_length=1),
     "convolution": dict(encoder_conv_kernel=5),
     "asr-layers": dict(asr_decoder_layers=2, st_decoder_embed_dim=16),
+    "asr-condition": dict(asr_decoder_layers=3, asr_condition_every=2, st_decoder_embed_dim=16),
     "asr-layers-alone": dict(asr_decoder_layers=1, st_decoder_layers=0),
     "whisper": {**WHISPER, "right_context_length": 2},
     "shifted-whisper": {**WHISPER, "shift_context": True, "encoder_relative_bias": True},

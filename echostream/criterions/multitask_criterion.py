@@ -36,6 +36,8 @@ from echostream.fairseq_model import WHISPER
 from echostream.models.echostream_model import SentenceWindows
 from echostream.text import collapse_ctc
 
+# What an ASR head feeds back to itself learns the same as its final prediction, at this weight each.
+BETWEEN_WEIGHT = 0.5
 # Too long unit targets are judged over this many of the latest ones.
 LENGTH_WINDOW = 2000
 LENGTH_WINDOW_LEAST = 1000
@@ -184,6 +186,9 @@ class MultitaskCriterion(FairseqCriterion):
         if "asr" in parts:
             targets = sample["src_text"], sample["src_text_lengths"]
             losses["asr"] = self._ctc("asr", *_of(known["asr"], out["asr_logits"], frames, *targets, row), log)
+            for scores in out["asr_between"] if self.training else ():
+                loss = self._ctc("asr", *_of(known["asr"], scores, frames, *targets, row), {})
+                losses["asr"] = losses["asr"] + BETWEEN_WEIGHT * loss
         if "st" in parts:
             targets = sample["tgt_text"], sample["tgt_text_lengths"]
             losses["st"] = self._ctc("st", *_of(known["st"], out["st_logits"], frames, *targets, row), log)

@@ -128,7 +128,8 @@ class EchoStreamModel(nn.Module):
 
         Returns:
             A dict, offline: ``encoder_out`` (fairseq's encoder-output dict, ``["encoder_out"][0]`` is [T', B, D]),
-            ``encoder_lengths`` [B], ``asr_logits`` and ``st_logits`` [B, T', vocab]; with ``prev_output_tokens``:
+            ``encoder_lengths`` [B], ``asr_logits`` and ``st_logits`` [B, T', vocab], ``asr_between``, a list of scores
+            that the ASR head feeds back to itself (``asr_condition_every``); with ``prev_output_tokens``:
             ``mt_logits`` [S, U, vocab], ``mt_hidden`` [S, U, D]; ``unit_logits`` [S, L, num_units + 4] and
             ``unit_lengths`` [S]; with a vocoder, in eval mode: ``units`` [S, N], ``units_lengths`` [S], ``waveform``
             [S, T_wav] in [-1, 1] and ``waveform_lengths`` [S]; with ``frames`` in ``parts``: ``frames`` [B, T' k, D] as
@@ -154,7 +155,7 @@ class EchoStreamModel(nn.Module):
         if inner is not None:
             out["frames"], out["frame_lengths"] = inner
         if "asr" in parts:
-            out["asr_logits"] = self.asr_head(x)
+            *out["asr_between"], out["asr_logits"] = self.asr_head.predictions(x)
         if "st" in parts:
             out["st_logits"] = self.st_decoder(x, lengths)
         if windows is not None:

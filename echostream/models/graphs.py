@@ -163,9 +163,10 @@ class HeadsGraph(StepGraph):
         kept: list[Tensor] = []
         for name, part in (("source", self.asr), ("target", self.st)):
             x = part.enter(given["frames"])
-            for layer in part.layers:
+            for place, layer in enumerate(part.layers):
                 i = len(kept) // 2
                 x, *new = layer.attend_past(x, given["mask"], given[f"keys.{i}"], given[f"values.{i}"])
+                x = part.between(place, x)
                 kept += new
             out[name] = part.classify(x)
         return {**out, "kept": torch.cat(kept, dim=2)} if kept else out

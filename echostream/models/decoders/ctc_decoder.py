@@ -70,6 +70,10 @@ class CausalDecoder(nn.Module):
         """What the last layer gives [B, T, D] -> scores [B, T, vocab]."""
         raise NotImplementedError
 
+    def between(self, i: int, x: Tensor) -> Tensor:
+        """What layer ``i`` gives [B, T, D] -> what the next one reads."""
+        return x
+
     @property
     def weight(self) -> Tensor:
         """Of the output: tells device and dtype."""
@@ -81,8 +85,8 @@ class CausalDecoder(nn.Module):
         ``lengths`` [B] need not be given: padding behind a row is never seen by its frames.
         """
         x = self.enter(x)
-        for layer in self.layers:
-            x = layer(x)
+        for i, layer in enumerate(self.layers):
+            x = self.between(i, layer(x))
         return self.classify(x)
 
     def enter(self, x: Tensor) -> Tensor:
@@ -117,22 +121,47 @@ class CausalDecoder(nn.Module):
         # A padding query may have no real key at all; the key at its own place keeps it finite.
         mask = (band & (key >= cached - state.seen[:, None, None]))[:, None]
         caches = []
-        for layer, cache in zip(self.layers, state.layers):
+        for i, (layer, cache) in enumerate(zip(self.layers, state.layers)):
             x, cache = layer.step(x, lengths, cache, mask)
+            x = self.between(i, x)
             caches.append(cache)
         return x, CausalState(tuple(caches), (state.seen + lengths).clamp(max=cached))
 
 
 class ASRHead(CausalDecoder):
-    """Source text: ``asr_decoder_layers`` causal layers, by default none, and one Linear."""
+    """Source text: ``asr_decoder_layers`` causal layers, by default none, and one Linear.
+
+    CTC takes what it predicts of one frame to be independent of the others' predictions, so that a word may be begun
+    twice, once for each way to cut it into pieces. With ``asr_condition_every`` the prediction so far is added to what
+    the layers above read, who see that of all earlier frames (self-conditioned CTC, Nozaki and Komatsu, 2021).
+    """
 
     def __init__(self, cfg: EchoStreamConfig):
         dim = cfg.st_dim if cfg.asr_decoder_layers else cfg.encoder_embed_dim
         super().__init__(cfg, cfg.asr_decoder_layers, dim)
         self.output = init_linear(nn.Linear(dim, cfg.asr_vocab_size))
+        self.every = cfg.asr_condition_every
+        self.condition = init_linear(nn.Linear(cfg.asr_vocab_size, dim)) if self.every else None
 
     def classify(self, x: Tensor) -> Tensor:
         return self.output(x)
+
+    def between(self, i: int, x: Tensor) -> Tensor:
+        if self.condition is None or (i + 1) % self.every or i + 1 == len(self.layers):
+            return x
+        return x + self.condition(self.output(x).softmax(dim=-1))
+
+    def predictions(self, x: Tensor) -> list[Tensor]:
+        """Scores of encoder frames x [B, T, D]: those that are fed back, then the final ones, [B, T, vocab] each."""
+        scores = []
+        x = self.enter(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            read = self.between(i, x)
+            if read is not x:
+                scores.append(self.classify(x))
+            x = read
+        return [*scores, self.classify(x)]
 
     @property
     def weight(self) -> Tensor:
