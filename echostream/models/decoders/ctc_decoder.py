@@ -70,8 +70,8 @@ class CausalDecoder(nn.Module):
         """What the last layer gives [B, T, D] -> scores [B, T, vocab]."""
         raise NotImplementedError
 
-    def between(self, i: int, x: Tensor) -> Tensor:
-        """What layer ``i`` gives [B, T, D] -> what the next one reads."""
+    def between(self, i: int, x: Tensor, said: list[Tensor] | None = None) -> Tensor:
+        """What layer ``i`` gives [B, T, D] -> what the next one reads; ``said`` gets the scores that are fed back."""
         return x
 
     @property
@@ -79,14 +79,14 @@ class CausalDecoder(nn.Module):
         """Of the output: tells device and dtype."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None = None, said: list[Tensor] | None = None) -> Tensor:
         """Encoder frames x [B, T, D] -> scores [B, T, vocab].
 
-        ``lengths`` [B] need not be given: padding behind a row is never seen by its frames.
+        ``lengths`` [B] need not be given: padding behind a row is never seen by its frames. ``said``: see ``between``.
         """
         x = self.enter(x)
         for i, layer in enumerate(self.layers):
-            x = self.between(i, layer(x))
+            x = self.between(i, layer(x), said)
         return self.classify(x)
 
     def enter(self, x: Tensor) -> Tensor:
@@ -146,22 +146,19 @@ class ASRHead(CausalDecoder):
     def classify(self, x: Tensor) -> Tensor:
         return self.output(x)
 
-    def between(self, i: int, x: Tensor) -> Tensor:
+    def between(self, i: int, x: Tensor, said: list[Tensor] | None = None) -> Tensor:
         if self.condition is None or (i + 1) % self.every or i + 1 == len(self.layers):
             return x
-        return x + self.condition(self.output(x).softmax(dim=-1))
+        scores = self.output(x)
+        if said is not None:
+            said.append(scores)
+        return x + self.condition(scores.softmax(dim=-1))
 
     def predictions(self, x: Tensor) -> list[Tensor]:
         """Scores of encoder frames x [B, T, D]: those that are fed back, then the final ones, [B, T, vocab] each."""
-        scores = []
-        x = self.enter(x)
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            read = self.between(i, x)
-            if read is not x:
-                scores.append(self.classify(x))
-            x = read
-        return [*scores, self.classify(x)]
+        said: list[Tensor] = []
+        final = self(x, said=said)
+        return [*said, final]
 
     @property
     def weight(self) -> Tensor:
