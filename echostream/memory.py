@@ -1,6 +1,7 @@
-"""How this process keeps its memory: for speed alone, nothing computed changes.
+"""How this process keeps its memory: nothing computed changes.
 
 * ``keep_freed_memory``: large tensors on a CPU without a page fault for each of their pages.
+* ``return_freed_memory``: a process that runs for days is no larger than what it uses.
 * ``huge_pages``: weights that are read from end to end at every step, without a look into the page table every 4 KB.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 HUGE_PAGE = 1 << 21
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # of mallopt, malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -27,11 +29,27 @@ def keep_freed_memory() -> bool:
     Returns:
         whether there is a glibc to tell.
     """
+    return _mallopt({MMAP_MAX: 0, TRIM_THRESHOLD: -1})
+
+
+def return_freed_memory() -> bool:
+    """Let malloc give blocks of 1 MB and more back to the system when they are freed. For servers.
+
+    For glibc's malloc (seen with 2.36): every such block that is freed raises the size from which blocks are mappings
+    of their own, up to 32 MB, so that what a long sentence needed stays as holes between what lives on. Five streams
+    of speech for four minutes: 443 MB after the first half minute and at the end 469, without this 492 and 555.
+
+    Returns:
+        whether there is a glibc to tell.
+    """
+    return _mallopt({MMAP_THRESHOLD: 1 << 20, TRIM_THRESHOLD: 16 << 20})
+
+
+def _mallopt(options: Mapping[int, int]) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
-    trim_threshold, mmap_max = -1, -4  # malloc.h
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+    return all([mallopt(option, value) for option, value in options.items()])
 
 
 @contextlib.contextmanager

@@ -95,6 +95,19 @@ def test_freed_memory_is_kept() -> None:
     assert _in_fresh_interpreter(code) == "True True"
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_freed_memory_goes_back() -> None:
+    """A block that lives on does not keep those before it, not even after a large one has been freed."""
+    code = (
+        "import numpy as np; from echostream.memory import return_freed_memory; given = return_freed_memory()\n"
+        "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "np.ones(30 << 20, np.uint8); before = resident()\n"
+        "blocks = [np.ones(2 << 20, np.uint8) for _ in range(50)]; del blocks[:-1]\n"
+        "print(given, resident() - before < 10 << 20)"
+    )
+    assert _in_fresh_interpreter(code) == "True True"
+
+
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="about Linux's huge pages")
 def test_huge_pages_for_what_came_meanwhile() -> None:
     """Memory from before is left alone, new memory is advised; its contents stay."""

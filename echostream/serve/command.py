@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from echostream.errors import AudioWarning, ConfigError, EchoStreamError, MissingExtraError, require
+from echostream.memory import return_freed_memory
 from echostream.serve.limits import Limits
 from echostream.streaming.options import SEGMENTER_OPTIONS, add_policy_arguments, add_segmenter_arguments, given_options
 
@@ -106,6 +107,7 @@ def serve(args: argparse.Namespace) -> int:
     for name in ("uvicorn.error", "uvicorn.access", "websockets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.simplefilter("ignore", AudioWarning)  # of clients' microphones; the page tells them
+    return_freed_memory()
     listener = listen(args.host, args.port)
     try:
         bundle = load_bundle(model_directory(args), args.device, args.backend, args.threads)

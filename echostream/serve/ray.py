@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from echostream.errors import ConfigError, require
+from echostream.memory import return_freed_memory
 from echostream.serve.limits import Limits
 
 DRAIN_S = 30.0
@@ -74,6 +75,7 @@ def build_asgi(
     from echostream.checkpoint import DEFAULT_BUNDLE, load_bundle, use_threads
     from echostream.serve.app import Access, Server
 
+    return_freed_memory()
     bundle = load_bundle(directory or DEFAULT_BUNDLE, threads=threads)
     use_threads(bundle, threads)
     limits = Limits(sessions=sessions, drain_s=DRAIN_S / 2)
