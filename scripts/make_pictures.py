@@ -25,9 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     quality = kinds.add_parser("quality", help="quality against latency of a sweep")
     quality.add_argument("sweep", type=Path, help="what evaluate.py sweep wrote")
-    curve = kinds.add_parser("curve", help="a validation figure against updates")
+    curve = kinds.add_parser("curve", help="a figure of validation or training against updates")
     curve.add_argument("logs", nargs="+", metavar="NAME=LOG", help="output of fairseq-train")
     curve.add_argument("--measure", default="bleu", help="bleu, st_bleu, loss, asr_ter ... (default: %(default)s)")
+    curve.add_argument("--of", default="validation", choices=("validation", "training"), help="(default: %(default)s)")
     flow = kinds.add_parser("flow", help="which phase takes over the checkpoints of which")
     flow.add_argument("recipes", type=Path, nargs="+", help="those of one training")
     for kind in (quality, curve, flow):
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         named = dict(text.partition("=")[::2] for text in args.logs)
         if "" in named or "" in named.values():
             raise ConfigError("a log is named NAME=LOG")
-        pictures.training_curves({name: Path(log) for name, log in named.items()}, args.output, args.measure)
+        pictures.training_curves({name: Path(log) for name, log in named.items()}, args.output, args.measure, args.of)
     else:
         recipes = [path for path in args.recipes if "save-dir" in read_mapping(path)]  # not the plan of ablations
         pictures.flow(recipes, args.output)

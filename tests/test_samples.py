@@ -60,7 +60,8 @@ def test_curves_and_sweeps_become_pictures(tmp_path: Path) -> None:
         "x | INFO | dev | epoch 001 | valid on 'dev' subset | loss 7.6 | bleu 1.5 | num_updates 40\n"
         "x | INFO | dev | epoch 002 | valid on 'dev' subset | loss 6.1 | bleu 12.25 | num_updates 80\n"
     )
-    assert pictures.validations(log.read_text().splitlines(), "bleu") == [(40, 1.5), (80, 12.25)]
+    assert pictures.reported(log.read_text().splitlines(), "bleu") == [(40, 1.5), (80, 12.25)]
+    assert pictures.reported(log.read_text().splitlines(), "loss", "training") == [(25, 11.0)]
     make_pictures.main(["curve", f"speech={log}", "-o", str(tmp_path / "curve.svg")])
     with pytest.raises(EchoStreamError, match="no validation with the figure 'wer'"):
         make_pictures.main(["curve", f"speech={log}", "--measure", "wer", "-o", str(tmp_path / "no.svg")])

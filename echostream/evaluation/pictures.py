@@ -39,26 +39,29 @@ def quality_against_latency(folder: Path, path: Path) -> None:
         axes.set(xlabel="AL, seconds", ylabel="BLEU")
 
 
-def training_curves(logs: Mapping[str, Path], path: Path, measure: str = "bleu") -> None:
-    """Of fairseq-train's logs by name: a validation figure against updates: you should be here after N of them.
+def training_curves(logs: Mapping[str, Path], path: Path, measure: str = "bleu", of: str = "validation") -> None:
+    """Of fairseq-train's logs by name: a figure against updates: you should be here after N of them.
+
+    Args:
+        of: "validation", or "training" (every ``--log-interval`` updates).
 
     Raises:
         EchoStreamError: a log has no such figure.
     """
-    with picture(path, f"{measure} of the validation set") as axes:
+    with picture(path, f"{measure} of the {of} set") as axes:
         for colour, (name, log) in zip(COLOURS, logs.items()):
-            points = validations(read_lines(log, EchoStreamError), measure)
+            points = reported(read_lines(log, EchoStreamError), measure, of)
             if not points:
-                raise EchoStreamError(f"{log} has no validation with the figure {measure!r}")
+                raise EchoStreamError(f"{log} has no {of} with the figure {measure!r}")
             axes.plot(*zip(*points), marker="o", markersize=3, color=colour, label=name)
         axes.set(xlabel="updates", ylabel=measure)
 
 
-def validations(lines: Iterable[str], measure: str) -> list[tuple[int, float]]:
-    """(updates, figure) of each validation in fairseq's log."""
+def reported(lines: Iterable[str], measure: str, of: str = "validation") -> list[tuple[int, float]]:
+    """(updates, figure) of each validation in fairseq's log, or of each of its reports on training."""
     points: dict[int, float] = {}
     for line in lines:
-        if "| valid on " in line:
+        if ("| valid on " if of == "validation" else "train_inner") in line:
             values = dict(_FIGURE.findall(line))
             if measure in values and "num_updates" in values:
                 points[int(values["num_updates"])] = float(values[measure])
@@ -121,4 +124,4 @@ def picture(path: Path, title: str, size: tuple[float, float] = (7.5, 4.5)) -> A
             figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-__all__ = ["flow", "phases", "quality_against_latency", "training_curves", "validations"]
+__all__ = ["flow", "phases", "quality_against_latency", "reported", "training_curves"]
