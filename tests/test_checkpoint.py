@@ -149,6 +149,15 @@ def test_average_of_checkpoints(tmp_path: Path) -> None:
     state, config = average_checkpoints(paths)
     assert config.encoder_layers == 2
     assert all(torch.allclose(v, torch.full_like(v, 2.5)) for v in state.values() if v.is_floating_point())
+    state, _ = average_checkpoints(paths[1:], [0.8, 0.2], ["encoder", "asr_head"])
+    assert all(
+        torch.allclose(v, torch.full_like(v, 2.5 if k.startswith(("encoder.", "asr_head.")) else 2.0))
+        for k, v in state.items() if v.is_floating_point()
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="2 checkpoints need as many shares, adding up to 1"):
+        average_checkpoints(paths[1:], [0.8, 0.3])
+    with pytest.raises(ConfigError, match="no part voice"):
+        average_checkpoints(paths, parts=["voice"])
     torch.save({"model": {"other": torch.zeros(1)}, "cfg": None}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="of another model"):
         average_checkpoints([paths[0], tmp_path / "other.pt"])

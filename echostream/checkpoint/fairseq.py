@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,20 +43,41 @@ def read_fairseq_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], 
     return check_tensors(checkpoint["model"], str(path)), config
 
 
-def average_checkpoints(paths: Iterable[str | Path]) -> tuple[dict[str, torch.Tensor], EchoStreamConfig | None]:
-    """The mean of the weights of several fairseq checkpoints of one run (float64 sums); the last one's configuration.
+def average_checkpoints(
+    paths: Iterable[str | Path], shares: Sequence[float] | None = None, parts: Sequence[str] = ()
+) -> tuple[dict[str, torch.Tensor], EchoStreamConfig | None]:
+    """The weighted mean of the weights of several checkpoints (float64 sums), with the first one's configuration.
+
+    Between a model and what became of it on narrower data lie models that keep most of what it learnt and less of what
+    it forgot (Wortsman et al., 2022, "Robust fine-tuning of zero-shot models").
+
+    Args:
+        shares: of each checkpoint, adding up to 1; default: the same for all.
+        parts: "encoder", "asr_head" ...: what is averaged; the rest is the first one's. Default: everything.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or its weights differ in name or shape from the first one's.
+        ConfigError: the shares do not fit.
     """
     paths = [Path(path) for path in paths]
+    shares = [1 / len(paths)] * len(paths) if shares is None else shares
+    if len(shares) != len(paths) or abs(sum(shares) - 1) > 1e-6:
+        raise ConfigError(f"{len(paths)} checkpoints need as many shares, adding up to 1, not {list(shares)}")
+    rest: dict[str, torch.Tensor] = {}
     total: dict[str, torch.Tensor] = {}
     config = None
-    for path in paths:
-        state, config = read_fairseq_checkpoint(path)
+    for path, share in zip(paths, shares, strict=True):
+        whole, its_config = read_fairseq_checkpoint(path)
+        if not total:
+            rest, config = whole, its_config
+        starts = tuple(f"{part}." for part in parts) or ("",)
+        state = {name: tensor for name, tensor in whole.items() if name.startswith(starts)}
+        if not state:
+            raise ConfigError(f"{path} has no part {' or '.join(parts)}")
         if total and {k: v.shape for k, v in total.items()} != {k: v.shape for k, v in state.items()}:
             raise CheckpointError(f"{path} cannot be averaged with {paths[0]}: it is of another model")
         for name, tensor in state.items():
-            value = tensor.double() if tensor.is_floating_point() else tensor
-            total[name] = total[name] + value if name in total and tensor.is_floating_point() else value
-    return {k: (v / len(paths)).float() if v.is_floating_point() else v for k, v in total.items()}, config
+            if tensor.is_floating_point():
+                tensor = share * tensor.double() + total.get(name, 0.0)
+            total[name] = tensor
+    return rest | {k: v.float() if v.is_floating_point() else v for k, v in total.items()}, config

@@ -3,6 +3,9 @@
 Several checkpoints are averaged, for instance the five best:
     echostream export-checkpoint --checkpoint runs/es-en/checkpoint.best_bleu_*.pt \
         --data data/es-en --vocoder runs/vocoder/vocoder.pt --output bundles/es-en
+
+or what a training made and what it began with, the encoder alone, the rest being the first one's:
+    echostream export-checkpoint --checkpoint runs/es-en/checkpoint_last.pt es-en --shares 0.7 0.3 --parts encoder ...
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "echostream export-checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="PT", help="fairseq checkpoints to average")
+    parser.add_argument("--shares", nargs="+", type=float, metavar="S", help="of each in the mean (default: the same)")
+    parser.add_argument("--parts", nargs="+", default=[], help="what is averaged, such as encoder (default: all)")
     parser.add_argument("--data", required=True, type=Path, help="corpus directory (echostream prepare)")
     parser.add_argument(
         "--vocoder", type=Path,
@@ -55,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    state, config = average_checkpoints(args.checkpoint)
+    state, config = average_checkpoints(args.checkpoint, args.shares, args.parts)
     if args.config is not None:
         config = EchoStreamConfig.from_yaml(args.config)
     if config is None:
-        raise EchoStreamError(f"{args.checkpoint[-1]} does not tell the model's configuration; give it with --config")
+        raise EchoStreamError(f"{args.checkpoint[0]} does not tell the model's configuration; give it with --config")
     # Sizes of vocabularies follow the dictionaries; fairseq's arguments do not hold them.
     dictionaries = ("source_dict", "target_dict", "unit_dict")
     sizes = {name: len(Vocabulary.load(args.data / FILES[name])) for name in dictionaries}

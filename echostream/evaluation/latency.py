@@ -47,6 +47,20 @@ def length_adaptive_average_lagging(delays: Sequence[float], source_length: floa
     return average_lagging(delays, source_length, max(target_length, len(delays)))
 
 
+def means(recordings: Sequence[tuple[Sequence[float], float, int]]) -> dict[str, float]:
+    """AL, LAAL and StartOffset (ms) over recordings, of (``d_1 .. d_n``, ``|X|``, ``|Y|``) each.
+
+    Those without a word are counted as ``silent`` and in no mean; without any other the means are NaN.
+    """
+    rows = [
+        (average_lagging(delays, source, max(1, target)),
+         length_adaptive_average_lagging(delays, source, max(1, target)), delays[0])
+        for delays, source, target in recordings if delays
+    ]  # fmt: skip
+    found = np.mean(rows, axis=0).tolist() if rows else [float("nan")] * 3
+    return dict(zip(("AL", "LAAL", "StartOffset"), found)) | {"silent": len(recordings) - len(rows)}
+
+
 def average_proportion(delays: Sequence[float], source_length: float, target_length: int) -> float:
     """AP (Cho and Esipova, 2016, "Can neural machine translation do simultaneous translation?"): ``Σ d_i / (|X|·|Y|)``.
 

@@ -98,14 +98,10 @@ def run_again(
 
 def figures(lines: Sequence[dict]) -> dict[str, float]:
     """See ``run_again``; a recording without words is in no mean of the latency."""
-    rows = [(line["delays"], 1000 * line["seconds"], len(line["mt_ref"].split())) for line in lines if line["delays"]]
-    of = (latency.average_lagging, latency.length_adaptive_average_lagging)
-    lagging = [float(np.mean([metric(*row) for row in rows])) if rows else float("nan") for metric in of]
+    rows = [(line["delays"], 1000 * line["seconds"], len(line["mt_ref"].split())) for line in lines]
     seconds = sum(line["seconds"] for line in lines)
     return {
         "BLEU": quality.bleu([line["mt"] for line in lines], [line["mt_ref"] for line in lines]),
-        "AL": lagging[0],
-        "LAAL": lagging[1],
-        "silent": len(lines) - len(rows),
+        **latency.means(rows),
         "RTF": sum(line["computing"] for line in lines) / seconds,
     }

@@ -160,12 +160,10 @@ def _latencies(streamed: Sequence[Streamed], references: Sequence[str], spoken: 
     for s, reference in zip(streamed, references, strict=True):
         given = s.spoken if spoken else s.written
         times = given.letters if unit == "char" else [word.seconds for word in given.words]
-        delays, words = [1000 * second for second in times], reference.split()
-        if delays:
-            of = (delays, 1000 * s.seconds, max(1, len("".join(words) if unit == "char" else words)))
-            rows.append((latency.average_lagging(*of), latency.length_adaptive_average_lagging(*of), delays[0]))
-    means = np.mean(rows, axis=0).tolist() if rows else [float("nan")] * 3
-    return dict(zip(("AL", "LAAL", "StartOffset"), means)) | {"silent": len(streamed) - len(rows)}
+        words = reference.split()
+        length = len("".join(words) if unit == "char" else words)
+        rows.append(([1000 * second for second in times], 1000 * s.seconds, length))
+    return latency.means(rows)
 
 
 def _playing(streamed: Sequence[Streamed]) -> dict[str, float]:
