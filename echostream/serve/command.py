@@ -107,9 +107,9 @@ def serve(args: argparse.Namespace) -> int:
     for name in ("uvicorn.error", "uvicorn.access", "websockets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.simplefilter("ignore", AudioWarning)  # of clients' microphones; the page tells them
-    return_freed_memory()
     listener = listen(args.host, args.port)
     try:
+        return_freed_memory()
         bundle = load_bundle(model_directory(args), args.device, args.backend, args.threads)
         use_threads(bundle, args.threads)
         access = Access(args.token or os.environ.get("ECHOSTREAM_TOKEN") or None, frozenset(args.allow_origin))
