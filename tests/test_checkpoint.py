@@ -156,8 +156,8 @@ def test_average_of_checkpoints(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match="2 checkpoints need as many shares, adding up to 1"):
         average_checkpoints(paths[1:], [0.8, 0.3])
-    with pytest.raises(ConfigError, match="no part voice"):
-        average_checkpoints(paths, parts=["voice"])
+    with pytest.raises(ConfigError, match="no part 'voice'; it has asr_head, encoder"):
+        average_checkpoints(paths, parts=["encoder", "voice"])
     torch.save({"model": {"other": torch.zeros(1)}, "cfg": None}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="of another model"):
         average_checkpoints([paths[0], tmp_path / "other.pt"])

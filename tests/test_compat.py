@@ -19,6 +19,8 @@ from echostream import compat
 
 ROOT = Path(__file__).resolve().parents[1]
 
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+
 
 def _in_fresh_interpreter(code: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -82,7 +84,7 @@ def test_package_import_is_light() -> None:
     assert _in_fresh_interpreter(code) == "[]"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+@glibc
 def test_freed_memory_is_kept() -> None:
     """Large tensors are faulted in once, not at every allocation."""
     code = (
@@ -95,7 +97,7 @@ def test_freed_memory_is_kept() -> None:
     assert _in_fresh_interpreter(code) == "True True"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+@glibc
 def test_freed_memory_goes_back() -> None:
     """A block that lives on does not keep those before it, not even after a large one has been freed."""
     code = (

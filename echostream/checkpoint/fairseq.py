@@ -57,7 +57,7 @@ def average_checkpoints(
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or its weights differ in name or shape from the first one's.
-        ConfigError: the shares do not fit.
+        ConfigError: the shares do not fit, or a checkpoint lacks one of the parts.
     """
     paths = [Path(path) for path in paths]
     shares = [1 / len(paths)] * len(paths) if shares is None else shares
@@ -70,10 +70,12 @@ def average_checkpoints(
         whole, its_config = read_fairseq_checkpoint(path)
         if not total:
             rest, config = whole, its_config
+        for part in parts:
+            if not any(name.startswith(f"{part}.") for name in whole):
+                known = ", ".join(sorted({name.partition(".")[0] for name in whole}))
+                raise ConfigError(f"{path} has no part {part!r}; it has {known}")
         starts = tuple(f"{part}." for part in parts) or ("",)
         state = {name: tensor for name, tensor in whole.items() if name.startswith(starts)}
-        if not state:
-            raise ConfigError(f"{path} has no part {' or '.join(parts)}")
         if total and {k: v.shape for k, v in total.items()} != {k: v.shape for k, v in state.items()}:
             raise CheckpointError(f"{path} cannot be averaged with {paths[0]}: it is of another model")
         for name, tensor in state.items():
