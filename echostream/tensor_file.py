@@ -27,6 +27,7 @@ from echostream.rules import Rule, check
 WEIGHTS = "model.safetensors"
 FORMAT = "echostream-weights/1"
 INT8, SCALE = ".int8", ".scale"  # behind the name of a matrix
+AGAIN = "#"  # a graph's ``name#2`` is the tensor ``name``, too: see ``export.weights``
 TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1",
     "BOOL": "|b1",

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
@@ -39,6 +39,7 @@ from echostream.models.echostream_model import build_echostream_model  # noqa: E
 from echostream.models.graphs import EncoderGraph, StepGraph  # noqa: E402
 from echostream.models.subsampler import Subsampler  # noqa: E402
 from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, TargetText, Waveform  # noqa: E402
+from echostream.streaming.exported import onnx_runtime  # noqa: E402
 from echostream.streaming.exported.encoder import ring_ages, segment_mask, turn, write_ring  # noqa: E402
 from echostream.streaming.exported.model import ExportedModel  # noqa: E402
 from echostream.streaming.exported.names import graph_names  # noqa: E402
@@ -344,6 +345,23 @@ def test_int8_is_smaller_and_near(exported: Path, int8: Path) -> None:
         heard.append(stages.run([(0, Encode(features, True))])[0].frames)
     error = np.abs(heard[0] - heard[1]).mean() / np.abs(heard[0]).mean()
     assert 0 < error < 0.1  # rounded, and not wrong
+
+
+def test_no_two_products_of_a_graph_share_a_matrix(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
+    """On processors without VNNI ONNX Runtime turns a product's matrix into another, and stumbles over a second one."""
+    checkpoint = bundle_of(tiny_data, tmp_path, **{**FAMILY["asr-condition"], "asr_condition_every": 1})
+    folder, _ = export_directory(checkpoint, tmp_path / "out", int8=True)
+    matrices = {
+        path.stem: [node.input[1] for node in onnx.load(path, load_external_data=False).graph.node
+                    if node.op_type == "MatMulIntegerToFloat"]
+        for path in (folder / "onnx").glob("*.onnx")
+    }  # fmt: skip
+    assert any("#2" in name for name in matrices["heads"])
+    for name, found in matrices.items():
+        assert len(found) == len(set(found)), name
+    monkeypatch.setattr(onnx_runtime, "adds_int8_in_32_bits", lambda: False)
+    events, _ = said(StreamingSession(load_bundle(folder), speech=False), speech(2.0, seed=2))
+    assert events[-1][0] == "SentenceEnd"
 
 
 def test_state_is_as_large_as_what_was_heard_of_the_sentence(exported: Path) -> None:

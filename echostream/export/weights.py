@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 
 from echostream.errors import CheckpointError, require
 from echostream.streaming.exported.model import GRAPHS_FOLDER, VOICE_GRAPHS
-from echostream.tensor_file import FORMAT, INT8, SCALE, WEIGHTS, product_layout, quantise, write_tensors
+from echostream.tensor_file import AGAIN, FORMAT, INT8, SCALE, WEIGHTS, product_layout, quantise, write_tensors
 
 FEW = 32  # inputs of a product too small to be worth rounding: the first convolution's
 MANY = 10_000  # numbers in a weight that is worth half precision
@@ -213,6 +214,7 @@ class _Writer:
         self.first: list[Any] = []  # nodes that make constants of weights
         self.nodes: list[Any] = []
         self.values: dict[str, str] = {}  # constants of the old graph: what stands for them
+        self.times: Counter[str] = Counter()  # products with a matrix
         self.rounded: dict[str, tuple[str, str]] = {}  # inputs of products: their numbers in 8 bits, their rows' scales
 
     def model(self) -> Any:
@@ -244,9 +246,10 @@ class _Writer:
     def _outside(self, name: str, half: bool = False) -> str:
         """A weight of the file as a value: int8 or float32, or with ``half`` float16."""
         if name not in self.outside:
-            kind, types = self.tensors[name].dtype, self.onnx.TensorProto
+            array, types = self.tensors[name.partition(AGAIN)[0]], self.onnx.TensorProto
+            kind = array.dtype
             tensor = types(
-                name=name, dims=self.tensors[name].shape, data_location=types.EXTERNAL,
+                name=name, dims=array.shape, data_location=types.EXTERNAL,
                 data_type=types.INT8 if kind == np.int8 else types.FLOAT16 if half else types.FLOAT,
             )  # fmt: skip
             tensor.external_data.add(key="location", value=WEIGHTS)
@@ -286,7 +289,11 @@ class _Writer:
             row = write("Max", largest, self._inside(np.float32(1e-12)))
             self.rounded[product.x] = write("QuantizeLinear", write("Div", product.x, row), step, zero), row
         numbers, row = self.rounded[product.x]
-        matrix, scale = self._outside(name + INT8), self._outside(name + SCALE)
+        # On processors without VNNI, ONNX Runtime makes another constant of a product's matrix and names it after that,
+        # without looking whether there is one already: a matrix that is used twice has a name for each use.
+        self.times[name] += 1
+        again = f"{AGAIN}{self.times[name]}" if self.times[name] > 1 else ""
+        matrix, scale = self._outside(name + INT8 + again), self._outside(name + SCALE)
         sums = write("MatMulIntegerToFloat", numbers, matrix, step, scale, zero, domain=RUNTIME)
         if product.bias:
             self._node(self.nodes, "Add", [write("Mul", sums, row), product.bias], output)

@@ -14,7 +14,7 @@ from echostream.errors import CheckpointError
 from echostream.loading import inside, read_bytes, reason
 from echostream.streaming.exported.graph_file import weights_outside
 from echostream.streaming.exported.onnx_runtime import open_graph
-from echostream.tensor_file import WEIGHTS, TensorFile
+from echostream.tensor_file import AGAIN, WEIGHTS, TensorFile
 
 if TYPE_CHECKING:
     from echostream.models.decoders.vocoder_config import VocoderConfig
@@ -113,7 +113,7 @@ class ExportedModel:
             self._weights = TensorFile(inside(self.directory, WEIGHTS, "weights", CheckpointError))
         arrays = {}
         for name, (dtype, shape) in weights_outside(graph, where).items():
-            array = self._weights[name]
+            array = self._weights[name.partition(AGAIN)[0]]
             alike = array.dtype == dtype or array.dtype.kind == np.dtype(dtype).kind == "f"
             if array.shape != shape or not alike:
                 raise CheckpointError(
