@@ -389,7 +389,7 @@ def test_layouts_of_weight_norm(tmp_path, layout):
         torch.save({"generator": model.state_dict()}, tmp_path / "v.pt")
     if layout == "parametrizations":
         model.add_weight_norm()
-        assert (model(units)[0] - expected).abs().max() < 1e-5
+        assert (model(units)[0] - expected).abs().max() < 5e-5
         torch.save({"generator": model.state_dict()}, tmp_path / "v.pt")
     loaded = load_vocoder(tmp_path / "v.pt", tmp_path / "v.json")
     assert not loaded.training
@@ -399,7 +399,7 @@ def test_layouts_of_weight_norm(tmp_path, layout):
         assert all(p.dtype == torch.float32 for p in loaded.parameters())
         assert wav.shape == expected.shape
     else:
-        assert (wav - expected).abs().max() < 1e-5
+        assert (wav - expected).abs().max() < 5e-5
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
