@@ -220,20 +220,6 @@ def test_a_wrong_graph_is_refused(tiny_bundle: Path, tmp_path: Path, monkeypatch
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["whisper", "everything"])
-def test_a_session_of_the_family_says_the_same(tiny_data: Path, tmp_path: Path, name: str) -> None:
-    """Features, stem, rings and decoders of a model of Whisper's kind, from samples to text."""
-    bundle, samples = load_bundle(bundle_of(tiny_data, tmp_path, **FAMILY[name])), speech(4.0, seed=2)
-
-    def steps(bundle: Any, rows: int, speech: bool) -> ExportedStages:
-        stepping = SimpleNamespace(config=bundle.config, model=TorchModel(bundle.model), vocoder=None)
-        return ExportedStages(stepping, rows, speech)
-
-    expected, _ = said(StreamingSession(bundle, speech=False), samples)
-    found, _ = said(StreamingSession(bundle, speech=False, backend=steps), samples)
-    assert found == expected and any(tokens for _, tokens, _ in found)
-
-
 @pytest.mark.parametrize("beam", [1, 3])
 def test_a_session_says_the_same(tiny_bundle: Path, exported: Path, beam: int) -> None:
     samples = speech(4.0, seed=2)

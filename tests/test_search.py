@@ -12,7 +12,7 @@ from echostream.benchmarks import parity
 from echostream.constants import BOS, EOS, PAD
 from echostream.errors import ConfigError
 from echostream.streaming import SentenceEnd, StreamingSession
-from echostream.streaming.search import beam_search, highest, log_softmax
+from echostream.streaming.search import highest, log_softmax, search_together, searching
 from tests.test_streaming import BUNDLES, TRIED, assert_same, cut, of, speech, translate
 
 SIZE = 8
@@ -36,6 +36,11 @@ class Toy:
         """Log-probability per token of a continuation of EOS."""
         steps = [log_softmax(self.scores((EOS, *tokens[:i])))[token] for i, token in enumerate(tokens)]
         return sum(steps) / len(steps)
+
+
+def beam_search(step, first: int, beam: int, most: int) -> list:
+    """One search alone."""
+    return search_together(step, [searching(first, beam, most)])[0]
 
 
 @pytest.mark.parametrize("seed", range(5))

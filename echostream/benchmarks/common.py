@@ -20,7 +20,8 @@ from tqdm import tqdm
 from echostream.checkpoint import Bundle
 from echostream.export.directory import make_graphs
 from echostream.export.weights import weights_of, write_graphs
-from echostream.streaming.exported.model import ExportedModel, ExportedVoice
+from echostream.streaming.exported.model import ExportedModel
+from echostream.streaming.exported.voice import ExportedVoice
 
 
 def add_options(parser: argparse.ArgumentParser, clock: str = "wall") -> None:

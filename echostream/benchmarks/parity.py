@@ -20,9 +20,9 @@ from echostream.checkpoint import Bundle
 from echostream.constants import EOS, PAD
 from echostream.models.echostream_model import SentenceWindows
 from echostream.streaming import Event, SentenceEnd, SessionBatch, StreamingSession, Waveform
+from echostream.streaming.exported.torch_model import TorchStages
 from echostream.streaming.sentence import FRAME_S
 from echostream.streaming.stages import Extend, NewSentence, ReadUnits, Request, Search, Write
-from echostream.streaming.torch_stages import TorchStages
 
 # ------------------------------------------------------------------------------------------------- ways to stream
 
@@ -133,17 +133,18 @@ class RecordingStages(TorchStages):
 
     def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True):
         super().__init__(bundle, rows, speech)
+        self.output = bundle.model.unit_decoder.output
         self.sentences: list[Scores] = []
 
     def run(self, requests: Sequence[tuple[int, Request]]) -> list[Any]:
-        (_, request), position = requests[0], int(self.state.mt.positions[0])
+        (_, request), position = requests[0], int(self.mt.positions[0])
         if isinstance(request, NewSentence):
             self.sentences.append(Scores())
         if not isinstance(request, ReadUnits):
             answers = super().run(requests)
         else:
             sentence = self.sentences[-1]
-            hook = self.model.unit_decoder.output.register_forward_hook(lambda _m, _i, y: sentence.units.append(y[0]))
+            hook = self.output.register_forward_hook(lambda _m, _i, y: sentence.units.append(y[0]))
             answers = super().run(requests)
             hook.remove()
             sentence.unit_visible += [sentence.visible] * len(request.inputs)
@@ -190,7 +191,7 @@ def compare_with_training(bundle: Bundle, samples: np.ndarray, **options: Any) -
         visible[i, : len(row)] = torch.tensor([*end.frames, sentence.visible])
         unit_visible[i, : len(sentence.unit_visible)] = torch.tensor(sentence.unit_visible)
     extracted = feature_extractor(bundle.config.features).extract(samples)
-    features = torch.from_numpy(bundle.cmvn.apply(extracted))[None].to(made[0].dtype)
+    features = torch.from_numpy(bundle.cmvn.apply(extracted))[None].to(bundle.model.asr_head.weight.dtype)
     out = bundle.model(
         features,
         torch.tensor([features.shape[1]]),

@@ -17,8 +17,8 @@ from echostream.constants import BLANK, ENCODER_FRAME_MS, EOS, NUM_MEL_BINS, NUM
 from echostream.models.decoders.vocoder import CodeHiFiGAN, VocoderConfig
 from echostream.models.decoders.vocoder_layers import pack_weights
 from echostream.models.echostream_model import build_echostream_model
+from echostream.streaming.exported.torch_model import TorchStages
 from echostream.streaming.stages import Backend, Encode, NewSentence, ReadUnits, Request, Rewind, Write
-from echostream.streaming.torch_stages import TorchStages
 from echostream.text import WORD_START, Vocabulary
 
 CHUNK_MS = 320

@@ -41,6 +41,7 @@ from echostream.streaming import SentenceEnd, SessionBatch, StreamingSession, Ta
 from echostream.streaming import stream as timing
 from echostream.streaming.backends import backend_of
 from echostream.streaming.exported.model import ExportedModel
+from echostream.streaming.exported.torch_model import TorchModel
 
 MARKS_S = (10, 30, 60, 600, 3600)
 STAGES = ("features", "encoder", "ctc heads", "MT", "units", "vocoder", "rest")
@@ -67,28 +68,26 @@ class Sound:
 class Stopwatch:
     """Seconds by stage of what a session does. Two parts that the session books together are timed apart here.
 
-    Of exported graphs only the run itself is timed: what numpy does for the CTC heads counts as the encoder's.
+    Of a step only the run itself is timed: what numpy does for the CTC heads counts as the encoder's.
     """
 
     def __init__(self, model: Any, clock: Callable[[], float]):
         self.clock = clock
-        self.seconds = {"encoder": 0.0, "heads": 0.0, "unit_memory": 0.0}
-        self.exported = isinstance(model, ExportedModel)
-        if self.exported:
-            model.run = self._timed(model.run)
-        else:
-            model.encoder.step = self._timed(model.encoder.step, "encoder")
-            model.unit_decoder.extend = self._timed(model.unit_decoder.extend, "unit_memory")
+        self.seconds = {"heads": 0.0, "unit_memory": 0.0}
+        if isinstance(model, ExportedModel):
+            model.run = self._timed(model.run, 0)
+        else:  # every session makes its own of the torch model
+            TorchModel.run = self._timed(TorchModel.run, 1)
 
-    def _timed(self, work: Callable, name: str | None = None) -> Callable:
-        """``work``, its time booked under ``name`` or, without one, under its first argument."""
+    def _timed(self, work: Callable, place: int) -> Callable:
+        """``work``, its time booked under its argument in that ``place``."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             started = self.clock()
             try:
                 return work(*args, **kwargs)
             finally:
-                booked = name or args[0]
+                booked = args[place]
                 self.seconds[booked] = self.seconds.get(booked, 0.0) + self.clock() - started
 
         return run
@@ -100,11 +99,9 @@ class Stopwatch:
         events = session.push(samples)
         whole = self.clock() - started
         took = {name: seconds - booked[name] for name, seconds in session.stage_seconds.items()}
-        encoder, heads, extend = (self.seconds[name] - own[name] for name in ("encoder", "heads", "unit_memory"))
-        if self.exported:
-            encoder = took["encoder"] - heads
+        heads, extend = (self.seconds[name] - own[name] for name in ("heads", "unit_memory"))
         parts = [
-            took["features"], encoder, took["encoder"] - encoder, took["text"] - extend, took["units"] + extend,
+            took["features"], took["encoder"] - heads, heads, took["text"] - extend, took["units"] + extend,
             took["vocoder"],
         ]  # fmt: skip
         return events, np.array([*parts, whole - sum(parts)])

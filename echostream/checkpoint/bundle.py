@@ -26,7 +26,8 @@ from echostream.config import EchoStreamConfig
 from echostream.constants import NUM_MEL_BINS, NUM_SPECIALS
 from echostream.errors import CheckpointError, ConfigError, require
 from echostream.loading import inside, shown
-from echostream.streaming.exported.model import GRAPHS_FOLDER, SPEECH_GRAPHS, TEXT_GRAPHS, ExportedModel, ExportedVoice
+from echostream.streaming.exported.model import GRAPHS_FOLDER, SPEECH_GRAPHS, TEXT_GRAPHS, ExportedModel
+from echostream.streaming.exported.voice import ExportedVoice
 from echostream.tensor_file import WEIGHTS, read_state
 from echostream.text import Vocabulary
 from echostream.weights import check_tensors, read_weights, with_weights

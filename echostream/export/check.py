@@ -23,7 +23,7 @@ class _Recorded:
     """An executor of steps that remembers the last outputs of each."""
 
     def __init__(self, model: Any):
-        self.model, self.last = model, {}
+        self.model, self.last, self.dtype = model, {}, model.dtype
 
     def check(self, names: tuple[str, ...]) -> None:
         self.model.check(names)

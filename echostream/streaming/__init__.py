@@ -2,7 +2,7 @@
 
 ``session`` and ``batch`` hold what users call, both over ``core``, which keeps a ``stream``'s state and drives its
 ``engine``: where sentences begin and end. ``writing`` writes one. Both ask the model for its next step through the
-requests of ``stages``; ``torch_stages`` answers them, or, without torch, ``exported``. ``policies`` say when to write,
+requests of ``stages``; ``exported`` answers them, with ONNX Runtime or with torch. ``policies`` say when to write,
 ``segmenters`` where sentences end, ``resolve`` which of them a stream gets, ``events`` what comes out.
 """
 

@@ -17,6 +17,6 @@ def backend_of(bundle: Bundle) -> Backend:
         from echostream.streaming.exported.stages import ExportedStages
 
         return ExportedStages
-    from echostream.streaming.torch_stages import TorchStages
+    from echostream.streaming.exported.torch_model import TorchStages
 
     return TorchStages

@@ -25,11 +25,6 @@ Step = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 Searching = Generator[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], list[Chosen]]
 
 
-def beam_search(step: Step, first: int, beam: int, most: int) -> list[Chosen]:
-    """One search alone; see ``searching``. ``step`` is called with one hypothesis first."""
-    return search_together(step, [searching(first, beam, most)])[0]
-
-
 def search_together(step: Step, searches: Sequence[Searching]) -> list[list[Chosen]]:
     """What each search finds, the hypotheses of all of them fed at once.
 

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from echostream.streaming.search import Chosen, Step, beam_search
-
 
 @dataclass(frozen=True)
 class Encode:
@@ -161,13 +159,6 @@ class Answering:
         values = [request for _, request in requests]
         answers: list[Any] = getattr(self, _METHODS[type(values[0])])(rows, values)
         return answers
-
-    def _search(self, rows: list[int], requests: list[Search]) -> list[list[Chosen]]:
-        return [beam_search(self._branch(row, r.most + 1), r.token, r.beam, r.most) for row, r in zip(rows, requests)]
-
-    def _branch(self, row: int, places: int) -> Step:
-        """Steps hypotheses of the MT decoder's sentence in ``row``, which stays as it is, by ``places`` at most."""
-        raise NotImplementedError
 
 
 _METHODS: dict[type, str] = {

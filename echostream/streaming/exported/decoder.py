@@ -29,9 +29,9 @@ class ExportedDecoder(RowStates):
         frames: int, limit: str, rows: int,
     ):  # fmt: skip
         self.model, self.graph, self.memory_graph, self.limit = model, graph, memory_graph, limit
-        self.own = Pages(rows, layers, heads, dim // heads, positions)
+        self.own = Pages(rows, layers, heads, dim // heads, positions, model.dtype)
         # Place 0 stays zero: who sees no frame at all attends that one.
-        self.memory = Pages(rows, layers, heads, dim // heads, 1 + frames)
+        self.memory = Pages(rows, layers, heads, dim // heads, 1 + frames, model.dtype)
         self.positions, self.frames = (np.zeros(rows, dtype=np.int64) for _ in range(2))
         self.arrays = {"positions": (self.positions, 0), "frames": (self.frames, 0)}
         self.most = {"positions": positions, "frames": frames}
@@ -52,7 +52,7 @@ class ExportedDecoder(RowStates):
         Raises:
             EchoStreamError: a sentence outgrows its buffers.
         """
-        padded, lengths = pad(frames)
+        padded, lengths = pad(frames, self.model.dtype)
         wanted = int((self.frames[rows] + lengths).max())
         check_room(wanted, self.most["frames"], "encoder frames", "max_sentence_frames")
         new = self.model.run(self.memory_graph, {"frames": padded})["memory"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -38,10 +39,11 @@ class ExportedEncoder(RowStates):
         places = config.memory_size + config.left_frames
         waiting = SUBSAMPLING_CONTEXT + SUBSAMPLING * (config.segment_length + self.right)
 
-        def zeros(*shape: int, dtype: type = np.float32) -> np.ndarray:
+        def zeros(*shape: int, dtype: Any = model.dtype) -> np.ndarray:
             return np.zeros(shape, dtype=dtype)
 
-        self.features = zeros(rows, waiting, bins)  # SUBSAMPLING_CONTEXT frames that were used, then those that wait
+        # SUBSAMPLING_CONTEXT frames that were used, then those that wait
+        self.features = zeros(rows, waiting, bins, dtype=np.float32)
         self.waiting, self.segments, self.frames = (zeros(rows, dtype=np.int64) for _ in range(3))
         self.ring = zeros(2 * config.encoder_layers, rows, heads, places, dim // heads)
         self.ctc_ring = zeros(2 * config.ctc_layers, rows, st_heads, self.window, config.st_dim // st_heads)
@@ -102,7 +104,7 @@ class ExportedEncoder(RowStates):
             return parts[0]
         if not parts:
             none = np.zeros(0, dtype=np.int64)
-            return EncoderOutput(np.zeros((0, self.config.encoder_embed_dim), dtype=np.float32), none, none)
+            return EncoderOutput(np.zeros((0, self.config.encoder_embed_dim), dtype=self.model.dtype), none, none)
         return EncoderOutput(*(np.concatenate(part) for part in zip(*parts)))
 
     def _step(self, rows: list[int], held: dict[int, np.ndarray], count: int) -> list[EncoderOutput]:

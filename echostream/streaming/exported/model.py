@@ -17,7 +17,6 @@ from echostream.streaming.exported.onnx_runtime import open_graph
 from echostream.tensor_file import AGAIN, WEIGHTS, TensorFile
 
 if TYPE_CHECKING:
-    from echostream.models.decoders.vocoder_config import VocoderConfig
     from echostream.streaming.exported.names import Names
 
 TEXT_GRAPHS = ("encoder", "heads", "mt_memory", "mt")
@@ -29,13 +28,26 @@ MAX_GRAPH = 64 << 20  # bytes of a graph without its weights
 
 
 class Graphs(Protocol):
-    """What runs a model's steps, by the names of their graphs."""
+    """What runs a model's steps, by the names of their graphs.
+
+    Attributes:
+        dtype: of the numbers that it keeps for its caller.
+    """
+
+    dtype: np.dtype[Any]
 
     def check(self, names: tuple[str, ...]) -> None:
         """Are these there?"""
 
     def run(self, name: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs of a graph."""
+
+
+class Voice(Protocol):
+    """What speaks: the exported graphs of a vocoder, or the module."""
+
+    def streams(self, model: Graphs, rows: int) -> VoiceStates:
+        """The states of ``rows`` new streams; ``model`` runs the graphs, if it has any."""
 
 
 @dataclass
@@ -59,6 +71,8 @@ class ExportedModel:
     # of each graph also the arrays that it computes with
     _graphs: dict[str, tuple[Any, list[str], dict[str, np.ndarray]]] = field(default_factory=dict, repr=False)
     _tried: set[str] = field(default_factory=set, repr=False)
+
+    dtype = np.dtype(np.float32)
 
     def check(self, names: tuple[str, ...]) -> None:
         """Open these graphs. Raises CheckpointError: one is missing, no graph, or of another model."""
@@ -124,18 +138,6 @@ class ExportedModel:
         return arrays
 
 
-@dataclass(frozen=True)
-class ExportedVoice:
-    """An exported vocoder's shape; its graphs are the model's."""
-
-    config: VocoderConfig
-
-    @property
-    def lookahead_ms(self) -> float:
-        """As ``CodeHiFiGAN.lookahead_ms``."""
-        return 1000.0 * self.config.lookahead_units * self.config.code_hop_size / self.config.sampling_rate
-
-
 class RowStates:
     """Base of the parts that keep state: arrays of fixed size in which every stream has its row.
 
@@ -182,6 +184,18 @@ class RowStates:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array, _ in self.arrays.values())
+
+
+class VoiceStates(RowStates):
+    """A vocoder's, which speaks with them."""
+
+    def vocode(self, row: int, units: np.ndarray, finished: bool) -> np.ndarray:
+        """Samples, float32 [M], of all units [U] whose look-ahead is there; ``finished`` flushes the rest.
+
+        Raises:
+            UnitError: a unit is not one of the vocoder's.
+        """
+        raise NotImplementedError
 
 
 def pick(array: np.ndarray, rows: list[int]) -> np.ndarray:

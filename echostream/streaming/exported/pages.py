@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +25,14 @@ class Pages:
         rows: how many.
         layers, heads, width: L, H and d.
         limit: places that a row needs at most.
+        dtype: of the numbers.
     """
 
-    def __init__(self, rows: int, layers: int, heads: int, width: int, limit: int):
-        self.shape, self.limit = (2 * layers, heads, width), limit
-        self.nothing = np.zeros((2 * layers, heads, PAGE, width), dtype=np.float32)
+    def __init__(self, rows: int, layers: int, heads: int, width: int, limit: int, dtype: Any = np.float32):
+        self.shape, self.limit, self.dtype = (2 * layers, heads, width), limit, dtype
+        self.nothing = np.zeros((2 * layers, heads, PAGE, width), dtype=dtype)
         self.rows = [self.nothing] * rows
-        self._together = np.zeros(0, dtype=np.float32)  # several rows, copied side by side for a graph
+        self._together = np.zeros(0, dtype=dtype)  # several rows, copied side by side for a graph
         self._holds: list[tuple[int, int]] | None = None  # which
 
     def clear(self, row: int) -> None:
@@ -49,7 +51,7 @@ class Pages:
 
     def _make(self, places: int, held: np.ndarray) -> np.ndarray:
         layers, heads, width = self.shape
-        buffer = np.zeros((layers, heads, pages(places), width), dtype=np.float32)
+        buffer = np.zeros((layers, heads, pages(places), width), dtype=self.dtype)
         buffer[:, :, : held.shape[2]] = held
         return buffer
 
@@ -64,7 +66,7 @@ class Pages:
         shape = layers, len(rows), heads, max(counts), width
         size = math.prod(shape)
         if size > len(self._together):
-            self._together, self._holds = np.zeros(size, dtype=np.float32), None
+            self._together, self._holds = np.zeros(size, dtype=self.dtype), None
         together = self._together[:size].reshape(shape)
         if holds != self._holds:  # they are the same for all steps of a beam
             for i, (row, n) in enumerate(zip(rows, counts)):

@@ -1,4 +1,4 @@
-"""The exported model behind the streaming engine: rows of streams stepping together, without torch."""
+"""A model behind the streaming engine: rows of streams stepping together, run by ONNX Runtime or by torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 
 from echostream.streaming.exported.decoder import ExportedDecoder
 from echostream.streaming.exported.encoder import ExportedEncoder
-from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, VOICE_GRAPHS, Graphs, RowStates
-from echostream.streaming.exported.voice import ExportedVocoder
+from echostream.streaming.exported.model import SPEECH_GRAPHS, TEXT_GRAPHS, Graphs, RowStates, Voice
 from echostream.streaming.search import Chosen, search_together, searching
 from echostream.streaming.stages import (
     Answering,
@@ -33,7 +32,8 @@ class ExportedStages(Answering):
     """Answers the engine's requests for ``rows`` streams.
 
     Args:
-        bundle: a loaded exported directory (its ``model`` is an ``ExportedModel``, or any other ``Graphs``).
+        bundle: its ``model`` is ``Graphs``, its ``vocoder`` a ``Voice``: those of a loaded exported directory, or of
+            ``torch_model``.
         rows: how many streams.
         speech: without, the unit decoder and the vocoder take no room and are never opened.
     """
@@ -41,8 +41,8 @@ class ExportedStages(Answering):
     def __init__(self, bundle: Bundle, rows: int = 1, speech: bool = True):
         config, model = bundle.config, cast(Graphs, bundle.model)  # ``backend_of`` has seen that it has some
         voice = bundle.vocoder if speech else None
-        model.check(TEXT_GRAPHS + (SPEECH_GRAPHS if speech else ()) + (VOICE_GRAPHS if voice is not None else ()))
-        self.rows = rows
+        model.check(TEXT_GRAPHS + (SPEECH_GRAPHS if speech else ()))
+        self.rows, self.dtype = rows, model.dtype
         self.encoder = ExportedEncoder(config, model, rows)
         frames = config.max_sentence_frames
         self.mt = ExportedDecoder(
@@ -59,7 +59,7 @@ class ExportedStages(Answering):
             )  # fmt: skip
             self.parts["units"] = self.units
         if voice is not None:
-            self.vocoder = ExportedVocoder(voice.config, model, rows)
+            self.vocoder = cast(Voice, voice).streams(model, rows)
             self.parts["voice"] = self.vocoder
         self.decoders = [part for part in self.parts.values() if isinstance(part, ExportedDecoder)]
 
@@ -109,7 +109,7 @@ class ExportedStages(Answering):
         sizes = {row: len(request.inputs) for row, request in zip(rows, requests)}
         for size in sorted(set(sizes.values())):  # padded, a row would get what it gets alone but for the last bit
             due = [(row, request) for row, request in zip(rows, requests) if sizes[row] == size]
-            given = {"inputs": np.stack([request.inputs for _, request in due]).astype(np.float32)}
+            given = {"inputs": np.stack([request.inputs for _, request in due]).astype(self.dtype)}
             if self.units_read_tokens:
                 written = [request.tokens for _, request in due if request.tokens is not None]
                 given["tokens"] = np.stack(written).astype(np.int64)

@@ -6,16 +6,35 @@ cheaper.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from echostream.errors import UnitError
 from echostream.models.decoders.vocoder_config import VocoderConfig, kept_inputs
-from echostream.streaming.exported.model import Graphs, RowStates
+from echostream.streaming.exported.model import VOICE_GRAPHS, Graphs, VoiceStates
 
 PER_UNIT = ("context.", "duration.")  # caches of the graph of units; all others are of the graph of frames
 
 
-class ExportedVocoder(RowStates):
+@dataclass(frozen=True)
+class ExportedVoice:
+    """An exported vocoder's shape; its graphs are the model's."""
+
+    config: VocoderConfig
+
+    @property
+    def lookahead_ms(self) -> float:
+        """As ``CodeHiFiGAN.lookahead_ms``."""
+        return 1000.0 * self.config.lookahead_units * self.config.code_hop_size / self.config.sampling_rate
+
+    def streams(self, model: Graphs, rows: int) -> ExportedVocoder:
+        """See ``Voice``. Raises CheckpointError: a graph of it is missing, no graph, or of another model."""
+        model.check(VOICE_GRAPHS)
+        return ExportedVocoder(self.config, model, rows)
+
+
+class ExportedVocoder(VoiceStates):
     """A causal vocoder for ``rows`` streams.
 
     A unit is given to the graphs once those within the look-ahead have come behind it; until then it waits here.
@@ -39,11 +58,7 @@ class ExportedVocoder(RowStates):
         self.ids[row] = self.config.num_embeddings  # silence
 
     def vocode(self, row: int, units: np.ndarray, finished: bool) -> np.ndarray:
-        """Samples, float32 [M], of all units [U] whose look-ahead is there; ``finished`` flushes the rest.
-
-        Raises:
-            UnitError: a unit is not one of the vocoder's.
-        """
+        """See ``VoiceStates``."""
         units = np.asarray(units, dtype=np.int64)
         bad = units[(units < 0) | (units >= self.config.num_embeddings)]
         if len(bad):
