@@ -118,7 +118,7 @@ class ExportedStages(Answering):
         return [found[row] for row in rows]
 
     def _vocode(self, rows: list[int], requests: list[Vocode]) -> list[np.ndarray]:
-        return [self.vocoder.vocode(row, request.units, request.finished) for row, request in zip(rows, requests)]
+        return self.vocoder.vocode_together(rows, [r.units for r in requests], [r.finished for r in requests])
 
     # ---- rows --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from echostream.models.graphs import model_graphs
+from echostream.models.state import State
 from echostream.streaming.exported.model import Graphs, VoiceStates
 from echostream.streaming.exported.stages import ExportedStages
 
@@ -58,7 +59,7 @@ class TorchVoice:
 
 
 class TorchVocoder(VoiceStates):
-    """A vocoder, causal or not, for ``rows`` streams, which take turns."""
+    """A vocoder, causal or not, for ``rows`` streams."""
 
     def __init__(self, vocoder: CodeHiFiGAN, rows: int):
         self.vocoder = vocoder
@@ -70,14 +71,25 @@ class TorchVocoder(VoiceStates):
         self.most |= {"seen": vocoder.config.lookahead_units}
         self.most |= dict.fromkeys((f"{name}s" for name in held), vocoder.config.num_embeddings - 1)
 
-    @torch.inference_mode()
     def vocode(self, row: int, units: np.ndarray, finished: bool) -> np.ndarray:
         """See ``VoiceStates``."""
-        device = self.vocoder.dict.weight.device
-        given = torch.from_numpy(np.array(units, dtype=np.int64))[None].to(device)
-        length, last = torch.tensor([len(units)], device=device), torch.tensor([finished], device=device)
-        waveform, _, self.states[row] = self.vocoder.step(given, length, self.states[row], last)
-        return waveform[0].float().cpu().numpy()
+        return self.vocode_together([row], [units], [finished])[0]
+
+    @torch.inference_mode()
+    def vocode_together(self, rows: list[int], units: list[np.ndarray], finished: list[bool]) -> list[np.ndarray]:
+        """See ``VoiceStates``; as one batch, which takes half of the time of turns on a CPU."""
+        device, lengths = self.vocoder.dict.weight.device, torch.tensor([len(part) for part in units])
+        padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        for place, part in zip(padded, units):
+            place[: len(part)] = torch.from_numpy(np.array(part, dtype=np.int64))
+        state = self.states[rows[0]] if len(rows) == 1 else State.stack([self.states[row] for row in rows])
+        waveform, counts, state = self.vocoder.step(
+            padded.to(device), lengths.to(device), state, torch.tensor(finished, device=device)
+        )
+        for row, one in zip(rows, [state] if len(rows) == 1 else state.unstack()):
+            self.states[row] = one
+        samples = waveform.float().cpu().numpy()
+        return [samples[i, :count].copy() for i, count in enumerate(counts.tolist())]
 
     @torch.inference_mode()
     def reset(self, row: int) -> None:
